@@ -1,0 +1,74 @@
+"""Score-based generative modelling through SDEs, as a plug-in for diffusers.
+
+Schedulers (``VESDEScheduler``, ``VPSDEScheduler``, ``SubVPSDEScheduler``, ``FlowSDEScheduler``) for existing pipelines,
+``SDEPipeline``, and below them the mathematics: ``sdes``, ``predictors``, ``correctors``, ``plans``, ``losses``.
+
+    import diffusers_sde
+    pipe.scheduler = diffusers_sde.VPSDEScheduler.from_config(pipe.scheduler.config, corrector="langevin")
+
+Importing the package also lets ``DiffusionPipeline.from_pretrained`` find its classes by name.
+"""
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import diffusers
+
+from .pipelines import SDEPipeline
+from .plans import Plan, Row, make_plan
+from .sampling import sample
+from .schedulers import FlowSDEScheduler, SDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
+from .sdes import (
+    EDMSDE,
+    SDE,
+    SDES,
+    VESDE,
+    VPSDE,
+    CosineSDE,
+    DiscreteVPSDE,
+    RectifiedFlowSDE,
+    SubVPSDE,
+)
+
+try:
+    __version__ = version("diffusers-sde")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "EDMSDE",
+    "SDE",
+    "SDES",
+    "VESDE",
+    "VPSDE",
+    "CosineSDE",
+    "DiscreteVPSDE",
+    "FlowSDEScheduler",
+    "Plan",
+    "RectifiedFlowSDE",
+    "Row",
+    "SDEPipeline",
+    "SDEScheduler",
+    "SubVPSDE",
+    "SubVPSDEScheduler",
+    "VESDEScheduler",
+    "VPSDEScheduler",
+    "make_plan",
+    "sample",
+]
+
+
+def _register_with_diffusers() -> None:
+    """Make saved pipelines loadable by name.
+
+    diffusers has no registry for plug-ins. It writes a component's module into model_index.json and looks it up as an
+    attribute of ``diffusers.pipelines``, and it looks pipeline classes, and the class that wrote a config, up as
+    attributes of ``diffusers``. So the classes name this package as their module, and both lookups are given an answer.
+    """
+    setattr(diffusers.pipelines, __name__, sys.modules[__name__])
+    for cls in (SDEPipeline, FlowSDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler):
+        cls.__module__ = __name__
+        setattr(diffusers, cls.__name__, cls)
+
+
+_register_with_diffusers()

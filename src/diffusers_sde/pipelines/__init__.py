@@ -1,0 +1,5 @@
+"""Pipelines."""
+
+from .pipeline_sde import SDEPipeline
+
+__all__ = ["SDEPipeline"]

@@ -1,0 +1,154 @@
+"""Unconditional generation by any SDE scheduler."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+logger = logging.get_logger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class SDEPipeline(DiffusionPipeline):
+    """Draw images from a score model: start from the prior of the scheduler's SDE and execute its sampler.
+
+    Unlike diffusers' ``DDPMPipeline`` it starts at ``scheduler.init_noise_sigma`` and scales the model input, so that
+    VE and preconditioned models work; it knows the range of the data; and it keeps the state in float32 whatever the
+    network's precision.
+
+    Args:
+        unet: The network, called as ``unet(sample, timestep)``.
+        scheduler: One of this package's schedulers, or a stock one that fits the network.
+        data_min: Value of black in the data the network was trained on: -1, or 0 for the paper's VE models.
+        data_max: Value of white.
+
+    Example:
+        ```py
+        from diffusers_sde import SDEPipeline, VPSDEScheduler
+
+        pipe = SDEPipeline.from_pretrained("outputs/demo")
+        pipe.scheduler = VPSDEScheduler.from_config(pipe.scheduler.config, corrector="langevin", snr=0.1)
+        images = pipe(batch_size=16, num_inference_steps=100, generator=torch.manual_seed(0)).images
+        ```
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self, unet: UNet2DModel, scheduler: SchedulerMixin, data_min: float = -1.0, data_max: float = 1.0
+    ) -> None:
+        super().__init__()
+        if not data_min < data_max:
+            raise ValueError(f"data_min must lie below data_max, got {data_min!r} and {data_max!r}.")
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(data_min=float(data_min), data_max=float(data_max))
+        self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample, (channels, height, width), from the network's config."""
+        size = self.unet.config.sample_size
+        if size is None:
+            raise ValueError("The network's config has no sample_size: pass latents of the shape you want.")
+        height, width = (size, size) if isinstance(size, int) else size
+        return (self.unet.config.in_channels, height, width)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Model calls of the last run: noise levels, correctors and second stages together."""
+        return self._num_timesteps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int = 100,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        latents: Tensor | None = None,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Generate images.
+
+        Args:
+            batch_size: How many; ignored where ``latents`` are given.
+            num_inference_steps: Noise levels; each costs ``scheduler.order`` network calls.
+            generator: One generator, or a list with one for each image; with a list an image does not depend on its
+                batch mates.
+            output_type: ``pil``, ``np`` (B, H, W, C in [0, 1]), ``pt`` (B, C, H, W in [0, 1]) or ``latent`` (the
+                state itself, in the range of the data, not clamped).
+            latents: Unit noise to start from, shape (B, C, H, W), instead of drawing it.
+            callback_on_step_end: Called as ``f(pipe, index, timestep, {"latents": x})`` after every network call; may
+                return replacements.
+            callback_on_step_end_tensor_inputs: What the callback gets; only ``latents`` exists.
+            return_dict: Whether to return an ``ImagePipelineOutput`` instead of a tuple.
+
+        Returns:
+            The images.
+
+        Raises:
+            ValueError: An argument is out of range; nothing has been computed then.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+        if latents is None and (isinstance(batch_size, bool) or batch_size != int(batch_size) or batch_size < 1):
+            raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}, got {sorted(unknown)}."
+            )
+        device = self._execution_device
+        if latents is None:
+            latents = randn_tensor((batch_size, *self.sample_shape), generator=generator, device=device)
+        elif latents.ndim != 4 or latents.shape[1] != self.unet.config.in_channels:
+            raise ValueError(
+                f"latents must have shape (B, {self.unet.config.in_channels}, H, W), got {tuple(latents.shape)}."
+            )
+        elif isinstance(generator, list) and len(generator) != len(latents):
+            raise ValueError(f"generator is a list of {len(generator)}, but there are {len(latents)} latents.")
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)
+        x = latents.to(device=device, dtype=torch.float32) * self.scheduler.init_noise_sigma
+        accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_arguments: dict[str, Any] = {"generator": generator} if accepts_generator else {}
+
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                model_input = self.scheduler.scale_model_input(x, t).to(self.unet.dtype)
+                output = self.unet(model_input, t, return_dict=False)[0].to(x.dtype)
+                x = self.scheduler.step(output, t, x, **step_arguments, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    replaced = callback_on_step_end(self, i, t, {"latents": x})
+                    x = (replaced or {}).get("latents", x)
+                progress_bar.update()
+
+        images = self.postprocess(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def postprocess(self, x: Tensor, output_type: str = "pil") -> Any:
+        """From the network's data range to images; see ``output_type`` of the call."""
+        if output_type == "latent":
+            return x
+        low, high = self.config.data_min, self.config.data_max
+        images = ((x - low) / (high - low)).clamp(0.0, 1.0)
+        if not bool(torch.isfinite(images).all()):
+            logger.warning("Some images are not finite: does the scheduler fit this network?")
+        return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))

@@ -1,0 +1,240 @@
+"""Plans: a sampler as a table of rows, one row per model call.
+
+grid x predictor x corrector -> rows of a few Python floats, computed once in float64. Whoever executes a plan (the
+reference loop of ``sampling.py``, a diffusers scheduler) calls the model, calls ``advance`` and goes to the next row;
+it knows nothing of SDEs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .correctors import get_corrector
+from .parametrizations import Parametrization
+from .predictors import PredictorOptions, get_predictor
+from .sdes import SDE
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model call and the update that follows it.
+
+    A linear row is x_new = x * x_t + model * F + noise * z + sum_k history[k] * (k-th last remembered x0_hat), where F
+    is what the model returns: x0_hat, or the raw network output once the plan is folded. A Langevin row has no constant
+    update: ``x`` and ``model`` give the score, the step size is langevin (|z|/|score|)^2.
+
+    Attributes:
+        t: SDE time at which the model is called.
+        s: SDE time of the result; None for the data (alpha = 1, sigma = 0).
+        skip, out: x0_hat = skip * x_t + out * F.
+        remember: Keep this call's x0_hat for later rows.
+        is_corrector: Whether a corrector owns this call.
+    """
+
+    t: float
+    s: float | None
+    x: float
+    model: float
+    noise: float = 0.0
+    history: tuple[float, ...] = ()
+    langevin: float | None = None
+    skip: float = 0.0
+    out: float = 1.0
+    remember: bool = False
+    is_corrector: bool = False
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether ``advance`` draws noise."""
+        return self.noise != 0.0 or self.langevin is not None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sampler for one SDE on one grid.
+
+    Attributes:
+        rows: One per model call, in order; ``len(rows)`` is the number of function evaluations (nfe).
+        order: Rows per noise level: correctors and the calls of the predictor. The last level may have fewer.
+        memory: How many earlier estimates the rows look back on.
+    """
+
+    rows: tuple[Row, ...]
+    order: int
+    memory: int
+
+    def fold(self, parametrization: Parametrization, sde: SDE, predictors: bool = True) -> Plan:
+        """The same plan for a model that returns its raw output instead of x0_hat.
+
+        Args:
+            parametrization: What the model predicts.
+            sde: The plan's SDE.
+            predictors: False leaves the predictors' coefficients on x0_hat, for an executor that clips it first.
+
+        Raises:
+            ValueError: The parametrisation does not determine x0_hat at one of the plan's times.
+        """
+        t = torch.tensor([row.t for row in self.rows], dtype=torch.float64)
+        skip, out = (c.tolist() for c in parametrization.coefficients(sde.alpha(t), sde.sigma(t)))
+        if not all(map(math.isfinite, skip + out)):
+            raise ValueError(
+                f"prediction_type of {type(parametrization).__name__} does not determine the data where alpha(t) = 0 "
+                f"(t = {self.rows[0].t}); use 'v_prediction', 'flow_prediction', 'sample' or 'edm' there."
+            )
+        rows = (
+            replace(row, x=row.x + row.model * a, model=row.model * b, skip=a, out=b)
+            if predictors or row.is_corrector
+            else replace(row, skip=a, out=b)
+            for row, a, b in zip(self.rows, skip, out, strict=True)
+        )
+        return replace(self, rows=tuple(rows))
+
+
+def make_plan(
+    sde: SDE,
+    times: Tensor,
+    predictor: str = "exponential",
+    corrector: str | None = None,
+    correct_steps: int = 1,
+    snr: float = 0.16,
+    stochasticity: float = 1.0,
+    options: PredictorOptions | None = None,
+    denoise_final: bool = True,
+) -> Plan:
+    """Lay out predictor and corrector calls over a grid.
+
+    At every level the correctors come first and the predictor then leads to the next level, as in Algorithms 2 and 3 of
+    Song et al. 2021; the final sample is never corrected.
+
+    Args:
+        sde: The SDE.
+        times: Decreasing times, shape (n,), n >= 1 (n >= 2 without ``denoise_final``).
+        predictor: A name in ``PREDICTORS``.
+        corrector: A name in ``CORRECTORS``, or None.
+        correct_steps: Corrector calls per level.
+        snr: Signal-to-noise ratio r of the corrector's step size.
+        stochasticity: 1 for the reverse SDE, 0 for the probability-flow ODE.
+        options: Further options of the predictor.
+        denoise_final: End with x0_hat at the last time (Tweedie's formula: the mean without the noise); otherwise the
+            last time is where the result stands, noise and all.
+
+    Raises:
+        ValueError: Unknown names, a grid that does not decrease, or a combination without meaning.
+    """
+    rule = get_predictor(predictor)
+    times = torch.as_tensor(times, dtype=torch.float64)
+    if times.ndim != 1 or len(times) < (1 if denoise_final else 2) or not bool((times[1:] < times[:-1]).all()):
+        raise ValueError(f"times must be a strictly decreasing sequence, got {times.tolist()}.")
+    if stochasticity < 0 or not math.isfinite(stochasticity):
+        raise ValueError(f"stochasticity must be a finite number >= 0, got {stochasticity!r}.")
+    if rule.deterministic and stochasticity != 0.0:
+        raise ValueError(
+            f"predictor {predictor!r} integrates the probability-flow ODE only: set probability_flow=True "
+            "(stochasticity 0)."
+        )
+    if corrector is None and rule.calls == 0:
+        raise ValueError("predictor 'none' needs a corrector, such as 'langevin'.")
+    if corrector is not None and (correct_steps < 1 or int(correct_steps) != correct_steps):
+        raise ValueError(f"correct_steps must be an integer >= 1 when a corrector is set, got {correct_steps!r}.")
+    if corrector is not None and not (snr > 0 and math.isfinite(snr)):
+        raise ValueError(f"snr must be a positive number, got {snr!r}.")
+    if not rule.finite_at_zero_snr and torch.isneginf(sde.log_snr(times[0])):
+        raise ValueError(
+            f"predictor {predictor!r} needs finite f(t) and g(t), but alpha({float(times[0])}) = 0: "
+            "start at a smaller t."
+        )
+
+    intervals = len(times) - 1
+    levels = len(times) if denoise_final else intervals
+    predictions = (
+        _predictor_rows(sde, times, rule.stages(sde, times, stochasticity, options or PredictorOptions()))
+        if intervals
+        else []
+    )
+    predictions += [[] for _ in range(intervals - len(predictions))]
+    if denoise_final:
+        predictions.append([Row(float(times[-1]), None, 0.0, 1.0)])
+    corrections = _corrector_rows(sde, times, levels, corrector, snr) if corrector is not None else [[]] * levels
+    rows = [row for c, p in zip(corrections, predictions, strict=True) for row in c * correct_steps + p]
+    order = rule.calls + (correct_steps if corrector is not None else 0)
+    if not all(math.isfinite(v) for row in rows for v in (row.x, row.model, row.noise, *row.history)):
+        raise ValueError(f"predictor {predictor!r} has infinite coefficients on this grid of {type(sde).__name__}.")
+    return Plan(tuple(rows), order, max(len(row.history) for row in rows))
+
+
+def _predictor_rows(sde: SDE, times: Tensor, stages: list) -> list[list[Row]]:
+    """Per interval the rows of its stages."""
+    columns = [
+        (s.x.tolist(), s.x0.tolist(), s.noise.tolist(), [h.tolist() for h in s.history], s.at_target, s.remember)
+        for s in stages
+    ]
+    ts = times.tolist()
+    groups: list[list[Row]] = [[] for _ in ts[1:]] if columns else []
+    for i, group in enumerate(groups):
+        for x, x0, noise, history, at_target, remember in columns:
+            weights = [h[i] for h in history]
+            while weights and weights[-1] == 0.0:  # no earlier estimate exists yet, or it does not count
+                weights.pop()
+            t = ts[i + 1] if at_target else ts[i]
+            group.append(Row(t, ts[i + 1], x[i], x0[i], noise[i], tuple(weights), remember=remember))
+    return groups
+
+
+def _corrector_rows(sde: SDE, times: Tensor, levels: int, corrector: str, snr: float) -> list[list[Row]]:
+    t = times[:levels]
+    s = torch.cat([times[1:], times.new_tensor([math.nan])])[:levels]
+    c = get_corrector(corrector)(sde, t, s, snr)
+    steps = [None] * levels if c.langevin is None else c.langevin.tolist()
+    columns = zip(t.tolist(), c.x.tolist(), c.x0.tolist(), c.noise.tolist(), steps, strict=True)
+    return [[Row(t, t, x, x0, noise, langevin=langevin, is_corrector=True)] for t, x, x0, noise, langevin in columns]
+
+
+def advance(
+    row: Row,
+    x: Tensor,
+    model_output: Tensor,
+    memory: Sequence[Tensor],
+    draw: Callable[[], Tensor],
+    batch_norms: bool = False,
+) -> Tensor:
+    """Execute one row.
+
+    Args:
+        row: The row; its coefficients are Python floats, so nothing waits for the device.
+        x: Sample, shape (B, ...).
+        model_output: What the plan's model returned at (``x``, ``row.t``), same shape.
+        memory: Remembered x0_hats, most recent first, at least ``len(row.history)``.
+        draw: Returns fresh unit noise of x's shape; called only if the row has noise.
+        batch_norms: Langevin step size from norms averaged over the batch, as the official code does it, instead of
+            each sample's own. Samples then depend on their batch mates.
+
+    Returns:
+        The new sample, same shape.
+    """
+    update = model_output * row.model if row.x == 0.0 else torch.add(x * row.x, model_output, alpha=row.model)
+    if row.langevin is not None:
+        z = draw()
+        step = row.langevin * _squared_norm_ratio(z, update, batch_norms)
+        return x + step * update + torch.sqrt(2.0 * step) * z
+    for weight, estimate in zip(row.history, memory, strict=False):
+        update = torch.add(update, estimate, alpha=weight)
+    if row.noise != 0.0:
+        update = torch.add(update, draw(), alpha=row.noise)
+    return update
+
+
+def _squared_norm_ratio(z: Tensor, score: Tensor, batch_norms: bool) -> Tensor:
+    """(|z| / |score|)^2 of each sample, or of the batch means of both norms, broadcastable against the sample."""
+    axes = tuple(range(1, score.ndim))
+    score_norm, noise_norm = (
+        torch.linalg.vector_norm(v, dim=axes, keepdim=True) if axes else v.abs() for v in (score, z)
+    )
+    if batch_norms:
+        score_norm, noise_norm = score_norm.mean(0, keepdim=True), noise_norm.mean(0, keepdim=True)
+    # A vanishing score says nothing about the scale of p_t: move by nothing rather than by infinity.
+    return torch.where(score_norm > 0, noise_norm / score_norm, torch.zeros_like(noise_norm)).square()

@@ -1,0 +1,48 @@
+"""The reference loop: what it means to execute a plan. Schedulers must equal it bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .noise import standard_normal_like
+from .plans import Plan, advance
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""(x_t of shape (B, ...), t of shape ()) -> x0_hat = E[x_0 | x_t], shape (B, ...)."""
+
+
+@torch.no_grad()
+def sample(
+    plan: Plan,
+    denoiser: Denoiser,
+    x: Tensor,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    batch_norms: bool = False,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Execute a plan.
+
+    Args:
+        plan: From ``make_plan``.
+        denoiser: (x, t) -> x0_hat; for a folded plan the network itself, called with SDE time.
+        x: Start, drawn from the prior, shape (B, ...).
+        generator: One generator, or a list with one for each sample.
+        batch_norms: See ``advance``.
+        callback: Called with the row's index and the sample after each row.
+
+    Returns:
+        The sample, shape of ``x``.
+    """
+    memory: list[Tensor] = []
+    for i, row in enumerate(plan.rows):
+        output = denoiser(x, torch.tensor(row.t, dtype=torch.float64, device=x.device))
+        estimate = torch.add(x * row.skip, output, alpha=row.out) if row.remember else None
+        x = advance(row, x, output, memory, lambda: standard_normal_like(output, generator), batch_norms)  # noqa: B023
+        if estimate is not None:
+            memory = [estimate, *memory][: plan.memory]
+        if callback is not None:
+            callback(i, x)
+    return x

@@ -1,0 +1,83 @@
+"""Variance-preserving SDE: DDPM and everything trained like it."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import register_to_config
+
+from ..sdes import SDE, VPSDE, DiscreteVPSDE, ddpm_betas
+from .scheduling_sde import SDEScheduler, document_common_arguments
+
+
+@document_common_arguments
+class VPSDEScheduler(SDEScheduler):
+    """Reverse SDE, predictor-corrector and probability-flow sampling on the VP SDE, for any DDPM-type network.
+
+    dx = -beta/2 x dt + sqrt(beta) dw (Song et al. 2021, eq. 11). Names and defaults of diffusers' DDPM and DDIM
+    schedulers are kept, so their configs load; ``clip_sample`` alone is off by default, because the config of a latent
+    model that does not mention it must not be clipped.
+
+    Args:
+        num_train_timesteps: N, the length of the table and the scale of the network's timesteps.
+        beta_start: First variance of the table.
+        beta_end: Last variance of the table.
+        beta_schedule: ``linear``, ``scaled_linear``, ``squaredcos_cap_v2`` or ``sigmoid``.
+        trained_betas: Variances to use instead.
+        prediction_type: ``epsilon``, ``sample``, ``v_prediction``, ``flow_prediction``, ``score`` or ``edm``.
+        rescale_betas_zero_snr: Rescale the table to zero terminal SNR.
+        continuous: False for the SDE that passes through the DDPM table; True for the paper's VP SDE with
+            beta(t) from N beta_start to N beta_end, which ``linear`` discretises.
+        {common}
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        prediction_type: str = "epsilon",
+        rescale_betas_zero_snr: bool = False,
+        continuous: bool = False,
+        predictor: str = "exponential",
+        corrector: str | None = None,
+        probability_flow: bool = False,
+        stochasticity: float = 1.0,
+        solver_order: int = 1,
+        correct_steps: int = 1,
+        snr: float = 0.01,
+        langevin_norm: str = "sample",
+        time_grid: str | None = None,
+        rho: float = 7.0,
+        sampling_eps: float = 1e-3,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        denoise_final: bool = True,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        variance_type: str = "fixed_small",
+        time_conditioning: str | None = None,
+        sigma_data: float = 0.5,
+    ) -> None:
+        if time_conditioning is None:
+            self.register_to_config(time_conditioning="continuous" if continuous else "discrete")
+        if continuous and (beta_schedule != "linear" or trained_betas is not None or rescale_betas_zero_snr):
+            raise ValueError(
+                "continuous=True is the paper's VP SDE with linear beta(t): it takes beta_schedule='linear', no "
+                f"trained_betas and no rescale_betas_zero_snr, got beta_schedule={beta_schedule!r}."
+            )
+        sde: SDE
+        if continuous:
+            sde = VPSDE(num_train_timesteps * beta_start, num_train_timesteps * beta_end)
+        else:
+            betas = ddpm_betas(beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas)
+            if len(betas) != num_train_timesteps:
+                raise ValueError(
+                    f"trained_betas has {len(betas)} entries, but num_train_timesteps is {num_train_timesteps!r}."
+                )
+            sde = DiscreteVPSDE.from_betas(betas, rescale_betas_zero_snr)
+            self.betas = betas.float()
+            self.alphas_cumprod = torch.tensor(sde.alphas_cumprod, dtype=torch.float32)
+        self._setup(sde)

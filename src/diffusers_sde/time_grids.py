@@ -1,0 +1,90 @@
+"""Time grids: where a sampler calls the network.
+
+A grid maps (sde, n, t_start, t_end) to n decreasing times, float64, with the first at t_start and the last at t_end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .sdes import SDE
+
+# Where alpha vanishes at the start (rectified flow, cosine, zero terminal SNR) grids in log-SNR spread their points
+# from sigma/alpha = 1000 on; the first point is the start itself.
+MIN_LOG_SNR = -2.0 * math.log(1000.0)
+
+
+def uniform(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0) -> Tensor:
+    """Uniform in t: the paper's grid (Song et al. 2021, Algorithms 2 and 3)."""
+    return torch.linspace(t_start, t_end, n, dtype=torch.float64)
+
+
+def log_snr(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0) -> Tensor:
+    """Uniform in log-SNR (Lu et al. 2022, arXiv:2206.00927)."""
+    first = max(float(sde.log_snr(t_start)), MIN_LOG_SNR)
+    grid = sde.time_of(torch.linspace(first, float(sde.log_snr(t_end)), n, dtype=torch.float64))
+    return _with_ends(grid, t_start, t_end)
+
+
+def karras(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0) -> Tensor:
+    """Uniform in (sigma/alpha)^(1/rho) (Karras et al. 2022, arXiv:2206.00364, eq. 5)."""
+    largest = math.exp(-0.5 * max(float(sde.log_snr(t_start)), MIN_LOG_SNR))
+    smallest = math.exp(-0.5 * float(sde.log_snr(t_end)))
+    ramp = torch.linspace(largest ** (1.0 / rho), smallest ** (1.0 / rho), n, dtype=torch.float64)
+    return _with_ends(sde.time_of(-2.0 * rho * ramp.log()), t_start, t_end)
+
+
+def _with_ends(grid: Tensor, t_start: float, t_end: float) -> Tensor:
+    grid[-1] = t_end
+    grid[0] = t_start
+    return grid
+
+
+TIME_GRIDS: dict[str, Callable[..., Tensor]] = {"uniform": uniform, "log_snr": log_snr, "karras": karras}
+
+
+def get_time_grid(name: str, sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0) -> Tensor:
+    """N decreasing times from ``t_start`` to ``t_end`` on a named grid, float64.
+
+    Raises:
+        ValueError: Unknown name, n below 1, rho not positive, or ends that are not decreasing.
+    """
+    if name not in TIME_GRIDS:
+        raise ValueError(f"time_grid must be one of {', '.join(TIME_GRIDS)}, got {name!r}.")
+    if n < 1:
+        raise ValueError(f"the number of time points must be at least 1, got {n!r}.")
+    if not rho > 0:
+        raise ValueError(f"rho must be positive, got {rho!r}.")
+    if not t_end < t_start:
+        raise ValueError(f"sampling runs from t_max down to sampling_eps, got {t_start!r} and {t_end!r}.")
+    return TIME_GRIDS[name](sde, n, t_start, t_end, rho)
+
+
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+
+
+def discrete_timesteps(spacing: str, n: int, num_train_timesteps: int, steps_offset: int = 0) -> np.ndarray:
+    """Diffusers' integer timesteps (Lin et al. 2023, arXiv:2305.08891, Table 2), decreasing, int64.
+
+    Raises:
+        ValueError: Unknown spacing, or n outside 1..num_train_timesteps.
+    """
+    if spacing not in TIMESTEP_SPACINGS:
+        raise ValueError(f"timestep_spacing must be one of {', '.join(TIMESTEP_SPACINGS)}, got {spacing!r}.")
+    if not 1 <= n <= num_train_timesteps:
+        raise ValueError(
+            f"num_inference_steps must lie in 1..{num_train_timesteps} (num_train_timesteps) on the {spacing!r} "
+            f"spacing, got {n!r}."
+        )
+    if spacing == "linspace":
+        return np.linspace(0, num_train_timesteps - 1, n).round()[::-1].astype(np.int64)
+    if spacing == "leading":
+        timesteps = (np.arange(n) * (num_train_timesteps // n))[::-1].astype(np.int64) + steps_offset
+        return np.minimum(timesteps, num_train_timesteps - 1)
+    timesteps = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / n)).astype(np.int64) - 1
+    return timesteps[:n]
