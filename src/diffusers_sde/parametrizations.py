@@ -85,15 +85,16 @@ class EDMPreconditioning(Parametrization):
     """EDM's preconditioning (Karras et al. 2022, arXiv:2206.00364, Table 1), for any path.
 
     It is EDM's in the variables x/alpha and sigma/alpha; the input scale gives the network unit variance for data of
-    standard deviation ``sigma_data``.
+    standard deviation ``sigma_data``. ``sign`` -1 is the v-prediction of preconditioned models (Stable Video Diffusion).
     """
 
     sigma_data: float = 0.5
+    sign: float = 1.0
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(sd^2 alpha, sigma sd sqrt(v)) / v with v = alpha^2 sd^2 + sigma^2 and sd = sigma_data."""
         variance = (alpha * self.sigma_data).square() + sigma.square()
-        return alpha * self.sigma_data**2 / variance, sigma * self.sigma_data / variance.sqrt()
+        return alpha * self.sigma_data**2 / variance, self.sign * sigma * self.sigma_data / variance.sqrt()
 
     def input_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """1 / sqrt(alpha^2 sd^2 + sigma^2)."""
@@ -103,20 +104,31 @@ class EDMPreconditioning(Parametrization):
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction", "score", "edm")
 
 
-def get_parametrization(prediction_type: str, sigma_data: float = 0.5) -> Parametrization:
+def get_parametrization(
+    prediction_type: str, sigma_data: float = 0.5, preconditioning: str | None = None
+) -> Parametrization:
     """The parametrisation behind a ``prediction_type``.
 
     Args:
         prediction_type: One of ``PREDICTION_TYPES``; the first four are diffusers' own names.
-        sigma_data: Standard deviation of the data, used by ``edm`` only.
+        sigma_data: Standard deviation of the data, used by EDM's preconditioning only.
+        preconditioning: None, or ``edm`` for configs of diffusers' EDM schedulers, in which ``epsilon`` and
+            ``v_prediction`` mean a preconditioned network and differ in sign.
 
     Raises:
-        ValueError: Unknown name.
+        ValueError: Unknown name or combination.
     """
-    if prediction_type == "edm":
+    if preconditioning not in (None, "edm"):
+        raise ValueError(f"preconditioning must be None or 'edm', got {preconditioning!r}.")
+    if preconditioning == "edm" or prediction_type == "edm":
         if not sigma_data > 0:
             raise ValueError(f"sigma_data must be positive, got {sigma_data!r}.")
-        return EDMPreconditioning(sigma_data)
+        signs = {"edm": 1.0, "epsilon": 1.0, "v_prediction": -1.0}
+        if prediction_type not in signs:
+            raise ValueError(
+                f"preconditioning='edm' takes prediction_type {', '.join(signs)}, got {prediction_type!r}."
+            )
+        return EDMPreconditioning(sigma_data, signs[prediction_type])
     plain: dict[str, type[Parametrization]] = {
         "epsilon": Epsilon,
         "sample": Sample,

@@ -105,6 +105,7 @@ def make_plan(
     stochasticity: float = 1.0,
     options: PredictorOptions | None = None,
     denoise_final: bool = True,
+    final_time: float | None = None,
 ) -> Plan:
     """Lay out predictor and corrector calls over a grid.
 
@@ -122,6 +123,8 @@ def make_plan(
         options: Further options of the predictor.
         denoise_final: End with x0_hat at the last time (Tweedie's formula: the mean without the noise); otherwise the
             last time is where the result stands, noise and all.
+        final_time: With ``denoise_final``, end with a noise-free step to this time instead of the data, as diffusers does
+            for ``final_sigmas_type="sigma_min"``.
 
     Raises:
         ValueError: Unknown names, a grid that does not decrease, or a combination without meaning.
@@ -158,13 +161,22 @@ def make_plan(
     )
     predictions += [[] for _ in range(intervals - len(predictions))]
     if denoise_final:
-        predictions.append([Row(float(times[-1]), None, 0.0, 1.0)])
+        predictions.append([_final_row(sde, float(times[-1]), final_time)])
     corrections = _corrector_rows(sde, times, levels, corrector, snr) if corrector is not None else [[]] * levels
     rows = [row for c, p in zip(corrections, predictions, strict=True) for row in c * correct_steps + p]
     order = rule.calls + (correct_steps if corrector is not None else 0)
     if not all(math.isfinite(v) for row in rows for v in (row.x, row.model, row.noise, *row.history)):
         raise ValueError(f"predictor {predictor!r} has infinite coefficients on this grid of {type(sde).__name__}.")
     return Plan(tuple(rows), order, max(len(row.history) for row in rows))
+
+
+def _final_row(sde: SDE, t: float, final_time: float | None) -> Row:
+    if final_time is None:
+        return Row(t, None, 0.0, 1.0)
+    if not 0.0 < final_time <= t:
+        raise ValueError(f"final_time must lie in (0, {t}], the last time of the grid, got {final_time!r}.")
+    x = float(sde.sigma(final_time) / sde.sigma(t))
+    return Row(t, final_time, x, float(sde.alpha(final_time) - sde.alpha(t) * x))
 
 
 def _predictor_rows(sde: SDE, times: Tensor, stages: list) -> list[list[Row]]:

@@ -66,17 +66,15 @@ class PredictorOptions:
 
     Attributes:
         solver_order: 1, 2 or 3, for ``exponential``.
-        variance_type: ``fixed_small`` (posterior variance) or ``fixed_large`` (beta), for ``ancestral``.
+        large_variance: Noise of the ``ancestral`` predictor from beta instead of the posterior variance.
     """
 
     solver_order: int = 1
-    variance_type: str = "fixed_small"
+    large_variance: bool = False
 
     def __post_init__(self) -> None:
         if self.solver_order not in (1, 2, 3):
             raise ValueError(f"solver_order must be 1, 2 or 3, got {self.solver_order!r}.")
-        if self.variance_type not in ("fixed_small", "fixed_large"):
-            raise ValueError(f"variance_type must be 'fixed_small' or 'fixed_large', got {self.variance_type!r}.")
 
 
 def _with_score(sde: SDE, t: Tensor, x: Tensor, score: Tensor, noise: Tensor) -> Stage:
@@ -112,15 +110,14 @@ def ancestral(sde: SDE, times: Tensor, stochasticity: float, options: PredictorO
 
     The variance is eta^2 sigma_s^2 v / sigma_t^2 with v of the transition kernel. eta = 1 is DDPM's posterior (Ho et
     al. 2020, eq. 6-7) and SMLD's (Song et al. 2021, eq. 47); eta = 0 is DDIM and values between are DDIM's eta (Song et
-    al. 2020, arXiv:2010.02502, eq. 12). ``variance_type="fixed_large"`` puts v itself in the noise, as the official
-    code.
+    al. 2020, arXiv:2010.02502, eq. 12). ``large_variance`` puts v itself in the noise, as the official code.
     """
     t, s = times[:-1], times[1:]
     _, v = sde.transition(s, t)
     sigma_t, sigma_s = sde.sigma(t), sde.sigma(s)
     std = stochasticity * sigma_s * v.sqrt() / sigma_t
     x = torch.sqrt(sigma_s.square() - std.square()) / sigma_t
-    noise = stochasticity * v.sqrt() if options.variance_type == "fixed_large" else std
+    noise = stochasticity * v.sqrt() if options.large_variance else std
     return [Stage(x, sde.alpha(s) - sde.alpha(t) * x, noise)]
 
 

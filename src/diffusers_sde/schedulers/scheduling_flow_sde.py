@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,21 +18,39 @@ class FlowSDEScheduler(SDEScheduler):
     """Reverse SDE, predictor-corrector and probability-flow sampling on the straight path of a flow-matching model.
 
     x_t = (1 - t) x_0 + t eps. The probability flow is the model's own ODE; the SDE with the same marginals is
-    dx = -x/(1 - t) dt + sqrt(2 t/(1 - t)) dw.
+    dx = -x/(1 - t) dt + sqrt(2 t/(1 - t)) dw. Names and defaults of diffusers' FlowMatchEulerDiscreteScheduler are kept,
+    and what its pipelines call sigma is t here.
 
     Args:
         num_train_timesteps: N, the scale of the network's timesteps: it is fed t N.
         shift: Moves the grid towards the noise, t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024,
-            arXiv:2403.03206, section 5.3.2).
+            arXiv:2403.03206, section 5.3.2). A sampling grid only, the path stays the same.
+        use_dynamic_shifting: Take the shift from ``mu``, which pipelines compute from the image size and pass to
+            ``set_timesteps``, instead of ``shift``.
+        base_shift: Read by pipelines, to compute ``mu``; likewise the next three.
+        max_shift: See ``base_shift``.
+        base_image_seq_len: See ``base_shift``.
+        max_image_seq_len: See ``base_shift``.
+        time_shift_type: ``exponential`` (t -> e^mu / (e^mu + 1/t - 1)) or ``linear`` (mu in place of e^mu).
+        shift_terminal: Stretch the grid so that it ends at this t.
         prediction_type: ``flow_prediction``, ``epsilon``, ``sample``, ``v_prediction``, ``score`` or ``edm``.
         {common}
     """
+
+    _families = ("flow",)
 
     @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,
         shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int | None = 256,
+        max_image_seq_len: int | None = 4096,
+        time_shift_type: str = "exponential",
+        shift_terminal: float | None = None,
         prediction_type: str = "flow_prediction",
         predictor: str = "exponential",
         corrector: str | None = None,
@@ -49,19 +68,70 @@ class FlowSDEScheduler(SDEScheduler):
         denoise_final: bool = True,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
-        variance_type: str = "fixed_small",
+        variance_type: str | None = "fixed_small",
         time_conditioning: str = "continuous",
         sigma_data: float = 0.5,
     ) -> None:
         if not shift > 0:
             raise ValueError(f"shift must be positive, got {shift!r}.")
+        if time_shift_type not in ("exponential", "linear"):
+            raise ValueError(f"time_shift_type must be 'exponential' or 'linear', got {time_shift_type!r}.")
+        if shift_terminal is not None and not 0.0 <= shift_terminal < 1.0:
+            raise ValueError(f"shift_terminal must lie in [0, 1), got {shift_terminal!r}.")
+        self._mu: float | None = None
         self._setup(RectifiedFlowSDE())
 
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | Tensor | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Lay out the sampler; resets all state of an earlier run.
+
+        Args:
+            num_inference_steps: Noise levels. Each costs ``order`` model calls (the last one may cost fewer).
+            device: Where ``timesteps`` live. All coefficients stay on the host.
+            timesteps: Decreasing network timesteps t N to use as they are.
+            sigmas: Decreasing times t instead; they are shifted like the scheduler's own grid, as flow-matching pipelines
+                expect.
+            mu: The shift, where ``use_dynamic_shifting`` is on (otherwise it is ignored, as diffusers does).
+
+        Raises:
+            ValueError: ``mu`` is missing, or see ``SDEScheduler.set_timesteps``.
+        """
+        if self.config.use_dynamic_shifting and mu is None and timesteps is None:
+            raise ValueError("mu must be passed to set_timesteps when use_dynamic_shifting is on.")
+        self._mu = mu
+        super().set_timesteps(num_inference_steps, device, timesteps, sigmas)
+
     def _times(self, num_inference_steps: int) -> Tensor:
-        times = super()._times(num_inference_steps)
-        return self.config.shift * times / (1.0 + (self.config.shift - 1.0) * times)
+        return self._shifted(super()._times(num_inference_steps))
 
     def _times_of_sigmas(self, sigmas: Sequence[float] | Tensor) -> Tensor:
         # Flow-matching pipelines call sigma what is t here, not the ratio sigma/alpha.
         values = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
-        return values[:-1] if len(values) > 1 and float(values[-1]) == 0.0 else values
+        values = values[:-1] if len(values) > 1 and float(values[-1]) == 0.0 else values
+        if not bool(((values > 0) & (values <= 1)).all()):
+            raise ValueError(f"sigmas of a flow must lie in (0, 1] (a final 0 is allowed), got {values.tolist()}.")
+        return self._shifted(values)
+
+    def _last_time(self) -> float:
+        # FlowMatchEulerDiscreteScheduler shifts the end of its grid once at construction and once more with the grid.
+        eps = float(self.config.sampling_eps)
+        return (
+            eps if self.config.use_dynamic_shifting else self.config.shift * eps / (1 + (self.config.shift - 1) * eps)
+        )
+
+    def _shifted(self, t: Tensor) -> Tensor:
+        config = self.config
+        if not config.use_dynamic_shifting or self._mu is None:
+            factor = config.shift
+        else:
+            factor = math.exp(self._mu) if config.time_shift_type == "exponential" else self._mu
+        t = factor * t / (1.0 + (factor - 1.0) * t)
+        if config.shift_terminal:
+            t = 1.0 - (1.0 - t) * (1.0 - config.shift_terminal) / (1.0 - t[-1])
+        return t

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,10 @@ from ..plans import Plan, Row, advance, make_plan
 from ..predictors import PredictorOptions, get_predictor
 from ..sdes import SDE, expand_like
 from ..time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid
+from .conversion import translate_config
 
 LANGEVIN_NORMS = ("sample", "batch")
+VARIANCE_TYPES = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 COMMON_ARGUMENTS = """
         predictor: ``exponential``, ``ancestral``, ``reverse_diffusion``, ``euler_maruyama``, ``heun`` or ``none``.
@@ -41,7 +44,8 @@ COMMON_ARGUMENTS = """
         denoise_final: End with x0_hat at the last time, the mean without noise.
         clip_sample: Clip x0_hat of predictor calls to [-clip_sample_range, clip_sample_range].
         clip_sample_range: See ``clip_sample``.
-        variance_type: ``fixed_small`` or ``fixed_large``, the noise of the ``ancestral`` predictor.
+        variance_type: diffusers' names. ``fixed_large`` gives the ``ancestral`` predictor beta as variance; ``learned`` and
+            ``learned_range`` mean that the network also returns a variance, which is dropped, since the SDE fixes it.
         time_conditioning: What the network is fed for SDE time t: ``discrete`` (t N - 1), ``continuous`` (t N),
             ``score_sde`` (t (N - 1)), ``sigma``, ``log_sigma`` or ``edm``; see ``TimeConditioning``.
         sigma_data: Standard deviation of the data, for ``edm`` prediction.
@@ -67,6 +71,34 @@ class SDESchedulerOutput(BaseOutput):
     pred_original_sample: Tensor
 
 
+class _StepResult(tuple):
+    """(prev_sample, pred_original_sample), the second computed when it is first looked at.
+
+    Most pipelines read the first only, and x0_hat costs as much as the step itself.
+    """
+
+    _compute: Callable[[], Tensor] | None
+
+    def __new__(cls, prev_sample: Tensor, compute: Callable[[], Tensor]) -> _StepResult:
+        self = super().__new__(cls, (prev_sample, None))
+        self._compute = compute
+        return self
+
+    def _resolve(self) -> tuple[Tensor, Tensor]:
+        if self._compute is not None:
+            self._x0_hat, self._compute = self._compute(), None
+        return (super().__getitem__(0), self._x0_hat)
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(0) if index == 0 else self._resolve()[index]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._resolve())
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[Tensor, Tensor]]]:
+        return tuple, (self._resolve(),)
+
+
 class SDEScheduler(SchedulerMixin, ConfigMixin):
     """Base of the SDE schedulers. Not constructed itself: a subclass names an SDE and its config arguments.
 
@@ -77,6 +109,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
     """
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    _families: tuple[str, ...] = ()
     order = 1
 
     sde: SDE
@@ -86,16 +119,28 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
 
     # ------------------------------------------------------------------ construction
 
-    def _setup(self, sde: SDE) -> None:
+    def _setup(self, sde: SDE, final_time: float | None = None) -> None:
         """Finish construction: check the config and put the scheduler in its initial state."""
+        # Every value counts as given: diffusers would otherwise replace ours by the defaults of the class that is swapped
+        # in, and would not know whose config it is.
+        self.register_to_config(_use_default_values=[], _class_name=type(self).__name__)
         config = self.config
         self.sde = sde
-        self.parametrization = get_parametrization(config.prediction_type, config.sigma_data)
+        self._final_time = final_time
+        self.parametrization = get_parametrization(
+            config.prediction_type, config.sigma_data, config.get("preconditioning")
+        )
         self.conditioning = TimeConditioning(config.time_conditioning, config.num_train_timesteps)
         if config.langevin_norm not in LANGEVIN_NORMS:
             raise ValueError(f"langevin_norm must be one of {', '.join(LANGEVIN_NORMS)}, got {config.langevin_norm!r}.")
+        if config.variance_type not in VARIANCE_TYPES:
+            names = ", ".join(map(repr, VARIANCE_TYPES))
+            raise ValueError(f"variance_type must be one of {names}, got {config.variance_type!r}.")
         if config.clip_sample and not config.clip_sample_range > 0:
             raise ValueError(f"clip_sample_range must be positive, got {config.clip_sample_range!r}.")
+        self._clips = config.clip_sample or config.get("thresholding", False)
+        self._learns_variance = config.variance_type in ("learned", "learned_range")
+        self._batch_norms = config.langevin_norm == "batch"
         if not 0 < config.sampling_eps < sde.t_max:
             raise ValueError(f"sampling_eps must lie in (0, {sde.t_max}), got {config.sampling_eps!r}.")
         if config.time_grid is not None:
@@ -107,6 +152,41 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         self.order = self._order
         every = torch.arange(config.num_train_timesteps, 0, -1, dtype=torch.float64) / config.num_train_timesteps
         self.timesteps = self._fed(every * sde.t_max)
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Construct from the config of this class or of any diffusers scheduler of a model on the same path.
+
+        Args:
+            config: ``scheduler.config``, in memory or read from JSON.
+            return_unused_kwargs: Whether to return the pair (scheduler, keys that are not arguments of this class).
+            **kwargs: Arguments of this class that override the config.
+
+        Raises:
+            ValueError: The config describes another kind of path (the message names the class for it), holds a setting
+                that would change the result and cannot be honoured, or an argument is unknown.
+        """
+        if not isinstance(config, dict):
+            raise ValueError(f"config must be a dictionary such as scheduler.config, got {type(config).__name__}.")
+        known = cls._get_init_keys(cls) - {"self"}
+        unknown = {k: kwargs.pop(k) for k in list(kwargs) if k not in known}
+        if unknown and not return_unused_kwargs:
+            close = {name: difflib.get_close_matches(name, known, 1) for name in unknown}
+            hints = "; ".join(f"{name!r}" + (f" (did you mean {c[0]!r}?)" if c else "") for name, c in close.items())
+            raise ValueError(f"{cls.__name__} has no argument {hints}. It takes {', '.join(sorted(known))}.")
+        given = {k: v for k, v in config.items() if k in known}
+        if "predictor" not in config:
+            # Straight from diffusers; a config that has been ours before already says what these keys would.
+            given = {**given, **translate_config(config, cls.__name__, cls._families)}
+        else:
+            translate_config(config, cls.__name__, cls._families)
+        scheduler = cls(**{**given, **kwargs})
+        # Keys of the scheduler that was swapped out, kept so that swapping back loses nothing.
+        hidden = {k: v for k, v in config.items() if k not in known and not k.startswith("_")}
+        scheduler.register_to_config(**hidden)
+        return (scheduler, {**unknown, **hidden}) if return_unused_kwargs else scheduler
 
     @property
     def stochasticity(self) -> float:
@@ -123,11 +203,12 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             correct_steps=config.correct_steps,
             snr=config.snr,
             stochasticity=self.stochasticity,
-            options=PredictorOptions(config.solver_order, config.get("variance_type", "fixed_small")),
+            options=PredictorOptions(config.solver_order, config.variance_type in ("fixed_large", "fixed_large_log")),
             denoise_final=config.denoise_final or len(times) == 1,
+            final_time=self._final_time,
         )
         # Where x0_hat is clipped it has to be formed; otherwise the parametrisation disappears in the coefficients.
-        return plan.fold(self.parametrization, self.sde, predictors=not config.clip_sample)
+        return plan.fold(self.parametrization, self.sde, predictors=not self._clips)
 
     # ------------------------------------------------------------------ the time grid
 
@@ -145,7 +226,10 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         start = sde.t_max
         if not get_predictor(config.predictor).finite_at_zero_snr and math.isinf(float(sde.log_snr(start))):
             start = float(sde.time_of(MIN_LOG_SNR))
-        return get_time_grid(config.time_grid, sde, points, start, config.sampling_eps, config.rho)
+        return get_time_grid(config.time_grid, sde, points, start, self._last_time(), config.rho)
+
+    def _last_time(self) -> float:
+        return float(self.config.sampling_eps)
 
     def set_timesteps(
         self,
@@ -293,6 +377,8 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        eta: float | None = None,
+        use_clipped_model_output: bool | None = None,
     ) -> SDESchedulerOutput | tuple[Tensor, Tensor]:
         """Execute the next row of the plan: one predictor or corrector update after one model call.
 
@@ -302,13 +388,21 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             sample: The current sample x_t, shape (B, ...), any floating dtype.
             generator: One generator, or one for each sample.
             return_dict: Whether to return an ``SDESchedulerOutput`` instead of a tuple.
+            eta: Pipelines written for DDIM always pass their own default, 0, which must not turn a reverse SDE into an
+                ODE. So 0 means nothing here: stochasticity is set in the config, and any other value is refused.
+            use_clipped_model_output: Accepted for the same pipelines; only False or None.
 
         Returns:
             The new sample and x0_hat, in the dtype of ``sample``.
 
         Raises:
-            ValueError: ``set_timesteps`` was not called, or the plan has come to its end.
+            ValueError: ``set_timesteps`` was not called, the plan has come to its end, or ``eta`` asks for something.
         """
+        if eta or use_clipped_model_output:
+            raise ValueError(
+                f"eta={eta!r} and use_clipped_model_output={use_clipped_model_output!r} are DDIM's: set stochasticity (or "
+                "probability_flow) and clip_sample in the scheduler's config instead."
+            )
         index = self._step_index
         if index is None:
             if self.num_inference_steps is None:
@@ -319,34 +413,41 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         row = self._rows[index]
 
         dtype = sample.dtype
+        if self._learns_variance and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output[:, : sample.shape[1]]
         if dtype in (torch.float16, torch.bfloat16):
             sample = sample.float()
         model_output = model_output.to(sample.dtype)
-        x0_hat = self._x0_hat(row, model_output, sample)
+        x0_hat = self._x0_hat(row, model_output, sample) if self._clips or row.remember else None
 
         if index < self._first_row:
             prev_sample = sample
         else:
-            like = sample
+            # Clipped predictors are laid out for x0_hat; correctors always use the network's own score.
+            output = x0_hat if x0_hat is not None and self._clips and not row.is_corrector else model_output
             prev_sample = advance(
-                row,
-                sample,
-                x0_hat if self.config.clip_sample and not row.is_corrector else model_output,
-                self._memory,
-                lambda: standard_normal_like(like, generator),
-                batch_norms=self.config.langevin_norm == "batch",
+                row, sample, output, self._memory, lambda: standard_normal_like(sample, generator), self._batch_norms
             )
-            if row.remember:
+            if x0_hat is not None and row.remember:
                 self._memory = [x0_hat, *self._memory][: self._memory_length]
         self._step_index = index + 1
 
-        prev_sample, x0_hat = prev_sample.to(dtype), x0_hat.to(dtype)
+        prev_sample = prev_sample.to(dtype)
+        if not return_dict and x0_hat is None and not torch.compiler.is_compiling():
+            return _StepResult(prev_sample, lambda: self._x0_hat(row, model_output, sample).to(dtype))
+        x0_hat = (self._x0_hat(row, model_output, sample) if x0_hat is None else x0_hat).to(dtype)
         return SDESchedulerOutput(prev_sample, x0_hat) if return_dict else (prev_sample, x0_hat)
 
     def _x0_hat(self, row: Row, model_output: Tensor, sample: Tensor) -> Tensor:
         x0_hat = torch.add(sample * row.skip, model_output, alpha=row.out)
-        if self.config.clip_sample:
-            x0_hat = x0_hat.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        config = self.config
+        if config.get("thresholding", False):
+            # Per sample, in the order of Saharia et al. 2022, section 2.3: clip at the quantile, then divide by it.
+            quantile = torch.quantile(x0_hat.abs().flatten(1), config.dynamic_thresholding_ratio, dim=1)
+            limit = expand_like(quantile.clamp(1.0, config.sample_max_value), x0_hat)
+            return torch.clamp(x0_hat, -limit, limit) / limit
+        if config.clip_sample:
+            return x0_hat.clamp(-config.clip_sample_range, config.clip_sample_range)
         return x0_hat
 
     # ------------------------------------------------------------------ the path, for training and editing

@@ -23,6 +23,8 @@ class SubVPSDEScheduler(SDEScheduler):
         {common}
     """
 
+    _families = ("sub_vp",)
+
     @register_to_config
     def __init__(
         self,
@@ -46,7 +48,7 @@ class SubVPSDEScheduler(SDEScheduler):
         denoise_final: bool = True,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
-        variance_type: str = "fixed_small",
+        variance_type: str | None = "fixed_small",
         time_conditioning: str = "continuous",
         sigma_data: float = 0.5,
     ) -> None:

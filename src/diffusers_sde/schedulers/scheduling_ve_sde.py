@@ -24,8 +24,12 @@ class VESDEScheduler(SDEScheduler):
         sigma_min: Smallest noise, in units of the data.
         sigma_max: Largest noise, in units of the data.
         prediction_type: ``score``, ``epsilon``, ``sample``, ``v_prediction``, ``flow_prediction`` or ``edm``.
+        preconditioning: None, or ``edm`` for networks of diffusers' EDM schedulers, which call their preconditioned
+            output ``epsilon`` or ``v_prediction``.
         {common}
     """
+
+    _families = ("ve", "edm")
 
     @register_to_config
     def __init__(
@@ -34,6 +38,7 @@ class VESDEScheduler(SDEScheduler):
         sigma_min: float = 0.01,
         sigma_max: float = 50.0,
         prediction_type: str = "score",
+        preconditioning: str | None = None,
         predictor: str = "exponential",
         corrector: str | None = None,
         probability_flow: bool = False,
@@ -50,7 +55,7 @@ class VESDEScheduler(SDEScheduler):
         denoise_final: bool = True,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
-        variance_type: str = "fixed_small",
+        variance_type: str | None = "fixed_small",
         time_conditioning: str = "sigma",
         sigma_data: float = 0.5,
     ) -> None:

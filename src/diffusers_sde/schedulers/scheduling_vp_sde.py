@@ -21,14 +21,22 @@ class VPSDEScheduler(SDEScheduler):
         num_train_timesteps: N, the length of the table and the scale of the network's timesteps.
         beta_start: First variance of the table.
         beta_end: Last variance of the table.
-        beta_schedule: ``linear``, ``scaled_linear``, ``squaredcos_cap_v2`` or ``sigmoid``.
+        beta_schedule: ``linear``, ``scaled_linear``, ``squaredcos_cap_v2``, ``sigmoid``, ``exp`` or ``laplace``.
         trained_betas: Variances to use instead.
         prediction_type: ``epsilon``, ``sample``, ``v_prediction``, ``flow_prediction``, ``score`` or ``edm``.
         rescale_betas_zero_snr: Rescale the table to zero terminal SNR.
         continuous: False for the SDE that passes through the DDPM table; True for the paper's VP SDE with
             beta(t) from N beta_start to N beta_end, which ``linear`` discretises.
+        thresholding: Clip x0_hat at its own ``dynamic_thresholding_ratio`` quantile and rescale it (Saharia et al. 2022,
+            arXiv:2205.11487); not for latent models.
+        dynamic_thresholding_ratio: See ``thresholding``.
+        sample_max_value: Largest threshold.
+        final_sigmas_type: ``zero`` ends with x0_hat; ``sigma_min`` with a noise-free step to the first table entry, as
+            DDIM does where ``set_alpha_to_one`` is false.
         {common}
     """
+
+    _families = ("vp",)
 
     @register_to_config
     def __init__(
@@ -41,6 +49,10 @@ class VPSDEScheduler(SDEScheduler):
         prediction_type: str = "epsilon",
         rescale_betas_zero_snr: bool = False,
         continuous: bool = False,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        final_sigmas_type: str = "zero",
         predictor: str = "exponential",
         corrector: str | None = None,
         probability_flow: bool = False,
@@ -57,7 +69,7 @@ class VPSDEScheduler(SDEScheduler):
         denoise_final: bool = True,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
-        variance_type: str = "fixed_small",
+        variance_type: str | None = "fixed_small",
         time_conditioning: str | None = None,
         sigma_data: float = 0.5,
     ) -> None:
@@ -80,4 +92,6 @@ class VPSDEScheduler(SDEScheduler):
             sde = DiscreteVPSDE.from_betas(betas, rescale_betas_zero_snr)
             self.betas = betas.float()
             self.alphas_cumprod = torch.tensor(sde.alphas_cumprod, dtype=torch.float32)
-        self._setup(sde)
+        if final_sigmas_type not in ("zero", "sigma_min"):
+            raise ValueError(f"final_sigmas_type must be 'zero' or 'sigma_min', got {final_sigmas_type!r}.")
+        self._setup(sde, final_time=sde.t_max / num_train_timesteps if final_sigmas_type == "sigma_min" else None)

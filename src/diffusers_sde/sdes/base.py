@@ -199,5 +199,7 @@ class SDE(ABC):
 def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """Exact elementwise derivative by forward-mode differentiation; works under no_grad."""
     with torch.inference_mode(False):
-        t = t.clone() if t.is_inference() else t
-        return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+        t = (t.clone() if t.is_inference() else t).contiguous()  # jvp refuses expanded tensors
+        # As a vector: torch promotes the tangent of a float32 tensor without axes to float64.
+        flat = t.reshape(-1)
+        return torch.func.jvp(function, (flat,), (torch.ones_like(flat),))[1].reshape(t.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .base import SDE
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "exp", "laplace")
 
 
 def ddpm_betas(
@@ -26,7 +26,8 @@ def ddpm_betas(
 
     Args:
         beta_schedule: ``linear`` in beta, ``scaled_linear`` in sqrt(beta) (latent diffusion), ``squaredcos_cap_v2``
-            (Nichol & Dhariwal 2021, capped at 0.999) or ``sigmoid`` (GeoDiff).
+            (Nichol & Dhariwal 2021), ``sigmoid`` (GeoDiff), ``exp`` or ``laplace``; those given by alpha_bar are capped at
+            beta = 0.999.
         num_train_timesteps: N.
         beta_start: beta_1, where the schedule uses it.
         beta_end: beta_N, where the schedule uses it.
@@ -44,9 +45,13 @@ def ddpm_betas(
     elif beta_schedule == "scaled_linear":
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64).square()
     elif beta_schedule == "squaredcos_cap_v2":
-        edges = torch.linspace(0.0, 1.0, num_train_timesteps + 1, dtype=torch.float64)
-        alpha_bar = torch.cos((edges + 0.008) / 1.008 * math.pi / 2).square()
-        betas = (1.0 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+        betas = _betas_of_alpha_bar(
+            num_train_timesteps, lambda t: torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()
+        )
+    elif beta_schedule == "exp":
+        betas = _betas_of_alpha_bar(num_train_timesteps, lambda t: torch.exp(-12.0 * t))
+    elif beta_schedule == "laplace":
+        betas = _betas_of_alpha_bar(num_train_timesteps, _laplace_alpha_bar)
     elif beta_schedule == "sigmoid":
         ramp = torch.sigmoid(torch.linspace(-6.0, 6.0, num_train_timesteps, dtype=torch.float64))
         betas = ramp * (beta_end - beta_start) + beta_start
@@ -56,6 +61,18 @@ def ddpm_betas(
         name = "trained_betas" if trained_betas is not None else "beta_start and beta_end"
         raise ValueError(f"{name} must give at least two variances in (0, 1], got {betas.tolist()[:3]}...")
     return betas
+
+
+def _betas_of_alpha_bar(n: int, alpha_bar: Callable[[Tensor], Tensor]) -> Tensor:
+    values = alpha_bar(torch.linspace(0.0, 1.0, n + 1, dtype=torch.float64))
+    return (1.0 - values[1:] / values[:-1]).clamp(max=0.999)
+
+
+def _laplace_alpha_bar(t: Tensor) -> Tensor:
+    """log-SNR with a Laplace density (Hang et al. 2024, arXiv:2407.03297), with diffusers' guard of 1e-6."""
+    log_root = -0.5 * torch.where(t > 0.5, -1.0, 1.0) * torch.log(1.0 - 2.0 * (0.5 - t).abs() + 1e-6)
+    snr = torch.exp(log_root)
+    return torch.sqrt(snr / (1.0 + snr))
 
 
 def rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
