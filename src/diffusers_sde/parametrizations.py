@@ -85,7 +85,8 @@ class EDMPreconditioning(Parametrization):
     """EDM's preconditioning (Karras et al. 2022, arXiv:2206.00364, Table 1), for any path.
 
     It is EDM's in the variables x/alpha and sigma/alpha; the input scale gives the network unit variance for data of
-    standard deviation ``sigma_data``. ``sign`` -1 is the v-prediction of preconditioned models (Stable Video Diffusion).
+    standard deviation ``sigma_data``. ``sign`` -1 is the v-prediction of preconditioned models (Stable Video
+    Diffusion).
     """
 
     sigma_data: float = 0.5

@@ -123,7 +123,8 @@ def make_plan(
         options: Further options of the predictor.
         denoise_final: End with x0_hat at the last time (Tweedie's formula: the mean without the noise); otherwise the
             last time is where the result stands, noise and all.
-        final_time: With ``denoise_final``, end with a noise-free step to this time instead of the data, as diffusers does
+        final_time: With ``denoise_final``, end with a noise-free step to this time instead of the data, as diffusers
+            does
             for ``final_sigmas_type="sigma_min"``.
 
     Raises:
@@ -166,7 +167,10 @@ def make_plan(
     rows = [row for c, p in zip(corrections, predictions, strict=True) for row in c * correct_steps + p]
     order = rule.calls + (correct_steps if corrector is not None else 0)
     if not all(math.isfinite(v) for row in rows for v in (row.x, row.model, row.noise, *row.history)):
-        raise ValueError(f"predictor {predictor!r} has infinite coefficients on this grid of {type(sde).__name__}.")
+        raise ValueError(
+            f"predictor {predictor!r} with stochasticity {stochasticity!r} has infinite or undefined coefficients on "
+            f"this grid of {type(sde).__name__}."
+        )
     return Plan(tuple(rows), order, max(len(row.history) for row in rows))
 
 
@@ -228,19 +232,20 @@ def advance(
     Returns:
         The new sample, same shape.
     """
-    update = model_output * row.model if row.x == 0.0 else torch.add(x * row.x, model_output, alpha=row.model)
+    # In place on tensors made here: at image sizes an allocation costs as much as the arithmetic.
+    update = model_output * row.model if row.x == 0.0 else (x * row.x).add_(model_output, alpha=row.model)
     if row.langevin is not None:
         z = draw()
-        step = row.langevin * _squared_norm_ratio(z, update, batch_norms)
-        return x + step * update + torch.sqrt(2.0 * step) * z
+        step = row.langevin * squared_norm_ratio(z, update, batch_norms)
+        return torch.addcmul(x, step, update).addcmul_(torch.sqrt(2.0 * step), z)
     for weight, estimate in zip(row.history, memory, strict=False):
-        update = torch.add(update, estimate, alpha=weight)
+        update.add_(estimate, alpha=weight)
     if row.noise != 0.0:
-        update = torch.add(update, draw(), alpha=row.noise)
+        update.add_(draw(), alpha=row.noise)
     return update
 
 
-def _squared_norm_ratio(z: Tensor, score: Tensor, batch_norms: bool) -> Tensor:
+def squared_norm_ratio(z: Tensor, score: Tensor, batch_norms: bool) -> Tensor:
     """(|z| / |score|)^2 of each sample, or of the batch means of both norms, broadcastable against the sample."""
     axes = tuple(range(1, score.ndim))
     score_norm, noise_norm = (

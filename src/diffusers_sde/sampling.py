@@ -39,7 +39,7 @@ def sample(
     memory: list[Tensor] = []
     for i, row in enumerate(plan.rows):
         output = denoiser(x, torch.tensor(row.t, dtype=torch.float64, device=x.device))
-        estimate = torch.add(x * row.skip, output, alpha=row.out) if row.remember else None
+        estimate = (x * row.skip).add_(output, alpha=row.out) if row.remember else None
         x = advance(row, x, output, memory, lambda: standard_normal_like(output, generator), batch_norms)  # noqa: B023
         if estimate is not None:
             memory = [estimate, *memory][: plan.memory]

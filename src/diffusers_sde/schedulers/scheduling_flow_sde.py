@@ -18,8 +18,8 @@ class FlowSDEScheduler(SDEScheduler):
     """Reverse SDE, predictor-corrector and probability-flow sampling on the straight path of a flow-matching model.
 
     x_t = (1 - t) x_0 + t eps. The probability flow is the model's own ODE; the SDE with the same marginals is
-    dx = -x/(1 - t) dt + sqrt(2 t/(1 - t)) dw. Names and defaults of diffusers' FlowMatchEulerDiscreteScheduler are kept,
-    and what its pipelines call sigma is t here.
+    dx = -x/(1 - t) dt + sqrt(2 t/(1 - t)) dw. Names and defaults of diffusers' FlowMatchEulerDiscreteScheduler are
+    kept, and what its pipelines call sigma is t here.
 
     Args:
         num_train_timesteps: N, the scale of the network's timesteps: it is fed t N.
@@ -95,7 +95,8 @@ class FlowSDEScheduler(SDEScheduler):
             num_inference_steps: Noise levels. Each costs ``order`` model calls (the last one may cost fewer).
             device: Where ``timesteps`` live. All coefficients stay on the host.
             timesteps: Decreasing network timesteps t N to use as they are.
-            sigmas: Decreasing times t instead; they are shifted like the scheduler's own grid, as flow-matching pipelines
+            sigmas: Decreasing times t instead; they are shifted like the scheduler's own grid, as flow-matching
+                pipelines
                 expect.
             mu: The shift, where ``use_dynamic_shifting`` is on (otherwise it is ignored, as diffusers does).
 

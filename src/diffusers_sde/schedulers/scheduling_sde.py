@@ -18,11 +18,11 @@ from torch import Tensor
 from ..denoisers import network_denoiser
 from ..noise import standard_normal_like
 from ..parametrizations import Parametrization, TimeConditioning, get_parametrization
-from ..plans import Plan, Row, advance, make_plan
+from ..plans import Plan, Row, advance, make_plan, squared_norm_ratio
 from ..predictors import PredictorOptions, get_predictor
 from ..sdes import SDE, expand_like
 from ..time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid
-from .conversion import translate_config
+from .conversion import translate_config, with_stock_defaults
 
 LANGEVIN_NORMS = ("sample", "batch")
 VARIANCE_TYPES = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
@@ -44,7 +44,8 @@ COMMON_ARGUMENTS = """
         denoise_final: End with x0_hat at the last time, the mean without noise.
         clip_sample: Clip x0_hat of predictor calls to [-clip_sample_range, clip_sample_range].
         clip_sample_range: See ``clip_sample``.
-        variance_type: diffusers' names. ``fixed_large`` gives the ``ancestral`` predictor beta as variance; ``learned`` and
+        variance_type: diffusers' names. ``fixed_large`` gives the ``ancestral`` predictor beta as variance; ``learned``
+            and
             ``learned_range`` mean that the network also returns a variance, which is dropped, since the SDE fixes it.
         time_conditioning: What the network is fed for SDE time t: ``discrete`` (t N - 1), ``continuous`` (t N),
             ``score_sde`` (t (N - 1)), ``sigma``, ``log_sigma`` or ``edm``; see ``TimeConditioning``.
@@ -121,8 +122,8 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
 
     def _setup(self, sde: SDE, final_time: float | None = None) -> None:
         """Finish construction: check the config and put the scheduler in its initial state."""
-        # Every value counts as given: diffusers would otherwise replace ours by the defaults of the class that is swapped
-        # in, and would not know whose config it is.
+        # Every value counts as given: diffusers would otherwise replace ours by the defaults of the class that is
+        # swapped in, and would not know whose config it is.
         self.register_to_config(_use_default_values=[], _class_name=type(self).__name__)
         config = self.config
         self.sde = sde
@@ -176,12 +177,12 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             close = {name: difflib.get_close_matches(name, known, 1) for name in unknown}
             hints = "; ".join(f"{name!r}" + (f" (did you mean {c[0]!r}?)" if c else "") for name, c in close.items())
             raise ValueError(f"{cls.__name__} has no argument {hints}. It takes {', '.join(sorted(known))}.")
+        config = with_stock_defaults(config)
         given = {k: v for k, v in config.items() if k in known}
+        implied = translate_config(config, cls.__name__, cls._families, known)
         if "predictor" not in config:
             # Straight from diffusers; a config that has been ours before already says what these keys would.
-            given = {**given, **translate_config(config, cls.__name__, cls._families)}
-        else:
-            translate_config(config, cls.__name__, cls._families)
+            given = {**given, **implied}
         scheduler = cls(**{**given, **kwargs})
         # Keys of the scheduler that was swapped out, kept so that swapping back loses nothing.
         hidden = {k: v for k, v in config.items() if k not in known and not k.startswith("_")}
@@ -300,10 +301,27 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         t = torch.tensor([row.t for row in plan.rows], dtype=torch.float64)
         scale = self.parametrization.input_scale(self.sde.alpha(t), self.sde.sigma(t))
         self._input_scale: list[float] | None = None if bool((scale == 1).all()) else scale.tolist()
+        self._table_device = torch.device(device)
+        self._tabulate()
         timesteps = self._fed(t)
         self._timestep_values: list[float] = timesteps.tolist()
         self.timesteps = timesteps.to(device)
         self.sigmas = torch.cat([torch.exp(-0.5 * self.sde.log_snr(t)), t.new_zeros(1)]).to(torch.float32)
+
+    def _tabulate(self) -> None:
+        """The rows as a tensor on the device, which a compiled step indexes; see ``_traced_update``."""
+        width = self._memory_length
+        self._table = torch.tensor(
+            [
+                (r.x, r.model, r.noise, r.langevin or 0.0, r.skip, r.out, *r.history, *[0.0] * (width - len(r.history)))
+                for r in self._rows
+            ],
+            dtype=torch.float32,
+            device=self._table_device,
+        )
+        # The first level has every kind of row, except that noise may be missing at the end.
+        self._kinds = [(r.is_corrector, r.langevin is not None, r.remember) for r in self._rows[: self._order]]
+        self._draws = any(r.noise != 0.0 for r in self._rows)
 
     def _fed(self, t: Tensor) -> Tensor:
         """Timesteps of SDE times: int64 where they are entries of a DDPM table, as in diffusers, float32 otherwise."""
@@ -345,7 +363,12 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
 
     def _start(self, timestep: float | Tensor) -> int:
         """Set the step index at the first call, and adapt the plan to a start in the middle."""
-        index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+        if self._begin_index is not None:
+            index = self._begin_index
+        elif torch.compiler.is_compiling():
+            index = 0  # a traced function cannot look at the timestep's value: set_begin_index says where else to start
+        else:
+            index = self.index_for_timestep(timestep)
         self._step_index = index
         self._memory = []
         # A start inside a level (SDXL image-to-image rounds an odd index up when order is 2) would apply a predictor to
@@ -355,6 +378,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         if self._memory_length and 0 < level < len(self._level_times) - 1:
             # Multistep rows here look back on estimates that do not exist: lay the rest of the plan out anew.
             self._rows = self._rows[: self._first_row] + self._make_plan(self._level_times[level:]).rows
+            self._tabulate()
         return index
 
     # ------------------------------------------------------------------ sampling
@@ -400,8 +424,8 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         """
         if eta or use_clipped_model_output:
             raise ValueError(
-                f"eta={eta!r} and use_clipped_model_output={use_clipped_model_output!r} are DDIM's: set stochasticity (or "
-                "probability_flow) and clip_sample in the scheduler's config instead."
+                f"eta={eta!r} and use_clipped_model_output={use_clipped_model_output!r} are DDIM's: set stochasticity "
+                "(or probability_flow) and clip_sample in the scheduler's config instead."
             )
         index = self._step_index
         if index is None:
@@ -410,6 +434,10 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             index = self._start(timestep)
         if index >= len(self._rows):
             raise ValueError(f"All {len(self._rows)} steps are done: call set_timesteps to sample again.")
+        if torch.compiler.is_compiling():
+            traced = self._traced_update(index, model_output, sample, generator)
+            self._step_index = index + 1
+            return SDESchedulerOutput(*traced) if return_dict else traced
         row = self._rows[index]
 
         dtype = sample.dtype
@@ -433,13 +461,45 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         self._step_index = index + 1
 
         prev_sample = prev_sample.to(dtype)
-        if not return_dict and x0_hat is None and not torch.compiler.is_compiling():
+        if not return_dict and x0_hat is None:
             return _StepResult(prev_sample, lambda: self._x0_hat(row, model_output, sample).to(dtype))
         x0_hat = (self._x0_hat(row, model_output, sample) if x0_hat is None else x0_hat).to(dtype)
         return SDESchedulerOutput(prev_sample, x0_hat) if return_dict else (prev_sample, x0_hat)
 
+    def _traced_update(
+        self, index: int, model_output: Tensor, sample: Tensor, generator: torch.Generator | list[torch.Generator] |
+            None
+    ) -> tuple[Tensor, Tensor]:
+        """The update of ``advance`` with coefficients from a tensor, for ``torch.compile``; equal to float32 round-off.
+
+        Python numbers, which the eager step uses, would be constants of the graph and cost a compilation per step. Here
+        the graph depends on the place in a level only.
+        """
+        dtype = sample.dtype
+        sample = sample.float() if dtype in (torch.float16, torch.bfloat16) else sample
+        model_output = model_output[:, : sample.shape[1]].to(sample.dtype)
+        c = self._table[index].to(sample.dtype)
+        is_corrector, is_langevin, remember = self._kinds[index % self.order]
+        x0_hat = self._clip(sample * c[4] + model_output * c[5])
+        output = x0_hat if self._clips and not is_corrector else model_output
+        update = sample * c[0] + output * c[1]
+        if is_langevin:
+            z = standard_normal_like(sample, generator)
+            step = c[3] * squared_norm_ratio(z, update, self._batch_norms)
+            update = sample + step * update + torch.sqrt(2.0 * step) * z
+        else:
+            for k, estimate in enumerate(self._memory):
+                update = update + c[6 + k] * estimate
+            if self._draws:
+                update = update + c[2] * standard_normal_like(sample, generator)
+        if remember:
+            self._memory = [x0_hat, *self._memory][: self._memory_length]
+        return update.to(dtype), x0_hat.to(dtype)
+
     def _x0_hat(self, row: Row, model_output: Tensor, sample: Tensor) -> Tensor:
-        x0_hat = torch.add(sample * row.skip, model_output, alpha=row.out)
+        return self._clip((sample * row.skip).add_(model_output, alpha=row.out))
+
+    def _clip(self, x0_hat: Tensor) -> Tensor:
         config = self.config
         if config.get("thresholding", False):
             # Per sample, in the order of Saharia et al. 2022, section 2.3: clip at the quantile, then divide by it.

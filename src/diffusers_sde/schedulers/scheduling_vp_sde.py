@@ -27,7 +27,8 @@ class VPSDEScheduler(SDEScheduler):
         rescale_betas_zero_snr: Rescale the table to zero terminal SNR.
         continuous: False for the SDE that passes through the DDPM table; True for the paper's VP SDE with
             beta(t) from N beta_start to N beta_end, which ``linear`` discretises.
-        thresholding: Clip x0_hat at its own ``dynamic_thresholding_ratio`` quantile and rescale it (Saharia et al. 2022,
+        thresholding: Clip x0_hat at its own ``dynamic_thresholding_ratio`` quantile and rescale it (Saharia et al.
+            2022,
             arXiv:2205.11487); not for latent models.
         dynamic_thresholding_ratio: See ``thresholding``.
         sample_max_value: Largest threshold.

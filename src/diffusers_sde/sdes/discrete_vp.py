@@ -26,8 +26,8 @@ def ddpm_betas(
 
     Args:
         beta_schedule: ``linear`` in beta, ``scaled_linear`` in sqrt(beta) (latent diffusion), ``squaredcos_cap_v2``
-            (Nichol & Dhariwal 2021), ``sigmoid`` (GeoDiff), ``exp`` or ``laplace``; those given by alpha_bar are capped at
-            beta = 0.999.
+            (Nichol & Dhariwal 2021), ``sigmoid`` (GeoDiff), ``exp`` or ``laplace``; those given by alpha_bar are capped
+            at beta = 0.999.
         num_train_timesteps: N.
         beta_start: beta_1, where the schedule uses it.
         beta_end: beta_N, where the schedule uses it.
