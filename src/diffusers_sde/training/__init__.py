@@ -1,0 +1,13 @@
+"""Training of a UNet2DModel by denoising score matching, on accelerate.
+
+    from diffusers_sde.training import TrainingConfig, train
+    pipeline = train(TrainingConfig(sde="vp", output_dir="outputs/digits", max_train_steps=2000))
+
+Needs the extra ``training``: ``pip install diffusers-sde[training]``.
+"""
+
+from .cli import main, parse_args
+from .configuration import TrainingConfig
+from .trainer import Trainer, train
+
+__all__ = ["Trainer", "TrainingConfig", "main", "parse_args", "train"]

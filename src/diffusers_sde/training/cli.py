@@ -1,0 +1,73 @@
+"""The command line of training, generated from ``TrainingConfig``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, get_args, get_type_hints
+
+from .configuration import TrainingConfig
+from .trainer import Trainer
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One option per field of ``TrainingConfig``, with its help text and default."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a UNet2DModel by denoising score matching for a VE, VP, sub-VP or rectified-flow SDE.",
+        epilog="A step is an optimiser step: train_batch_size x processes x gradient_accumulation_steps images. "
+        "Launch: 'accelerate launch scripts/train.py ...'; several processes without a GPU: 'ACCELERATE_USE_CPU=true "
+        "accelerate launch --multi_gpu --num_processes 2 scripts/train.py ...' (accelerate's --cpu starts only one).",
+        allow_abbrev=False,
+    )
+    hints = get_type_hints(TrainingConfig)
+    for f in fields(TrainingConfig):
+        types = [t for t in get_args(hints[f.name]) if t is not type(None)] or [hints[f.name]]
+        arguments: dict[str, Any] = {"default": f.default, "choices": f.metadata["choices"]}
+        element = next((t for t in get_args(types[0]) if t is not Ellipsis), None)
+        if types[0] is bool:
+            arguments = {"default": f.default, "action": argparse.BooleanOptionalAction}
+        elif element is not None or types == [int, Ellipsis]:
+            arguments |= {"type": element or int, "nargs": "+"}
+        else:
+            arguments["type"] = types[0]
+        if types[0] is int and f.name != "seed" and "choices" in arguments:
+            arguments["metavar"] = "N"
+        shown = "" if f.default is None or "Default:" in f.metadata["help"] else f" Default: {f.default}."
+        names = [f"--{name}" for name in (f.name, *f.metadata["aliases"])]
+        parser.add_argument(*names, dest=f.name, help=(f.metadata["help"] + shown).replace("%", "%%"), **arguments)
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> TrainingConfig:
+    """The configuration that a command line describes.
+
+    Args:
+        argv: Arguments without the program's name; None for those of this process.
+
+    Raises:
+        ValueError: See ``TrainingConfig``.
+        SystemExit: An unknown option or a value that is not of its type.
+    """
+    return TrainingConfig(**vars(build_parser().parse_args(argv)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says. Mistakes that are found before training end in one line and exit code 2."""
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    logging.basicConfig(
+        format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO if main_process else logging.ERROR
+    )
+    for chatty in ("httpx", "accelerate.checkpointing", "accelerate.accelerator"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        trainer = Trainer(parse_args(argv))
+    except (ValueError, OSError) as error:
+        if main_process:
+            print(f"train.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    trainer.run()

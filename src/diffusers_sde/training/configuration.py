@@ -1,0 +1,276 @@
+"""What a training run is told: one documented dataclass, from which the command line is generated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..losses import WEIGHTINGS
+from ..parametrizations import PREDICTION_TYPES, TIME_CONDITIONINGS
+from ..sdes import BETA_SCHEDULES
+
+TRAINABLE_SDES = ("ve", "vp", "sub_vp", "flow")
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+LOGGERS = ("tensorboard", "wandb", "none")
+TIME_EMBEDDINGS = ("positional", "fourier")
+EMBEDDED_DATASETS = ("digits",)
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    aliases: Sequence[str] = (),
+) -> Any:
+    """A field that knows its help text, its command-line aliases and which values it accepts (None always)."""
+    metadata = {"help": help, "choices": choices, "least": least, "above": above, "most": most, "aliases": aliases}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Everything that a training run is told; each field is the command-line option of the same name.
+
+    ``scripts/train.py --help`` and ``TrainingConfig.describe()`` say what each one means. Names are those of diffusers'
+    ``train_unconditional.py`` where it has the option. A default of None is chosen per SDE or from the data.
+
+    Raises:
+        ValueError: A value out of range, an unknown name, or options that contradict each other.
+    """
+
+    # ------------------------------------------------------------------ data
+    dataset_name: str | None = _option(
+        None,
+        "Data set: 'digits' (scikit-learn's handwritten digits, 1797 grey 8x8 images, embedded) or a name on the Hub. "
+        "Default: digits, unless train_data_dir is given.",
+    )
+    dataset_config_name: str | None = _option(None, "Configuration of the Hub data set, where it has several.")
+    dataset_split: str = _option("train", "Split to train on.")
+    train_data_dir: str | None = _option(
+        None,
+        "Local data: a folder of images (sub-folders are classes), a Parquet file, a folder of Parquet files, or a "
+        "folder written by datasets' save_to_disk.",
+    )
+    image_column: str | None = _option(None, "Column with the images. Default: the data's image column.")
+    label_column: str | None = _option(None, "Column with the classes. Default: the data's class column, if any.")
+    cache_dir: str | None = _option(None, "Where datasets keeps downloads. Default: its own cache.")
+    resolution: int | None = _option(
+        None, "Side of the training images in pixels. Default: the data's own size, if it is one.", least=2
+    )
+    center_crop: bool = _option(False, "Crop images that are not square in the middle; otherwise at random.")
+    random_flip: bool = _option(False, "Mirror half of the images left to right. Not for digits or letters.")
+    channels: int | None = _option(
+        None, "1 (grey) or 3 (RGB): convert images to it. Default: what the data has.", least=1, most=3
+    )
+    cache_images: bool | None = _option(
+        None, "Keep all prepared images in memory as bytes. Default: where they need less than 1 GiB."
+    )
+    dataloader_num_workers: int = _option(
+        0, "Processes that load data, per training process. 0: load in the training process.", least=0
+    )
+
+    # ------------------------------------------------------------------ the SDE and what the network predicts
+    sde: str = _option(
+        "vp", "Forward SDE: variance exploding, variance preserving, sub-VP or rectified flow.", choices=TRAINABLE_SDES
+    )
+    discrete: bool = _option(
+        False,
+        "Train on the N noise levels of the discrete models instead of continuous time: DDPM's table for vp, SMLD's "
+        "geometric scales for ve, i/N for the others.",
+    )
+    prediction_type: str | None = _option(
+        None,
+        "What the network predicts. Default: edm for ve, flow_prediction for flow, epsilon otherwise.",
+        choices=PREDICTION_TYPES,
+    )
+    time_conditioning: str | None = _option(
+        None,
+        "What the network is fed for SDE time t: t N - 1 (discrete), t N (continuous), t (N - 1) (score_sde), or a "
+        "function of sigma/alpha. Default: discrete for --sde vp --discrete, continuous otherwise.",
+        choices=TIME_CONDITIONINGS,
+    )
+    weighting: str | None = _option(
+        None,
+        "Weight of the loss over time: 'paper' (lambda = sigma^2: weight 1 on the noise estimate), 'likelihood' "
+        "(lambda = g^2) or 'output' (weight 1 on what the network predicts). Default: paper for epsilon and score, "
+        "output otherwise.",
+        choices=WEIGHTINGS,
+    )
+    train_eps: float = _option(1e-5, "Smallest training time: t is uniform in [train_eps, 1].", above=0.0)
+    sampling_eps: float | None = _option(
+        None, "Last time of sampling. Default: 1e-5 for ve, 1e-3 otherwise, as in the paper.", above=0.0
+    )
+    num_train_timesteps: int = _option(
+        1000,
+        "N: length of the discrete table and scale of the network's timesteps.",
+        least=2,
+        aliases=["ddpm_num_steps"],
+    )
+    beta_schedule: str = _option(
+        "linear",
+        "Table of --sde vp --discrete. Continuous time is always linear in beta.",
+        choices=BETA_SCHEDULES,
+        aliases=["ddpm_beta_schedule"],
+    )
+    beta_start: float = _option(1e-4, "beta(0)/N for vp and sub_vp (the paper's beta_min is N times this).", above=0.0)
+    beta_end: float = _option(0.02, "beta(1)/N for vp and sub_vp (the paper's beta_max is N times this).", above=0.0)
+    sigma_min: float = _option(
+        0.02, "Smallest noise of ve, for images in [-1, 1] (the paper's 0.01 is for [0, 1]).", above=0.0
+    )
+    sigma_max: float | None = _option(
+        None,
+        "Largest noise of ve, for images in [-1, 1] (the paper's 50 is for CIFAR-10 in [0, 1]: 100 here). Default: "
+        "the largest distance between two training images, as Song & Ermon (2020) recommend.",
+        above=0.0,
+    )
+    sigma_data: float | None = _option(
+        None, "Standard deviation of the data, for edm prediction. Default: measured.", above=0.0
+    )
+
+    # ------------------------------------------------------------------ the network
+    model_config_name_or_path: str | None = _option(
+        None, "Config of a UNet2DModel, a folder or Hub name, instead of the options below."
+    )
+    block_out_channels: tuple[int, ...] | None = _option(
+        None, "Channels per resolution level, such as 32 64. Default: chosen from the resolution.", least=1
+    )
+    layers_per_block: int = _option(2, "Residual blocks per resolution level.", least=1)
+    attention_resolutions: tuple[int, ...] = _option(
+        (8, 16), "Sides of feature maps that get self-attention, below the full resolution.", least=1
+    )
+    dropout: float = _option(0.0, "Dropout in the residual blocks.", least=0.0, most=0.999)
+    time_embedding_type: str = _option(
+        "positional",
+        "How the network embeds its timestep. 'fourier' is the paper's NCSN++: it divides the output by the timestep, "
+        "so it needs --prediction_type score --time_conditioning sigma.",
+        choices=TIME_EMBEDDINGS,
+    )
+
+    # ------------------------------------------------------------------ optimisation
+    max_train_steps: int | None = _option(
+        None, "Optimiser steps to train for; counts before num_epochs. Default: from num_epochs.", least=1
+    )
+    num_epochs: int = _option(100, "Passes through the data, where max_train_steps is not given.", least=1)
+    train_batch_size: int = _option(64, "Images per process and forward pass.", least=1)
+    gradient_accumulation_steps: int = _option(1, "Forward passes per optimiser step.", least=1)
+    learning_rate: float = _option(2e-4, "Learning rate after warm-up.", above=0.0)
+    lr_scheduler: str = _option("cosine", "Course of the learning rate after warm-up.", choices=LR_SCHEDULERS)
+    lr_warmup_steps: int | None = _option(
+        None, "Optimiser steps of linear warm-up. Default: 500, but at most a tenth of the run.", least=0
+    )
+    adam_beta1: float = _option(0.9, "First-moment decay of AdamW.", least=0.0, most=1.0)
+    adam_beta2: float = _option(0.999, "Second-moment decay of AdamW.", least=0.0, most=1.0)
+    adam_weight_decay: float = _option(0.0, "Weight decay of AdamW.", least=0.0)
+    adam_epsilon: float = _option(1e-8, "Epsilon of AdamW.", above=0.0)
+    max_grad_norm: float = _option(1.0, "Clip the gradient's norm to this; 0 does not clip.", least=0.0)
+    mixed_precision: str | None = _option(
+        None,
+        "Precision of the network's forward and backward pass; weights, noise and times stay float32. Default: what "
+        "accelerate was configured or launched with.",
+        choices=("no", "fp16", "bf16"),
+    )
+    seed: int = _option(0, "Seed of weights, data order, times, noise and sample grids.", least=0)
+
+    # ------------------------------------------------------------------ averaging of weights
+    use_ema: bool = _option(True, "Keep an exponential moving average of the weights, and sample and save that.")
+    ema_inv_gamma: float = _option(
+        1.0, "Inverse gamma of the warm-up, decay = 1 - (1 + step/inv_gamma)^-power.", above=0
+    )
+    ema_power: float = _option(0.75, "Power of that warm-up.", above=0.0)
+    ema_max_decay: float | None = _option(
+        None, "Largest decay. Default: 0.999 for ve, 0.9999 otherwise, as in the paper.", least=0.0, most=1.0
+    )
+
+    # ------------------------------------------------------------------ samples, logs and checkpoints
+    output_dir: str = _option("outputs/training", "Where checkpoints, samples, logs and the final pipeline go.")
+    overwrite_output_dir: bool = _option(False, "Delete an earlier run in output_dir and start anew.")
+    sample_every: int | None = _option(
+        1000, "Draw a grid of samples every so many optimiser steps, and at the end; 0: never.", least=0
+    )
+    save_images_epochs: int | None = _option(None, "The same in epochs; counts before sample_every.", least=1)
+    num_sample_images: int = _option(16, "Images in that grid.", least=1)
+    num_inference_steps: int = _option(
+        100, "Noise levels used to sample them.", least=1, aliases=["ddpm_num_inference_steps"]
+    )
+    eval_batch_size: int = _option(64, "Images sampled at a time.", least=1)
+    save_model_epochs: int | None = _option(
+        None, "Save the pipeline every so many epochs. It is always saved at the end.", least=1
+    )
+    checkpointing_steps: int = _option(
+        500, "Save a checkpoint for resuming every so many optimiser steps, and at the end; 0: never.", least=0
+    )
+    checkpoints_total_limit: int | None = _option(None, "Keep only so many of the latest checkpoints.", least=1)
+    resume_from_checkpoint: str | None = _option(
+        None,
+        "Continue from a checkpoint: its folder, or 'latest' for the last one in output_dir (a new run if there is "
+        "none yet). With the same options the run continues exactly.",
+    )
+    logger: str = _option("tensorboard", "Tracker.", choices=LOGGERS)
+    logging_dir: str = _option("logs", "Folder for the tracker inside output_dir.")
+    logging_steps: int = _option(10, "Log loss, learning rate and speed every so many optimiser steps.", least=1)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, allowed = getattr(self, f.name), f.metadata
+            if value is None:
+                continue
+            for entry in value if isinstance(value, (tuple, list)) else [value]:
+                _check(f.name, entry, allowed)
+        for f in fields(self):
+            if isinstance(getattr(self, f.name), list):
+                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
+        if self.dataset_name is not None and self.train_data_dir is not None:
+            raise ValueError(
+                f"dataset_name={self.dataset_name!r} and train_data_dir={self.train_data_dir!r} exclude each other."
+            )
+        if self.train_eps >= 1.0 or (self.sampling_eps or 0.0) >= 1.0:
+            raise ValueError(
+                f"train_eps and sampling_eps must lie in (0, 1), got {self.train_eps!r} and {self.sampling_eps!r}."
+            )
+        if self.channels == 2:
+            raise ValueError("channels must be 1 or 3, got 2.")
+        if self.time_embedding_type == "fourier" and (self.prediction_type, self.time_conditioning) != (
+            "score",
+            "sigma",
+        ):
+            raise ValueError(
+                "time_embedding_type 'fourier' divides the network's output by its timestep: it needs prediction_type "
+                f"'score' and time_conditioning 'sigma', got {self.prediction_type!r} and {self.time_conditioning!r}."
+            )
+        if self.beta_schedule != "linear" and not (self.sde == "vp" and self.discrete):
+            raise ValueError(f"beta_schedule {self.beta_schedule!r} needs sde 'vp' and discrete.")
+        if self.max_train_steps is not None and (self.lr_warmup_steps or 0) >= max(self.max_train_steps, 1):
+            raise ValueError(
+                f"lr_warmup_steps must be less than max_train_steps, got {self.lr_warmup_steps!r} and "
+                f"{self.max_train_steps!r}."
+            )
+        if not self.output_dir:
+            raise ValueError("output_dir must not be empty.")
+
+    @classmethod
+    def describe(cls) -> str:
+        """All options, one per paragraph, with their defaults."""
+        return "\n".join(f"{f.name} ({f.default!r}): {f.metadata['help']}" for f in fields(cls))
+
+
+def _check(name: str, value: Any, allowed: Any) -> None:
+    if allowed["choices"] is not None and value not in allowed["choices"]:
+        raise ValueError(f"{name} must be one of {', '.join(allowed['choices'])}, got {value!r}.")
+    bounds = [("at least", allowed["least"]), ("greater than", allowed["above"]), ("at most", allowed["most"])]
+    wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
+    if not wanted:
+        return
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if (
+        not is_number
+        or (allowed["least"] is not None and value < allowed["least"])
+        or (allowed["above"] is not None and value <= allowed["above"])
+        or (allowed["most"] is not None and value > allowed["most"])
+    ):
+        raise ValueError(f"{name} must be {wanted}, got {value!r}.")

@@ -1,0 +1,346 @@
+"""Images to train on: where they come from, and how a sample number becomes a training sample."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from .configuration import EMBEDDED_DATASETS, TrainingConfig
+from .randomness import AUGMENTATION, NOISE, SampleRandom, epoch_order
+
+logger = logging.getLogger(__name__)
+
+CACHE_BYTES = 2**30
+SCANNED_IMAGES = 256
+IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")
+
+# ------------------------------------------------------------------ where images come from
+
+
+def load_images(config: TrainingConfig) -> datasets.Dataset:
+    """The data set that the configuration names.
+
+    Raises:
+        ValueError: Nothing usable at the path, or no such split.
+    """
+    if config.train_data_dir is not None:
+        return _load_local(Path(config.train_data_dir), config)
+    name = config.dataset_name or "digits"
+    if name in EMBEDDED_DATASETS:
+        return load_digits()
+    return datasets.load_dataset(
+        name, config.dataset_config_name, split=config.dataset_split, cache_dir=config.cache_dir
+    )
+
+
+def load_digits() -> datasets.Dataset:
+    """Scikit-learn's handwritten digits: 1797 grey images of 8x8 pixels in ten classes (Alpaydin & Kaynak 1998)."""
+    from sklearn.datasets import load_digits as load
+
+    digits = load()
+    # Seventeen grey levels 0..16, spread over a byte.
+    images = np.rint(digits.images * (255.0 / 16.0)).astype(np.uint8)
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(name) for name in digits.target_names])}
+    )
+    columns = {"image": [Image.fromarray(image) for image in images], "label": digits.target.tolist()}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _load_local(path: Path, config: TrainingConfig) -> datasets.Dataset:
+    if not path.exists():
+        raise ValueError(f"train_data_dir {str(path)!r} does not exist.")
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        loaded = datasets.load_from_disk(str(path))
+        if isinstance(loaded, datasets.DatasetDict):
+            if config.dataset_split not in loaded:
+                raise ValueError(f"dataset_split must be one of {', '.join(loaded)}, got {config.dataset_split!r}.")
+            loaded = loaded[config.dataset_split]
+        return loaded
+    if path.is_file():
+        parquet = [path] if path.suffix == ".parquet" else []
+    else:
+        # A folder may hold several splits as files named after them.
+        parquet = sorted(path.rglob("*.parquet"))
+        parquet = [file for file in parquet if config.dataset_split in file.name] or parquet
+    if parquet:
+        files = [str(file) for file in parquet]
+        return datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=config.cache_dir)
+    if not path.is_dir() or not any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
+        raise ValueError(
+            f"train_data_dir {str(path)!r} holds no images: it must be a folder of image files, a Parquet file, a "
+            "folder of Parquet files or a folder written by save_to_disk."
+        )
+    return datasets.load_dataset(
+        "imagefolder", data_dir=str(path), split=config.dataset_split, cache_dir=config.cache_dir
+    )
+
+
+# ------------------------------------------------------------------ images as the network sees them
+
+
+class ImageSource:
+    """A data set seen as square byte images of one size, with what the rest of training needs to know about it.
+
+    Args:
+        dataset: Its rows have an image (a PIL image, or an array: bytes, or floats in [0, 1]) and perhaps a class.
+        config: Resolution, cropping and columns.
+        show_progress: Whether to show a progress bar while images are read into memory.
+
+    Attributes:
+        channels: 1 (grey) or 3 (RGB).
+        resolution: Side in pixels.
+        class_names: Names of the classes; empty where there are none.
+        labels: Class of each image, shape (n,), or None.
+
+    Raises:
+        ValueError: No images, no such column, images that are broken, not finite or of mixed sizes.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, config: TrainingConfig, show_progress: bool = False) -> None:
+        if len(dataset) == 0:
+            raise ValueError("The data set is empty: there is nothing to train on.")
+        self._dataset = dataset
+        self._center_crop = config.center_crop
+        self._image_column = _image_column(dataset, config.image_column)
+        self.class_names, self.labels = _classes(dataset, config.label_column)
+        first = [self._read(i) for i in range(min(len(dataset), SCANNED_IMAGES))]
+        self.channels = config.channels or (1 if all(image.mode in GREY_MODES for image in first) else 3)
+        self.resolution = config.resolution or first[0].width
+        self._fixed_size = config.resolution is None
+        for i, image in enumerate(first):
+            self._check_size(i, image)
+        fits = len(dataset) * self.channels * self.resolution**2 <= CACHE_BYTES
+        self._cache: np.ndarray | None = None
+        if config.cache_images or (config.cache_images is None and fits):
+            self._cache = self._read_all(show_progress)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether all images are in memory."""
+        return self._cache is not None
+
+    def get(self, index: int, random: np.random.Generator | None = None) -> np.ndarray:
+        """Image ``index``, bytes of shape (C, H, W); ``random`` places the crop unless cropping is central."""
+        if self._cache is not None:
+            return self._cache[index]
+        return self._prepare(index, random)
+
+    def get_many(self, indices: Sequence[int]) -> np.ndarray:
+        """Images, central crops, shape (B, C, H, W)."""
+        return np.stack([self.get(i) for i in indices])
+
+    def statistics(self) -> tuple[float, float]:
+        """Standard deviation of the pixels and the largest distance between two images, both for values in [-1, 1].
+
+        Measured on up to 1024 images spread evenly over the data set.
+        """
+        n = max(2, min(len(self), 1024, 2**25 // (self.channels * self.resolution**2)))
+        indices = np.unique(np.linspace(0, len(self) - 1, n).round().astype(int))
+        images = torch.from_numpy(self.get_many(indices.tolist())).flatten(1).float() / 127.5 - 1.0
+        return float(images.std(correction=0)), float(torch.cdist(images, images).max())
+
+    def _read(self, index: int) -> Image.Image:
+        try:
+            value = self._dataset[index][self._image_column]
+            if value is None:
+                raise ValueError("there is none")
+            return _as_pil(value)
+        except Exception as error:  # whatever a decoder throws, the user needs to know which image
+            raise ValueError(f"Image {index} of the data set cannot be used: {error}") from error
+
+    def _check_size(self, index: int, image: Image.Image) -> None:
+        if self._fixed_size and image.size != (self.resolution, self.resolution):
+            raise ValueError(
+                f"Image {index} has {image.width}x{image.height} pixels, the first is {self.resolution} wide: images "
+                "that are not square or differ in size need resolution (and center_crop, or are cropped at random)."
+            )
+
+    def _prepare(self, index: int, random: np.random.Generator | None) -> np.ndarray:
+        image = self._read(index)
+        self._check_size(index, image)
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        side = self.resolution
+        if image.size != (side, side):
+            scale = side / min(image.size)
+            width, height = (max(side, round(length * scale)) for length in image.size)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            left, top = (width - side) // 2, (height - side) // 2
+            if random is not None and not self._center_crop:
+                left, top = int(random.integers(width - side + 1)), int(random.integers(height - side + 1))
+            image = image.crop((left, top, left + side, top + side))
+        pixels = np.asarray(image, dtype=np.uint8)
+        return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def _read_all(self, show_progress: bool) -> np.ndarray | None:
+        pixels = np.empty((len(self), self.channels, self.resolution, self.resolution), dtype=np.uint8)
+        for i in tqdm(range(len(self)), desc="Reading images", disable=not show_progress, leave=False):
+            if not self._center_crop and not self._fixed_size:
+                width, height = self._read(i).size
+                if width != height:
+                    logger.info("Images that are not square are cropped at random, so they are read again every time.")
+                    return None
+            pixels[i] = self._prepare(i, None)
+        return pixels
+
+
+def _image_column(dataset: datasets.Dataset, wanted: str | None) -> str:
+    columns = list(dataset.features)
+    if wanted is not None:
+        if wanted not in columns:
+            raise ValueError(f"image_column must be one of {', '.join(columns)}, got {wanted!r}.")
+        return wanted
+    found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    found += [name for name in ("image", "img", "images") if name in columns]
+    if not found:
+        raise ValueError(f"The data set has no image column: name it with image_column, one of {', '.join(columns)}.")
+    return found[0]
+
+
+def _classes(dataset: datasets.Dataset, wanted: str | None) -> tuple[list[str], Tensor | None]:
+    if wanted is not None and wanted not in dataset.features:
+        raise ValueError(f"label_column must be one of {', '.join(dataset.features)}, got {wanted!r}.")
+    found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    column = wanted or (found[0] if found else None)
+    if column is None:
+        return [], None
+    values = np.asarray(dataset.with_format(None)[column][:])
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"label_column {column!r} must hold class numbers, it holds {values.dtype}.")
+    feature = dataset.features[column]
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else map(str, range(int(values.max()) + 1))
+    return list(names), torch.from_numpy(values.astype(np.int64))
+
+
+def _as_pil(value: Any) -> Image.Image:
+    """Any image as a PIL image of mode L or RGB, or one that PIL converts to them correctly."""
+    if not isinstance(value, Image.Image):
+        return _array_as_pil(np.asarray(value))
+    image = ImageOps.exif_transpose(value)
+    if image.mode in ("I", "I;16", "F"):  # PIL's own conversion would clip these at 255
+        pixels = np.asarray(image)
+        return _array_as_pil(pixels / 65535.0 if image.mode != "F" and pixels.max() > 255 else pixels)
+    if "A" in image.getbands() or "transparency" in image.info:
+        grey = image.mode in ("LA", "L")
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("L" if grey else "RGB")
+    return image if image.mode in ("1", "L") else image.convert("RGB")
+
+
+def _array_as_pil(pixels: np.ndarray) -> Image.Image:
+    if pixels.ndim == 3 and pixels.shape[0] in (1, 3) and pixels.shape[-1] not in (1, 3):
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.ndim == 3 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    if not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] == 3)) or pixels.size == 0:
+        raise ValueError(f"an array of shape (H, W), (H, W, 1 or 3) or (1 or 3, H, W) is needed, got {pixels.shape}.")
+    if pixels.dtype.kind == "f":
+        if not np.isfinite(pixels).all():
+            raise ValueError("it has values that are not finite.")
+        if pixels.min() < 0.0 or pixels.max() > 1.0:
+            raise ValueError(f"floats must lie in [0, 1], got {pixels.min():g} to {pixels.max():g}.")
+        pixels = np.rint(pixels * 255.0)
+    elif pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() > 255:
+        raise ValueError(f"integers must lie in 0..255, got {pixels.dtype} from {pixels.min()} to {pixels.max()}.")
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+# ------------------------------------------------------------------ from sample numbers to batches
+
+
+class TrainingSamples(Dataset):
+    """Training samples by number: the image, and the random numbers that go with it.
+
+    Noise is drawn here, so that loader processes share the work, in float32 on the host: a run sees the same noise on
+    every device and at every precision.
+
+    Args:
+        source: The images.
+        seed: Of order, augmentation, times and noise.
+        random_flip: Mirror half of the samples.
+    """
+
+    def __init__(self, source: ImageSource, seed: int, random_flip: bool) -> None:
+        self._source, self._seed, self._random_flip = source, seed, random_flip
+        self._augmentation, self._noise = SampleRandom(seed, AUGMENTATION), SampleRandom(seed, NOISE)
+
+    def __getitems__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """A batch.
+
+        Args:
+            numbers: Sample numbers, length B.
+
+        Returns:
+            ``images``, bytes (B, C, H, W); ``noise``, unit Gaussian, float32 (B, C, H, W); ``u``, uniform in [0, 1),
+            float64 (B,), which stands for the time; and ``labels``, int64 (B,), where the data have classes.
+        """
+        source, n = self._source, len(self._source)
+        shape = (len(numbers), source.channels, source.resolution, source.resolution)
+        images, noise = np.empty(shape, dtype=np.uint8), np.empty(shape, dtype=np.float32)
+        u, indices = np.empty(len(numbers)), np.empty(len(numbers), dtype=np.int64)
+        for i, number in enumerate(numbers):
+            indices[i] = epoch_order(self._seed, number // n, n)[number % n]
+            augment = self._augmentation(number)
+            flip = self._random_flip and augment.random() < 0.5
+            image = source.get(int(indices[i]), augment)
+            images[i] = image[..., ::-1] if flip else image
+            draw = self._noise(number)
+            u[i] = draw.random()
+            draw.standard_normal(out=noise[i], dtype=np.float32)
+        batch = {"images": torch.from_numpy(images), "noise": torch.from_numpy(noise), "u": torch.from_numpy(u)}
+        if source.labels is not None:
+            batch["labels"] = source.labels[indices]
+        return batch
+
+
+class _Numbers:
+    """The sample numbers of one process's batches, from ``first`` on, without end.
+
+    Micro-batch m of the run holds numbers first + m P B + [p B, (p + 1) B) on process p of P.
+    """
+
+    def __init__(self, first: int, batch_size: int, process: int, processes: int) -> None:
+        self._first, self._batch_size, self._process, self._processes = first, batch_size, process, processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = self._first + self._process * self._batch_size
+        while True:
+            yield list(range(start, start + self._batch_size))
+            start += self._processes * self._batch_size
+
+
+def batches(
+    samples: TrainingSamples,
+    first: int,
+    batch_size: int,
+    process: int = 0,
+    processes: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[dict[str, Tensor]]:
+    """The batches of one process, without end, from sample number ``first`` on."""
+    loader = DataLoader(
+        samples,
+        batch_sampler=_Numbers(first, batch_size, process, processes),
+        collate_fn=lambda batch: batch,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # Not torch's global generator, from which a loader would otherwise draw: a resumed run must find it unmoved.
+        generator=torch.Generator(),
+    )
+    return iter(loader)

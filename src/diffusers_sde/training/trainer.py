@@ -1,0 +1,407 @@
+"""The training loop, on accelerate."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..denoisers import call_network
+from ..losses import denoising_loss, times_from_uniform
+from ..pipelines import SDEPipeline
+from .checkpoints import clear_run, find_checkpoint, read_state, save_checkpoint
+from .configuration import TrainingConfig
+from .data import ImageSource, TrainingSamples, batches, load_images
+from .models import build_scheduler, build_unet, check_trainable, default_weighting, training_sde
+
+logger = logging.getLogger(__name__)
+
+SHOWN_SIDE, FRAME = 64, 2  # pixels
+
+
+def train(config: TrainingConfig, dataset: datasets.Dataset | None = None) -> SDEPipeline:
+    """Train a network and save it as a pipeline.
+
+    Args:
+        config: What to train on what, and how.
+        dataset: Images, instead of those that ``config`` names.
+
+    Returns:
+        The pipeline, as it was saved in ``config.output_dir``.
+
+    Raises:
+        ValueError: Anything wrong with the configuration, the data or the output folder, before training starts.
+        RuntimeError: The loss is not finite any more; the last checkpoint is kept.
+    """
+    return Trainer(config, dataset).run()
+
+
+class Trainer:
+    """One training run. Building it checks everything and changes nothing on disk; ``run`` does the work.
+
+    Args:
+        config: What to train on what, and how.
+        dataset: Images, instead of those that ``config`` names.
+
+    Raises:
+        ValueError: Anything wrong with the configuration, the data or the output folder.
+    """
+
+    def __init__(self, config: TrainingConfig, dataset: datasets.Dataset | None = None) -> None:
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.resume_from = find_checkpoint(
+            self.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir, config.logging_dir
+        )
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            mixed_precision=config.mixed_precision,
+            log_with=None if config.logger == "none" else config.logger,
+            project_config=ProjectConfiguration(
+                project_dir=str(self.output_dir), logging_dir=str(self.output_dir / config.logging_dir)
+            ),
+        )
+        main_process = self.accelerator.is_main_process
+        with self.accelerator.main_process_first():  # the others find what the first one has downloaded
+            images = load_images(config) if dataset is None else dataset
+        self.source = ImageSource(images, config, show_progress=main_process)
+
+        self.scheduler = build_scheduler(config, self.source)
+        self.sde = training_sde(self.scheduler, config)
+        self.weighting = default_weighting(config, self.scheduler)
+        self.discrete_steps = config.num_train_timesteps if config.discrete else None
+        check_trainable(self.sde, self.scheduler.parametrization, self.weighting, self.discrete_steps)
+        set_seed(config.seed)
+        self.unet: UNet2DModel = build_unet(config, self.source)
+
+        n = len(self.source)
+        batch = config.train_batch_size * self.accelerator.num_processes
+        self.global_batch_size = batch * config.gradient_accumulation_steps
+        self.max_steps = config.max_train_steps or math.ceil(config.num_epochs * n / self.global_batch_size)
+        self.sample_every = self._steps(config.save_images_epochs) or config.sample_every
+        self.save_every = self._steps(config.save_model_epochs)
+        self.step = self.samples_seen = 0
+        if self.resume_from is not None:
+            state = read_state(self.resume_from)
+            self._check_resumable(state)
+            self.step, self.samples_seen = state["step"], state["samples_seen"]
+
+    def _steps(self, epochs: int | None) -> int | None:
+        return None if epochs is None else max(1, round(epochs * len(self.source) / self.global_batch_size))
+
+    # ------------------------------------------------------------------ the run
+
+    def run(self) -> SDEPipeline:
+        """Train, and save the pipeline.
+
+        Returns:
+            The pipeline, as it was saved in ``output_dir``.
+
+        Raises:
+            RuntimeError: The loss is not finite any more; the last checkpoint is kept.
+        """
+        config, accelerator = self.config, self.accelerator
+        accelerator.wait_for_everyone()  # nobody touches the output folder before everybody has checked it
+        if accelerator.is_main_process:
+            if config.overwrite_output_dir:
+                clear_run(self.output_dir, config.logging_dir)
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            (self.output_dir / "training_config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        accelerator.wait_for_everyone()
+        self._prepare()
+        self._log_start()
+
+        samples = TrainingSamples(self.source, config.seed, config.random_flip)
+        self._batches = batches(
+            samples,
+            self.samples_seen,
+            config.train_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        # Everything that could draw from the global generators has been built; from here on only dropout does.
+        set_seed(config.seed, device_specific=True)
+        if self.resume_from is not None:
+            accelerator.load_state(str(self.resume_from))
+            accelerator.step = 0
+            if self.ema is not None:
+                self.ema.to(accelerator.device)
+        self._loop()
+        pipeline = self._save_pipeline()
+        accelerator.end_training()
+        return pipeline
+
+    def _prepare(self) -> None:
+        config, accelerator = self.config, self.accelerator
+        self.ema: EMAModel | None = None
+        if config.use_ema:
+            default = 0.999 if config.sde == "ve" else 0.9999
+            self.ema = EMAModel(
+                self.unet.parameters(),
+                decay=default if config.ema_max_decay is None else config.ema_max_decay,
+                use_ema_warmup=True,
+                inv_gamma=config.ema_inv_gamma,
+                power=config.ema_power,
+                foreach=True,
+            )
+            self.ema.to(accelerator.device)
+        optimizer = torch.optim.AdamW(
+            self.unet.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.adam_weight_decay,
+            eps=config.adam_epsilon,
+        )
+        warmup = config.lr_warmup_steps
+        # Not prepared by accelerate, which would step it once per process: it counts optimiser steps.
+        self.lr_scheduler = get_scheduler(
+            config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=min(500, self.max_steps // 10) if warmup is None else warmup,
+            num_training_steps=self.max_steps,
+        )
+        self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
+        accelerator.register_for_checkpointing(self.lr_scheduler)
+        if self.ema is not None:
+            accelerator.register_for_checkpointing(self.ema)
+        if config.logger != "none":
+            plain = {k: v for k, v in asdict(config).items() if isinstance(v, (bool, int, float, str))}
+            accelerator.init_trackers("diffusers-sde", config=plain)
+
+    def _loop(self) -> None:
+        config, accelerator = self.config, self.accelerator
+        progress = tqdm(
+            total=self.max_steps,
+            initial=self.step,
+            desc="Training",
+            unit="step",
+            disable=not accelerator.is_local_main_process,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file needs no animation
+        )
+        loss_sum, gradient_norm = torch.zeros((), device=accelerator.device), None
+        steps_summed, since = 0, time.perf_counter()
+        self.model.train()
+        while self.step < self.max_steps:
+            for _ in range(config.gradient_accumulation_steps):
+                with accelerator.accumulate(self.model):
+                    loss = self.loss(next(self._batches)).mean()
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients and config.max_grad_norm > 0:
+                        gradient_norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                loss_sum += loss.detach() / config.gradient_accumulation_steps
+            if not accelerator.optimizer_step_was_skipped:  # fp16 skips steps whose gradients overflow
+                self.lr_scheduler.step()
+                if self.ema is not None:
+                    self.ema.step(self.unet.parameters())
+            self.step += 1
+            self.samples_seen += self.global_batch_size
+            steps_summed += 1
+            progress.update()
+
+            last = self.step == self.max_steps
+            checkpoint_due = _due(self.step, config.checkpointing_steps, last)
+            if checkpoint_due or _due(self.step, config.logging_steps, last):
+                mean_loss = self._mean_loss(loss_sum, steps_summed)
+                now = time.perf_counter()
+                values = {
+                    "loss": mean_loss,
+                    "lr": self.lr_scheduler.get_last_lr()[0],
+                    "images_per_second": steps_summed * self.global_batch_size / (now - since),
+                    "epoch": self.samples_seen / len(self.source),
+                }
+                progress.set_postfix({"loss": f"{mean_loss:.4f}", "lr": f"{values['lr']:.2g}"})
+                if gradient_norm is not None:
+                    values["gradient_norm"] = float(gradient_norm)
+                if self.ema is not None and self.ema.cur_decay_value is not None:
+                    values["ema_decay"] = self.ema.cur_decay_value
+                accelerator.log(values, step=self.step)
+                loss_sum.zero_()
+                steps_summed, since = 0, now
+            if checkpoint_due:
+                state = {"samples_seen": self.samples_seen, "identity": self._identity()}
+                save_checkpoint(accelerator, self.output_dir, self.step, state, config.checkpoints_total_limit)
+                since = time.perf_counter()
+            if _due(self.step, self.sample_every, last):
+                self._save_samples()
+                since = time.perf_counter()
+            if _due(self.step, self.save_every, False):
+                self._save_pipeline()
+                since = time.perf_counter()
+        progress.close()
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Denoising score-matching loss of each sample of a batch from ``TrainingSamples``, shape (B,)."""
+        device = self.accelerator.device
+        x0 = batch["images"].to(device, non_blocking=True).float() / 127.5 - 1.0
+        eps = batch["noise"].to(device, non_blocking=True)
+        # Times and their coefficients are float64 on the host, whatever the device and the precision of the network.
+        t = times_from_uniform(self.sde, batch["u"], self.discrete_steps)
+        conditioning = self.scheduler.conditioning
+
+        def network(x: Tensor, t: Tensor) -> Tensor:
+            return call_network(self.model, x, conditioning.timestep(self.sde, t))
+
+        return denoising_loss(self.sde, self.scheduler.parametrization, network, x0, t, eps, self.weighting)
+
+    def _mean_loss(self, loss_sum: Tensor, steps: int) -> float:
+        mean = float(self.accelerator.reduce(loss_sum, reduction="mean")) / steps
+        if not math.isfinite(mean):
+            raise RuntimeError(
+                f"The loss is {mean} at step {self.step}: lower learning_rate, or train in another precision or "
+                f"prediction_type. The last checkpoint in {str(self.output_dir)!r} is kept."
+            )
+        return mean
+
+    # ------------------------------------------------------------------ what is written
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[UNet2DModel]:
+        """The network in evaluation mode with its averaged weights, for a while."""
+        unet = self.accelerator.unwrap_model(self.model)
+        parameters = list(unet.parameters())
+        if self.ema is not None:
+            self.ema.store(parameters)
+            self.ema.copy_to(parameters)
+        unet.eval()
+        try:
+            yield unet
+        finally:
+            unet.train()
+            if self.ema is not None:
+                self.ema.restore(parameters)
+
+    def _pipeline(self, unet: UNet2DModel) -> SDEPipeline:
+        # A scheduler of its own: sampling leaves its mark on one.
+        return SDEPipeline(unet=unet, scheduler=type(self.scheduler).from_config(self.scheduler.config))
+
+    def _save_samples(self) -> None:
+        """A grid of samples, the same noise every time, as PNG and to the tracker; the training state is untouched."""
+        config, accelerator = self.config, self.accelerator
+        if accelerator.is_main_process:
+            with self._averaged_weights() as unet:
+                pipeline = self._pipeline(unet)
+                pipeline.set_progress_bar_config(desc="Sampling", leave=False)
+                images: list[Image.Image] = []
+                for start in range(0, config.num_sample_images, config.eval_batch_size):
+                    numbers = range(start, min(start + config.eval_batch_size, config.num_sample_images))
+                    generators = [torch.Generator().manual_seed(config.seed + number) for number in numbers]
+                    images += pipeline(len(numbers), config.num_inference_steps, generators, return_dict=False)[0]
+            folder = self.output_dir / "samples"
+            folder.mkdir(exist_ok=True)
+            image_grid(images).save(folder / f"step-{self.step:07d}.png")
+            for tracker in accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    array = np.stack([np.asarray(image.convert("RGB")) for image in images])
+                    tracker.log_images({"samples": array}, step=self.step, dataformats="NHWC")
+                elif tracker.name == "wandb":
+                    tracker.log_images({"samples": images}, step=self.step)
+        accelerator.wait_for_everyone()
+
+    def _save_pipeline(self) -> SDEPipeline:
+        with self._averaged_weights() as unet:
+            pipeline = self._pipeline(unet)
+            if self.accelerator.is_main_process:
+                pipeline.save_pretrained(str(self.output_dir))
+            if self.step >= self.max_steps:
+                # The run is over: hand out the averaged weights themselves, without accelerate's wrapping.
+                unet = UNet2DModel.from_config(unet.config).to(self.accelerator.device)
+                unet.load_state_dict(self.accelerator.unwrap_model(self.model).state_dict())
+                pipeline = self._pipeline(unet.eval())
+        self.accelerator.wait_for_everyone()
+        return pipeline
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run that continues it."""
+        return {
+            "sde": repr(self.scheduler.sde),
+            "prediction_type": self.scheduler.config.prediction_type,
+            "sigma_data": self.scheduler.config.sigma_data,
+            "time_conditioning": self.scheduler.config.time_conditioning,
+            "weighting": self.weighting,
+            "discrete": self.config.discrete,
+            "use_ema": self.config.use_ema,
+            "resolution": self.source.resolution,
+            "channels": self.source.channels,
+            "block_out_channels": list(self.unet.config.block_out_channels),
+            "layers_per_block": self.unet.config.layers_per_block,
+            "images": len(self.source),
+            "seed": self.config.seed,
+        }
+
+    def _check_resumable(self, state: dict[str, Any]) -> None:
+        saved = state.get("identity", {})
+        for name, value in self._identity().items():
+            if saved.get(name) != value:
+                raise ValueError(
+                    f"resume_from_checkpoint: the checkpoint was trained with {name}={saved.get(name)!r}, this run "
+                    f"has {value!r}."
+                )
+
+    def _log_start(self) -> None:
+        parameters = sum(p.numel() for p in self.unet.parameters())
+        source, config = self.source, self.scheduler.config
+        logger.info(
+            "Data: %d images, %d channel(s), %dx%d pixels, %d classes.",
+            len(source),
+            source.channels,
+            source.resolution,
+            source.resolution,
+            len(source.class_names),
+        )
+        logger.info(
+            "Network: %.2f million parameters, channels %s; predicts %s, is fed %s time.",
+            parameters / 1e6,
+            tuple(self.unet.config.block_out_channels),
+            config.prediction_type,
+            config.time_conditioning,
+        )
+        logger.info(
+            "Training: %s, %s weighting, steps %d to %d of %d images (%d process(es)).",
+            self.sde if len(repr(self.sde)) < 200 else type(self.sde).__name__,
+            self.weighting,
+            self.step,
+            self.max_steps,
+            self.global_batch_size,
+            self.accelerator.num_processes,
+        )
+
+
+def image_grid(images: list[Image.Image]) -> Image.Image:
+    """Images in rows, about as many as columns, with a frame around each; small ones are enlarged to be seen."""
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    factor = max(1, SHOWN_SIDE // images[0].width)
+    # Smoothly: the eye does not read a digit of 8x8 squares.
+    size = (images[0].width * factor, images[0].height * factor)
+    shown = [image.convert("RGB").resize(size, Image.Resampling.BICUBIC) for image in images]
+    framed = [ImageOps.expand(image, border=FRAME, fill="dimgrey") for image in shown]
+    framed += [Image.new("RGB", framed[0].size, "dimgrey")] * (rows * columns - len(images))
+    return make_image_grid(framed, rows, columns)
+
+
+def _due(step: int, every: int | None, last: bool) -> bool:
+    return every is not None and every > 0 and (last or step % every == 0)

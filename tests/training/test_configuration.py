@@ -1,0 +1,95 @@
+"""Options: every one is reachable, explained and checked before anything is done."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from diffusers_sde.training import TrainingConfig, parse_args
+from diffusers_sde.training.cli import build_parser, main
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
+
+
+def test_the_empty_command_line_is_the_default_configuration():
+    assert parse_args([]) == TrainingConfig()
+
+
+def test_every_field_is_an_option_with_help():
+    options = {action.dest: action for action in build_parser()._actions}
+    for f in fields(TrainingConfig):
+        assert len(options[f.name].help) > 5
+        assert f"--{f.name}" in options[f.name].option_strings
+
+
+def test_values_reach_the_fields_with_their_types():
+    config = parse_args(
+        "--sde sub_vp --block_out_channels 16 32 --no-use_ema --random_flip --learning_rate 3e-4 --resolution 16 "
+        "--ddpm_num_steps 500 --resume_from_checkpoint latest".split()
+    )
+    assert config.sde == "sub_vp"
+    assert config.block_out_channels == (16, 32)
+    assert (config.use_ema, config.random_flip) == (False, True)
+    assert config.learning_rate == 3e-4
+    assert config.resolution == 16
+    assert config.num_train_timesteps == 500
+    assert config.resume_from_checkpoint == "latest"
+
+
+def test_options_of_diffusers_train_unconditional_are_known():
+    parse_args(
+        "--dataset_name a --dataset_config_name b --output_dir o --overwrite_output_dir --cache_dir c --resolution 64 "
+        "--center_crop --random_flip --train_batch_size 16 --eval_batch_size 16 --dataloader_num_workers 0 "
+        "--num_epochs 100 --save_images_epochs 10 --save_model_epochs 10 --gradient_accumulation_steps 1 "
+        "--learning_rate 1e-4 --lr_scheduler cosine --lr_warmup_steps 500 --adam_beta1 0.95 --adam_beta2 0.999 "
+        "--adam_weight_decay 1e-6 --adam_epsilon 1e-08 --use_ema --ema_inv_gamma 1.0 --ema_power 0.75 "
+        "--ema_max_decay 0.9999 --logger tensorboard --logging_dir logs --mixed_precision no "
+        "--prediction_type epsilon --ddpm_num_steps 1000 --ddpm_num_inference_steps 1000 "
+        "--checkpointing_steps 500 --checkpoints_total_limit 3 --resume_from_checkpoint latest "
+        "--model_config_name_or_path m".split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sde": "vpsde"}, ["sde", "'vpsde'", "sub_vp"]),
+        ({"prediction_type": "eps"}, ["prediction_type", "'eps'", "epsilon"]),
+        ({"weighting": "g2"}, ["weighting", "'g2'", "likelihood"]),
+        ({"time_conditioning": "t"}, ["time_conditioning", "log_sigma"]),
+        ({"train_batch_size": 0}, ["train_batch_size", "at least 1", "0"]),
+        ({"max_train_steps": -5}, ["max_train_steps", "-5"]),
+        ({"learning_rate": 0.0}, ["learning_rate", "greater than 0"]),
+        ({"learning_rate": float("nan")}, ["learning_rate", "nan"]),
+        ({"sigma_max": -1.0}, ["sigma_max", "-1.0"]),
+        ({"ema_max_decay": 1.5}, ["ema_max_decay", "at most 1"]),
+        ({"train_eps": 1.0}, ["train_eps", "(0, 1)"]),
+        ({"channels": 2}, ["channels", "1 or 3"]),
+        ({"block_out_channels": (32, 0)}, ["block_out_channels", "at least 1"]),
+        ({"dataset_name": "digits", "train_data_dir": "x"}, ["dataset_name", "train_data_dir"]),
+        ({"max_train_steps": 10, "lr_warmup_steps": 10}, ["lr_warmup_steps", "max_train_steps"]),
+        ({"time_embedding_type": "fourier"}, ["fourier", "score", "sigma"]),
+        ({"beta_schedule": "squaredcos_cap_v2"}, ["beta_schedule", "discrete"]),
+        ({"mixed_precision": "fp8"}, ["mixed_precision", "bf16"]),
+    ],
+)
+def test_bad_values_are_named(options, words):
+    with pytest.raises(ValueError) as error:
+        TrainingConfig(**options)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--output_dir", str(tmp_path / "o"), "--train_data_dir", str(tmp_path / "missing")])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("train.py: error: train_data_dir")
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_script_answers_help():
+    done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True)
+    assert "--gradient_accumulation_steps" in done.stdout

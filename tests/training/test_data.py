@@ -1,0 +1,220 @@
+"""Data: every kind of source, what is read off it, and samples that depend on their number alone."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_sde.training import TrainingConfig
+from diffusers_sde.training.data import ImageSource, TrainingSamples, batches, load_digits, load_images
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits()
+
+
+@pytest.fixture(scope="module")
+def source(digits):
+    return ImageSource(digits, TrainingConfig())
+
+
+def _noise_image(seed, size=(8, 8), mode="RGB"):
+    shape = (size[1], size[0], 3) if mode == "RGB" else (size[1], size[0])
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def _folder(root, images):
+    for i, image in enumerate(images):
+        folder = root / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i}.png")
+    return root
+
+
+def test_digits_are_scikit_learns(source):
+    from sklearn.datasets import load_digits as load
+
+    original = load()
+    assert (len(source), source.channels, source.resolution) == (1797, 1, 8)
+    assert source.class_names == [str(i) for i in range(10)]
+    assert np.array_equal(source.labels.numpy(), original.target)
+    pixels = np.stack([source.get(i)[0] for i in range(1797)])
+    assert np.abs(pixels / 255.0 - original.images / 16.0).max() <= 0.5 / 255.0 + 1e-9
+    assert pixels.max() == 255 and pixels.min() == 0
+
+
+def test_digits_at_another_resolution(digits):
+    source = ImageSource(digits.select(range(20)), TrainingConfig(resolution=16))
+    assert source.get(3).shape == (1, 16, 16)
+
+
+def test_image_folder_parquet_and_saved_data_set_agree(tmp_path):
+    images = [_noise_image(i) for i in range(6)]
+    folder = _folder(tmp_path / "folder", images)
+    cache = str(tmp_path / "cache")
+    from_folder = load_images(TrainingConfig(train_data_dir=str(folder), cache_dir=cache))
+    (tmp_path / "parquet").mkdir()
+    from_folder.to_parquet(str(tmp_path / "parquet" / "train.parquet"))
+    from_folder.save_to_disk(str(tmp_path / "saved"))
+    reference = None
+    for path in (folder, tmp_path / "parquet", tmp_path / "parquet" / "train.parquet", tmp_path / "saved"):
+        config = TrainingConfig(train_data_dir=str(path), cache_dir=cache)
+        source = ImageSource(load_images(config), config)
+        assert (len(source), source.channels, source.resolution) == (6, 3, 8)
+        assert source.class_names == ["class0", "class1"]
+        pixels = source.get_many(range(6))
+        reference = pixels if reference is None else reference
+        assert np.array_equal(pixels, reference)
+    originals = {np.asarray(image).tobytes() for image in images}
+    assert {p.transpose(1, 2, 0).tobytes() for p in reference} == originals
+
+
+def test_mixed_sizes_need_a_resolution_and_then_crop(tmp_path):
+    data = datasets.Dataset.from_dict(
+        {"image": [_noise_image(0, (12, 8)), _noise_image(1, (8, 16))]},
+        features=datasets.Features({"image": datasets.Image()}),
+    )
+    with pytest.raises(ValueError, match="resolution"):
+        ImageSource(data, TrainingConfig())
+    central = ImageSource(data, TrainingConfig(resolution=8, center_crop=True))
+    assert central.is_cached
+    assert np.array_equal(central.get(0), np.asarray(data[0]["image"]).transpose(2, 0, 1)[:, :, 2:10])
+    random = ImageSource(data, TrainingConfig(resolution=8))
+    assert not random.is_cached
+    columns = np.asarray(data[0]["image"]).transpose(2, 0, 1)
+    crops = {random.get(0, np.random.default_rng(i)).tobytes() for i in range(60)}
+    assert crops == {np.ascontiguousarray(columns[:, :, i : i + 8]).tobytes() for i in range(5)}
+
+
+def test_on_the_fly_equals_cached(digits):
+    few = digits.select(range(30))
+    cached, read = (ImageSource(few, TrainingConfig(cache_images=c)) for c in (True, False))
+    assert cached.is_cached and not read.is_cached
+    a, b = (TrainingSamples(s, 0, True).__getitems__(list(range(50))) for s in (cached, read))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (Image.new("1", (4, 4), 1), 255),
+        (Image.new("L", (4, 4), 7), 7),
+        (Image.new("LA", (4, 4), (0, 0)), 255),  # transparent: white
+        (Image.fromarray(np.full((4, 4), 65535, dtype=np.uint16)), 255),
+        (Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)), 128),
+        (np.full((4, 4), 9, dtype=np.uint8), 9),
+        (np.full((1, 4, 4), 1.0), 255),
+    ],
+)
+def test_grey_modes(value, expected):
+    data = _raw([value])
+    source = ImageSource(data, TrainingConfig())
+    assert source.channels == 1
+    assert (source.get(0) == expected).all()
+
+
+def _raw(values):
+    """A stand-in for a data set whose rows are not encoded as PNG."""
+
+    class Raw:
+        features = {"image": None}
+
+        def __len__(self):
+            return len(values)
+
+        def __getitem__(self, i):
+            return {"image": values[i]}
+
+    return Raw()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([], ["empty"]),
+        ([np.full((4, 4), 0.5), np.full((4, 4), np.nan)], ["Image 1", "not finite"]),
+        ([Image.fromarray(np.full((4, 4), np.inf, dtype=np.float32))], ["Image 0", "not finite"]),
+        ([np.full((4, 4), 3.0)], ["[0, 1]"]),
+        ([np.full((4, 4), 300)], ["0..255"]),
+        ([np.zeros((4, 4, 2, 2))], ["Image 0", "(4, 4, 2, 2)"]),
+        ([None], ["Image 0"]),
+        ([Image.new("L", (4, 6))], ["resolution"]),
+        ([Image.new("L", (4, 4)), Image.new("L", (8, 8))], ["Image 1", "8x8", "resolution"]),
+    ],
+)
+def test_unusable_images_are_named(values, words):
+    with pytest.raises(ValueError) as error:
+        ImageSource(_raw(values), TrainingConfig())
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_folders_without_images_are_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("no images")
+    for path in (tmp_path, tmp_path / "notes.txt", tmp_path / "missing"):
+        with pytest.raises(ValueError, match="train_data_dir"):
+            load_images(TrainingConfig(train_data_dir=str(path)))
+
+
+def test_columns_are_named(digits):
+    with pytest.raises(ValueError, match="image_column must be one of image, label, got 'picture'"):
+        ImageSource(digits, TrainingConfig(image_column="picture"))
+    with pytest.raises(ValueError, match="label_column"):
+        ImageSource(digits, TrainingConfig(label_column="kind"))
+
+
+def test_statistics_of_known_images():
+    black, white = np.zeros((4, 4), dtype=np.uint8), np.full((4, 4), 255, dtype=np.uint8)
+    std, largest = ImageSource(_raw([black, white, black, white]), TrainingConfig()).statistics()
+    assert std == pytest.approx(1.0)
+    assert largest == pytest.approx(8.0)  # sqrt(16 pixels x 2^2)
+
+
+def test_every_epoch_shows_every_image_once(source):
+    samples = TrainingSamples(source, seed=3, random_flip=False)
+    first, second = (samples.__getitems__(list(range(e * 1797, (e + 1) * 1797))) for e in range(2))
+    whole = np.sort(source.get_many(range(1797)).reshape(1797, -1), axis=0)
+    for epoch in (first, second):
+        assert np.array_equal(np.sort(epoch["images"].numpy().reshape(1797, -1), axis=0), whole)
+    assert not torch.equal(first["labels"], second["labels"])
+
+
+def test_a_sample_depends_on_its_number_alone(source):
+    samples = TrainingSamples(source, seed=3, random_flip=True)
+    stream = samples.__getitems__(list(range(100, 164)))
+    # The same numbers dealt to two processes in micro-batches of 8, from number 100 on.
+    dealt = [batches(samples, 100, 8, process, 2) for process in range(2)]
+    pieces = [next(dealt[i % 2]) for i in range(8)]
+    for key in stream:
+        assert torch.equal(stream[key], torch.cat([piece[key] for piece in pieces]))
+
+
+def test_loading_in_other_processes_changes_nothing(source):
+    samples = TrainingSamples(source, seed=3, random_flip=False)
+    here, there = batches(samples, 0, 8), batches(samples, 0, 8, num_workers=1)
+    for _ in range(3):
+        a, b = next(here), next(there)
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_loading_leaves_the_global_generator_alone(source):
+    before = torch.get_rng_state()
+    next(batches(TrainingSamples(source, 0, True), 0, 8))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_noise_and_times_are_standard_and_independent(source):
+    # 200 x 64 numbers per seed; bounds are six standard errors: a false alarm in 1e8.
+    batch = TrainingSamples(source, seed=5, random_flip=False).__getitems__(list(range(4000)))
+    noise, u = batch["noise"].double(), batch["u"]
+    n = noise.numel()
+    assert noise.dtype == torch.float64 and batch["noise"].dtype == torch.float32
+    assert abs(noise.mean()) < 6 / n**0.5
+    assert abs(noise.var() - 1) < 6 * (2 / n) ** 0.5
+    assert abs((noise[1:] * noise[:-1]).mean()) < 6 / n**0.5
+    assert abs(u.mean() - 0.5) < 6 * (1 / 12 / 4000) ** 0.5
+    assert u.dtype == torch.float64 and 0 <= u.min() and u.max() < 1
+    other = TrainingSamples(source, seed=6, random_flip=False).__getitems__(list(range(4000)))
+    assert abs((noise * other["noise"].double()).mean()) < 6 / n**0.5
+    assert abs(torch.corrcoef(torch.stack([u, other["u"]]))[0, 1]) < 6 / 4000**0.5
