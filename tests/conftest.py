@@ -1,4 +1,4 @@
-"""What every test shares: one torch thread per xdist worker, and a fixed seed."""
+"""What every test shares: one torch thread, and a fixed seed."""
 
 import os
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers already fill the cores. The variable reaches the processes that tests start.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
+# Models here are tiny and xdist's workers fill the cores: threads that wait for each other cost ten times what they gain.
+# The variable reaches the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import diffusers
 
+from .diagnostics import Diagnosis, diagnose
 from .pipelines import SDEPipeline
 from .plans import Plan, Row, make_plan
 from .sampling import sample
@@ -42,6 +43,7 @@ __all__ = [
     "VESDE",
     "VPSDE",
     "CosineSDE",
+    "Diagnosis",
     "DiscreteVPSDE",
     "FlowSDEScheduler",
     "Plan",
@@ -53,6 +55,7 @@ __all__ = [
     "SubVPSDEScheduler",
     "VESDEScheduler",
     "VPSDEScheduler",
+    "diagnose",
     "make_plan",
     "sample",
 ]
