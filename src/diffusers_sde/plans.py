@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .correctors import get_corrector
 from .parametrizations import Parametrization
-from .predictors import PredictorOptions, get_predictor
+from .predictors import PredictorOptions, Stage, get_predictor
 from .sdes import SDE
 
 
@@ -33,6 +33,7 @@ class Row:
         s: SDE time of the result; None for the data (alpha = 1, sigma = 0).
         skip, out: x0_hat = skip * x_t + out * F.
         remember: Keep this call's x0_hat for later rows.
+        memo: Keep memo[0] * x_t + memo[1] * x0_hat instead; see ``memorise``.
         is_corrector: Whether a corrector owns this call.
     """
 
@@ -46,6 +47,7 @@ class Row:
     skip: float = 0.0
     out: float = 1.0
     remember: bool = False
+    memo: tuple[float, float] | None = None
     is_corrector: bool = False
 
     @property
@@ -153,18 +155,22 @@ def make_plan(
             "start at a smaller t."
         )
 
+    options = options or PredictorOptions()
     intervals = len(times) - 1
     levels = len(times) if denoise_final else intervals
-    predictions = (
-        _predictor_rows(sde, times, rule.stages(sde, times, stochasticity, options or PredictorOptions()))
-        if intervals
-        else []
-    )
+    stages = rule.stages(sde, times, stochasticity, options) if intervals else []
+    corrections = _corrector_rows(sde, times, levels, corrector, correct_steps, snr) if corrector is not None else []
+    if corrections and len(stages) == 1 and stages[0].remember:
+        _finish_steps(corrections, stages[0])
+        stages = [_across_corrections(stages[0])]
+    predictions = _predictor_rows(times, [_in_sample_and_estimate(stage) for stage in stages])
     predictions += [[] for _ in range(intervals - len(predictions))]
     if denoise_final:
         predictions.append([_final_row(sde, float(times[-1]), final_time)])
-    corrections = _corrector_rows(sde, times, levels, corrector, snr) if corrector is not None else [[]] * levels
-    rows = [row for c, p in zip(corrections, predictions, strict=True) for row in c * correct_steps + p]
+    if corrections:
+        rows = [row for c, p in zip(corrections, predictions, strict=True) for row in c + p]
+    else:
+        rows = [row for p in predictions for row in p]
     order = rule.calls + (correct_steps if corrector is not None else 0)
     if not all(math.isfinite(v) for row in rows for v in (row.x, row.model, row.noise, *row.history)):
         raise ValueError(
@@ -183,31 +189,96 @@ def _final_row(sde: SDE, t: float, final_time: float | None) -> Row:
     return Row(t, final_time, x, float(sde.alpha(final_time) - sde.alpha(t) * x))
 
 
-def _predictor_rows(sde: SDE, times: Tensor, stages: list) -> list[list[Row]]:
+def _in_sample_and_estimate(stage: Stage) -> Stage:
+    """The stage with ``late`` carried out and ``memo`` written out: coefficients of x_t, x0_hat and what is remembered."""
+    weights = [stage.x0, *stage.history]
+    for k, update in enumerate(stage.late):
+        weights[k:] = [weights[k] + stage.x * update if k < len(weights) else stage.x * update, *weights[k + 1 :]]
+    x, x0 = stage.x, weights[0]
+    if stage.memo is not None:
+        x, x0 = x + weights[0] * stage.memo[0], weights[0] * stage.memo[1]
+    return stage._replace(x=x, x0=x0, history=tuple(weights[1:]), late=())
+
+
+def _slopes(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Coefficients of the differences E_0 - E_1, E_1 - E_2, ... in sum_k weights_k E_k, next to sum(weights) E_0."""
+    return [-sum(weights[k:], torch.zeros_like(weights[0])) for k in range(1, len(weights))]
+
+
+def _across_corrections(stage: Stage) -> Stage:
+    """A multistep stage behind a corrector, which calls the model at the same time and then moves the sample.
+
+    Differences of estimates are to tell how the estimate changes along the path, not how far the corrector jumped: each is
+    taken over one interval, between the call after the jump at its start and the call before the jump at its end. In
+    memory those are number 1 and 0 for the last interval, 3 and 2 for the one before, ...
+    """
+    weights = [stage.x0, *stage.history]
+    history = [c for slope in _slopes(weights) for c in (slope, -slope)]
+    return stage._replace(x0=sum(weights[1:], weights[0]), history=tuple(history), late=())
+
+
+def _finish_steps(corrections: list[list[Row]], stage: Stage) -> None:
+    """Let the first corrector call of each level be remembered, and finish the step that led there with it."""
+    slopes = [v.tolist() for v in _slopes(stage.late)] if stage.late else []
+    memos = None if stage.memo is None else [m.tolist() for m in stage.memo]
+    for i, rows in enumerate(corrections[: len(stage.x)]):
+        row = rows[0]
+        memo = None if memos is None else (memos[0][i], memos[1][i])
+        if slopes and row.langevin is None:
+            # x <- x + sum_k slope_k difference_k first; the newest difference is this call minus the last in memory.
+            of_x, of_x0 = memo or (0.0, 1.0)
+            newest = slopes[0][i]
+            history = [-newest] + [c for slope in slopes[1:] for c in (slope[i], -slope[i])]
+            while history and history[-1] == 0.0:
+                history.pop()
+            row = replace(
+                row,
+                model=row.model + row.x * newest * of_x0,
+                history=tuple(row.x * c for c in history),
+                x=row.x * (1.0 + newest * of_x),
+            )
+        rows[0] = replace(row, remember=True, memo=memo)
+
+
+def _predictor_rows(times: Tensor, stages: list[Stage]) -> list[list[Row]]:
     """Per interval the rows of its stages."""
     columns = [
-        (s.x.tolist(), s.x0.tolist(), s.noise.tolist(), [h.tolist() for h in s.history], s.at_target, s.remember)
+        (
+            s.x.tolist(),
+            s.x0.tolist(),
+            s.noise.tolist(),
+            [h.tolist() for h in s.history],
+            s.at_target,
+            s.remember,
+            None if s.memo is None else list(zip(s.memo[0].tolist(), s.memo[1].tolist(), strict=True)),
+        )
         for s in stages
     ]
     ts = times.tolist()
     groups: list[list[Row]] = [[] for _ in ts[1:]] if columns else []
     for i, group in enumerate(groups):
-        for x, x0, noise, history, at_target, remember in columns:
+        for x, x0, noise, history, at_target, remember, memos in columns:
             weights = [h[i] for h in history]
             while weights and weights[-1] == 0.0:  # no earlier estimate exists yet, or it does not count
                 weights.pop()
             t = ts[i + 1] if at_target else ts[i]
-            group.append(Row(t, ts[i + 1], x[i], x0[i], noise[i], tuple(weights), remember=remember))
+            memo = None if memos is None else memos[i]
+            group.append(Row(t, ts[i + 1], x[i], x0[i], noise[i], tuple(weights), remember=remember, memo=memo))
     return groups
 
 
-def _corrector_rows(sde: SDE, times: Tensor, levels: int, corrector: str, snr: float) -> list[list[Row]]:
+def _corrector_rows(
+    sde: SDE, times: Tensor, levels: int, corrector: str, correct_steps: int, snr: float
+) -> list[list[Row]]:
     t = times[:levels]
     s = torch.cat([times[1:], times.new_tensor([math.nan])])[:levels]
     c = get_corrector(corrector)(sde, t, s, snr)
     steps = [None] * levels if c.langevin is None else c.langevin.tolist()
     columns = zip(t.tolist(), c.x.tolist(), c.x0.tolist(), c.noise.tolist(), steps, strict=True)
-    return [[Row(t, t, x, x0, noise, langevin=langevin, is_corrector=True)] for t, x, x0, noise, langevin in columns]
+    return [
+        [Row(t, t, x, x0, noise, langevin=langevin, is_corrector=True)] * correct_steps
+        for t, x, x0, noise, langevin in columns
+    ]
 
 
 def advance(
@@ -243,6 +314,11 @@ def advance(
     if row.noise != 0.0:
         update.add_(draw(), alpha=row.noise)
     return update
+
+
+def memorise(row: Row, x: Tensor, x0_hat: Tensor) -> Tensor:
+    """What a row with ``remember`` leaves to later rows: x0_hat, or the combination of it with x_t that they use."""
+    return x0_hat if row.memo is None else (x * row.memo[0]).add_(x0_hat, alpha=row.memo[1])
 
 
 def squared_norm_ratio(z: Tensor, score: Tensor, batch_norms: bool) -> Tensor:

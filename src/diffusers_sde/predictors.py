@@ -12,6 +12,7 @@ and one line in ``PREDICTORS``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,6 +34,10 @@ class Stage(NamedTuple):
         history: Of the denoised estimates of earlier calls, most recent first; entries where none exists yet are 0.
         at_target: The network is called at the interval's end s instead of its start t.
         remember: A later stage or interval uses this call's estimate.
+        memo: Coefficients of x_t and x0_hat in an estimate that takes the place of x0_hat: ``x0`` and ``history`` are
+            coefficients of it, and it is what is remembered. None for x0_hat itself.
+        late: What the estimate at the start of an interval, and those before it, add to the sample there, once the former
+            is known: the rest of the step before.
     """
 
     x: Tensor
@@ -41,6 +46,8 @@ class Stage(NamedTuple):
     history: tuple[Tensor, ...] = ()
     at_target: bool = False
     remember: bool = False
+    memo: tuple[Tensor, Tensor] | None = None
+    late: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,9 @@ class Predictor:
     deterministic: bool = False
 
 
+SOLVER_TYPES = ("heun", "midpoint")
+
+
 @dataclass(frozen=True)
 class PredictorOptions:
     """Options that some predictors read.
@@ -67,14 +77,25 @@ class PredictorOptions:
     Attributes:
         solver_order: 1, 2 or 3, for ``exponential``.
         large_variance: Noise of the ``ancestral`` predictor from beta instead of the posterior variance.
+        solver_type: ``heun`` or ``midpoint``, DPM-Solver++'s names: the slope of order 2 with its exact weight, or with the
+            weight of a point in the middle.
+        solver_correction: Redo each step of ``exponential`` with the estimate at its end, as soon as that is known.
+        gaussian_std: Standard deviation of the Gaussian part of the data that ``exponential`` integrates exactly.
     """
 
     solver_order: int = 1
     large_variance: bool = False
+    solver_type: str = "heun"
+    solver_correction: bool = False
+    gaussian_std: float = 0.0
 
     def __post_init__(self) -> None:
         if self.solver_order not in (1, 2, 3):
             raise ValueError(f"solver_order must be 1, 2 or 3, got {self.solver_order!r}.")
+        if self.solver_type not in SOLVER_TYPES:
+            raise ValueError(f"solver_type must be one of {', '.join(SOLVER_TYPES)}, got {self.solver_type!r}.")
+        if not 0.0 <= self.gaussian_std < math.inf:
+            raise ValueError(f"gaussian_std must be a finite number >= 0, got {self.gaussian_std!r}.")
 
 
 def _with_score(sde: SDE, t: Tensor, x: Tensor, score: Tensor, noise: Tensor) -> Stage:
@@ -131,43 +152,124 @@ def exponential(sde: SDE, times: Tensor, stochasticity: float, options: Predicto
 
     (Lu et al. 2022, arXiv:2211.01095, appendix A). Order p takes x0_hat(l) as the polynomial through the last p
     estimates, with exact weights and no extra model call; fewer at the start. Order 1 is DDIM for eta = 0 and ancestral
-    sampling for eta = 1. The integral needs no special case at lambda = -infinity, where alpha(t) = 0.
+    sampling for eta = 1, order 2 DPM-Solver++(2M) and its SDE form. The integral needs no special case at
+    lambda = -infinity, where alpha(t) = 0.
+
+    ``solver_correction``: once the estimate at the end of a step is known, the step's integral is redone with the
+    polynomial that includes it, before the next step starts. It costs no model call (the estimate is not evaluated again),
+    changes nothing but coefficients, and for eta = 0 raises the order by one (Zhao et al. 2023, arXiv:2302.04867,
+    UniC; Xue et al. 2023, arXiv:2309.05019, for the SDE). It is no MCMC corrector: it draws no noise.
+
+    ``gaussian_std`` (call it c): take the data as e + c z. Then e stands at noise S^2 = sigma^2 + alpha^2 c^2, all of the
+    above holds with S for sigma, log(alpha/S) for lambda and
+
+        E[e | x_t] = x0_hat + c^2 alpha score = (1 + c^2 alpha^2/sigma^2) x0_hat - (c^2 alpha/sigma^2) x_t
+
+    for x0_hat, and sampling e down to S = c at sigma = 0 is sampling the data. The marginals are the same whatever c is;
+    what changes is what is integrated exactly: point data for c = 0, data of standard deviation c in general (every
+    step of any length and eta is then exact), and with c far above sigma the integrand is the noise: c = 0 is data
+    prediction, a large c noise prediction, and a c between is the first above this noise and the second below it.
     """
-    log_sigma, lam = sde.log_sigma(times), 0.5 * sde.log_snr(times)
-    alpha_s, h = sde.alpha(times[1:]), lam[1:] - lam[:-1]
+    log_snr = sde.log_snr(times)
+    ratio = options.gaussian_std**2 * torch.exp(log_snr)
+    widening = 0.5 * torch.log1p(ratio)
+    log_std, lam = sde.log_sigma(times) + widening, 0.5 * log_snr - widening
+    alpha, h = sde.alpha(times), lam[1:] - lam[:-1]
     eta2, q = stochasticity**2, 1.0 + stochasticity**2
     decay = eta2 * h if eta2 > 0 else torch.zeros_like(h)
-    x = torch.exp(log_sigma[1:] - log_sigma[:-1] - decay)
-    noise = torch.exp(log_sigma[1:]) * torch.sqrt(-torch.expm1(-2.0 * decay))
-    weights = _adams_weights(h, q, options.solver_order)
-    history = tuple(alpha_s * w for w in weights[1:])
-    return [Stage(x, alpha_s * weights[0], noise, history, remember=options.solver_order > 1)]
+    x = torch.exp(log_std[1:] - log_std[:-1] - decay)
+    noise = torch.exp(log_std[1:]) * torch.sqrt(-torch.expm1(-2.0 * decay))
+
+    order = options.solver_order
+    exact = _adams_weights(h, q, order)
+    used = exact
+    if order == 2 and options.solver_type == "midpoint":
+        slope = 0.5 * h * _moment(h, q, 0) / _back(h, 1)
+        slope = torch.where(torch.isfinite(h), slope, torch.zeros_like(h))
+        used = [_moment(h, q, 0) + slope, -slope]
+    late = []
+    if options.solver_correction:
+        # What the step before would have been, with the estimate at its end, minus what it was.
+        late = _moulton_update(h, q, order)
+        for k in range(order):
+            late[k + 1] = late[k + 1] + (exact[k] - used[k])
+        late = [torch.cat([torch.zeros_like(h[:1]), (alpha[1:] * update)[:-1]]) for update in late]
+    memo = None
+    if options.gaussian_std:
+        of_x = torch.where(alpha > 0, -ratio / alpha, torch.zeros_like(alpha))
+        memo = (of_x[:-1], 1.0 + ratio[:-1])
+    history = tuple(alpha[1:] * w for w in used[1:])
+    return [Stage(x, alpha[1:] * used[0], noise, history, remember=order + len(late) > 1, memo=memo, late=tuple(late))]
+
+
+def _back(h: Tensor, steps: int) -> Tensor:
+    """Distance from the start of each interval back to the estimate ``steps`` before; infinite where there is none."""
+    distance = torch.zeros_like(h)
+    for k in range(1, steps + 1):
+        shifted = torch.cat([torch.full_like(h[:k], math.inf), h[:-k]])[: len(h)]
+        distance = distance + shifted
+    return distance
+
+
+def _divided_difference(nodes: list[Tensor]) -> list[Tensor]:
+    """Coefficients of f(node_0), f(node_1), ... in the divided difference f[node_0, node_1, ...].
+
+    One over an infinite distance is 0, which is its limit, where the nodes are too few or an interval is infinite.
+    """
+    exists = torch.stack([torch.isfinite(node) for node in nodes]).all(0)
+    coefficients = []
+    for i, node in enumerate(nodes):
+        product = torch.ones_like(node)
+        for j, other in enumerate(nodes):
+            if i != j:
+                product = product * (node - other)
+        coefficients.append(torch.where(exists, 1.0 / product, torch.zeros_like(node)))
+    return coefficients
+
+
+def _newton_moments(h: Tensor, q: float, order: int) -> list[Tensor]:
+    """Integrals q int_0^h exp(q (w - h)) N(w) dw of N = 1, w, w (w + h1), w (w + h1) (w + h2), ...
+
+    h1, h2 are the distances back to the estimates before. Entries that do not exist are meaningless.
+    """
+    moments = [_moment(h, q, j) for j in range(order)]
+    polynomial, result = [torch.ones_like(h)], [moments[0]]  # of w, lowest power first
+    for j in range(1, order):
+        back = _back(h, j - 1)
+        shifted = [torch.zeros_like(h), *polynomial]
+        polynomial = [a + back * b for a, b in zip(shifted, [*polynomial, torch.zeros_like(h)], strict=True)]
+        result.append(sum((c * m for c, m in zip(polynomial, moments, strict=False)), torch.zeros_like(h)))
+    return result
 
 
 def _adams_weights(h: Tensor, q: float, order: int) -> list[Tensor]:
-    """Weights of the last ``order`` estimates in q int_0^h exp(q (w - h)) x0_hat(lambda_t + w) dw.
+    """Weights of the last ``order`` estimates in q int_0^h exp(q (w - h)) x0_hat(lambda_t + w) dw (Adams-Bashforth).
 
-    The Newton form of the interpolation polynomial through lambda_t, the time before, ...: a divided difference over
-    an infinite interval is 0, which is its limit.
+    The Newton form of the interpolation polynomial through lambda_t, the time before, ...
     """
-    moments = [_moment(h, q, j) for j in range(order)]
-    weights = [moments[0]] + [torch.zeros_like(h) for _ in range(order - 1)]
-    # h1, h2: distances from lambda_t back to the two estimates before it; infinite where there are none.
-    infinite = torch.full_like(h[:1], float("inf"))
-    h1 = torch.cat([infinite, h[:-1]])
-    if order > 1:
-        slope = moments[1] / h1
-        weights[0], weights[1] = weights[0] + slope, weights[1] - slope
-    if order > 2:
-        # [D0, D1, D2] = ((D0 - D1)/h1 - (D1 - D2)/(h2 - h1)) / h2 times the integral of exp(q (w - h)) w (w + h1).
-        h2 = h1 + torch.cat([infinite, h1[:-1]])
-        exists = torch.isfinite(h2)
-        curvature = torch.where(exists, (moments[2] + h1 * moments[1]) / h2, torch.zeros_like(h))
-        back = torch.where(exists, h2 - h1, infinite)
-        weights[0] = weights[0] + curvature / h1
-        weights[1] = weights[1] - curvature / h1 - curvature / back
-        weights[2] = weights[2] + curvature / back
+    weights = [torch.zeros_like(h) for _ in range(order)]
+    for j, moment in enumerate(_newton_moments(h, q, order)):
+        for k, c in enumerate(_divided_difference([-_back(h, i) for i in range(j + 1)])):
+            weights[k] = weights[k] + torch.where(c == 0, c, c * moment)
     return weights
+
+
+def _moulton_update(h: Tensor, q: float, order: int) -> list[Tensor]:
+    """What the estimate at the end of each interval adds to the integral of ``_adams_weights`` (Adams-Moulton).
+
+    Coefficients of that estimate and of the ``order`` before it: the Newton term of the polynomial that goes through
+    all of them, in place of the one through as many as there are.
+    """
+    update = [torch.zeros_like(h) for _ in range(order + 1)]
+    moments = _newton_moments(h, q, order + 1)
+    for p in range(1, order + 1):
+        # Exactly p estimates before the end exist (order, or fewer at the start).
+        deepest = torch.isfinite(_back(h, p - 1)) & torch.isfinite(h)
+        if p < order:
+            deepest = deepest & ~torch.isfinite(_back(h, p))
+        for k, c in enumerate(_divided_difference([h, *(-_back(h, i) for i in range(p))])):
+            update[k] = torch.where(deepest, c * moments[p], update[k])
+    return update
 
 
 def _moment(h: Tensor, q: float, j: int) -> Tensor:

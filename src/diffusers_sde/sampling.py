@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .noise import standard_normal_like
-from .plans import Plan, advance
+from .plans import Plan, advance, memorise
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(x_t of shape (B, ...), t of shape ()) -> x0_hat = E[x_0 | x_t], shape (B, ...)."""
@@ -39,7 +39,7 @@ def sample(
     memory: list[Tensor] = []
     for i, row in enumerate(plan.rows):
         output = denoiser(x, torch.tensor(row.t, dtype=torch.float64, device=x.device))
-        estimate = (x * row.skip).add_(output, alpha=row.out) if row.remember else None
+        estimate = memorise(row, x, (x * row.skip).add_(output, alpha=row.out)) if row.remember else None
         x = advance(row, x, output, memory, lambda: standard_normal_like(output, generator), batch_norms)  # noqa: B023
         if estimate is not None:
             memory = [estimate, *memory][: plan.memory]

@@ -39,13 +39,47 @@ def karras(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0) -> 
     return _with_ends(sde.time_of(-2.0 * rho * ramp.log()), t_start, t_end)
 
 
+# The middle, width and floor of the density of ``sech``, in lambda = log(alpha/sigma). Measured, not fitted: see
+# benchmarks/quality.py. Noise-to-signal exp(-1) is about the standard deviation of images in [-1, 1] and of latents.
+SECH_MIDDLE, SECH_WIDTH, SECH_FLOOR = 1.0, 1.5, 0.15
+
+
+def sech(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0) -> Tensor:
+    """Points where the estimate changes: density sech((lambda - 1)/1.5) + 0.15 in lambda = log(alpha/sigma).
+
+    For Gaussian data of standard deviation c, x0_hat along the reverse process is a sigmoid of lambda + log c. Uniform
+    log-SNR spends most of its points before and after that rise, where any step is exact; the density of the rise itself is a
+    hyperbolic secant, here widened because data have many scales, and with a floor because some lie further out.
+    """
+    first = 0.5 * max(float(sde.log_snr(t_start)), MIN_LOG_SNR)
+    last = 0.5 * float(sde.log_snr(t_end))
+
+    def mass(lam: Tensor) -> Tensor:  # the density integrated; 2 atan(tanh(u/2)) is the Gudermannian
+        u = (lam - SECH_MIDDLE) / SECH_WIDTH
+        return SECH_FLOOR * lam + 2.0 * SECH_WIDTH * torch.atan(torch.tanh(0.5 * u))
+
+    ends = mass(torch.tensor([first, last], dtype=torch.float64)).tolist()
+    target = torch.linspace(ends[0], ends[1], n, dtype=torch.float64)
+    low, high = torch.full_like(target, first), torch.full_like(target, last)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        below = mass(middle) < target
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return _with_ends(sde.time_of(low + high), t_start, t_end)
+
+
 def _with_ends(grid: Tensor, t_start: float, t_end: float) -> Tensor:
     grid[-1] = t_end
     grid[0] = t_start
     return grid
 
 
-TIME_GRIDS: dict[str, Callable[..., Tensor]] = {"uniform": uniform, "log_snr": log_snr, "karras": karras}
+TIME_GRIDS: dict[str, Callable[..., Tensor]] = {
+    "uniform": uniform,
+    "log_snr": log_snr,
+    "karras": karras,
+    "sech": sech,
+}
 
 
 def get_time_grid(name: str, sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0) -> Tensor:

@@ -15,6 +15,8 @@ from typing import Any
 
 import diffusers
 
+from ..predictors import SOLVER_TYPES
+
 FITTING_SCHEDULER = {
     "vp": "VPSDEScheduler",
     "sub_vp": "SubVPSDEScheduler",
@@ -126,7 +128,13 @@ def translate_config(
     if config.get("_class_name") in _OWN:
         return {}
     _refuse(config, family)
-    return {"vp": _from_vp, "ve": _from_ve, "edm": _from_edm, "flow": _from_flow}[family](config)
+    # Their grid, not the default of ours; and of their solver what means the same here.
+    ours = {"vp": _from_vp, "ve": _from_ve, "edm": _from_edm, "flow": _from_flow}[family](config)
+    if config.get("solver_type") not in (None, *SOLVER_TYPES):
+        ours["solver_type"] = "heun"
+    if config.get("solver_order") not in (None, 1, 2, 3):
+        ours["solver_order"] = 3
+    return ours
 
 
 def _refuse(config: dict[str, Any], family: str) -> None:
@@ -157,7 +165,7 @@ def _grid(config: dict[str, Any]) -> dict[str, Any]:
         return {"time_grid": "karras"}
     if config.get("use_exponential_sigmas") or config.get("use_lu_lambdas"):
         return {"time_grid": "log_snr"}
-    return {}
+    return {"time_grid": None}
 
 
 def _from_vp(config: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +181,7 @@ def _from_vp(config: dict[str, Any]) -> dict[str, Any]:
     if not any(config.get(key) for key in ("trained_betas", "beta_schedule", "beta_start")):
         raise ValueError("The config names no betas (IPNDMScheduler's are its own); pass trained_betas.")
     ours = _grid(config)
-    if ours:
+    if ours["time_grid"] is not None:
         # The first table entry, where diffusers' sigma grids end.
         ours["sampling_eps"] = 1.0 / config.get("num_train_timesteps", 1000)
     if config.get("set_alpha_to_one") is False:
@@ -185,6 +193,7 @@ def _from_ve(config: dict[str, Any]) -> dict[str, Any]:
     # What ScoreSdeVeScheduler runs: Algorithm 2 of the paper.
     corrects = config.get("correct_steps", 1) > 0
     return {
+        "time_grid": "uniform",
         "predictor": "reverse_diffusion",
         "corrector": "langevin" if corrects else None,
         "correct_steps": max(config.get("correct_steps", 1), 1),
@@ -208,7 +217,7 @@ def _from_edm(config: dict[str, Any]) -> dict[str, Any]:
         "time_conditioning": "edm",
         "time_grid": "karras" if schedule == "karras" else "log_snr",
         **({"sigma_data": 1.0} if video else {}),
-        **({"time_grid": _grid(config).get("time_grid", "karras")} if video else {}),
+        **({"time_grid": _grid(config)["time_grid"] or "karras"} if video else {}),
     }
 
 
@@ -216,7 +225,7 @@ def _from_flow(config: dict[str, Any]) -> dict[str, Any]:
     for key in ("use_karras_sigmas", "use_exponential_sigmas"):
         if config.get(key):
             raise ValueError(f"{key}=True cannot be honoured for a flow; pass time_grid='karras' or 'log_snr'.")
-    ours: dict[str, Any] = {}
+    ours: dict[str, Any] = {"time_grid": "uniform", "sampling_eps": 1.0 / config.get("num_train_timesteps", 1000)}
     if "flow_shift" in config and config.get("use_flow_sigmas"):
         ours["shift"] = config["flow_shift"]
     if "beta_start" in config and config.get("prediction_type") not in (None, "flow_prediction"):

@@ -18,25 +18,34 @@ from torch import Tensor
 from ..denoisers import network_denoiser
 from ..noise import standard_normal_like
 from ..parametrizations import Parametrization, TimeConditioning, get_parametrization
-from ..plans import Plan, Row, advance, make_plan, squared_norm_ratio
+from ..plans import Plan, Row, advance, make_plan, memorise, squared_norm_ratio
 from ..predictors import PredictorOptions, get_predictor
 from ..sdes import SDE, expand_like
 from ..time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid
 from .conversion import translate_config, with_stock_defaults
 
 LANGEVIN_NORMS = ("sample", "batch")
+# What UniPC's and DEIS's configs hold under the same key. They name exact weights too, and stay in the config as they are,
+# so that swapping back loses nothing.
+STOCK_SOLVER_TYPES = ("bh1", "bh2", "logrho")
 VARIANCE_TYPES = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 COMMON_ARGUMENTS = """
         predictor: ``exponential``, ``ancestral``, ``reverse_diffusion``, ``euler_maruyama``, ``heun`` or ``none``.
-        corrector: None, ``langevin`` or ``annealed_langevin``.
+        corrector: None, ``langevin``, ``annealed_langevin`` or ``ornstein_uhlenbeck``: MCMC at a fixed time.
         probability_flow: Integrate the probability-flow ODE instead of the reverse SDE.
         stochasticity: eta of the reverse SDE, dx = [f x - (1 + eta^2)/2 g^2 score] dt + eta g dw; 1 is Anderson's.
         solver_order: 1, 2 or 3, of the ``exponential`` predictor.
+        solver_type: ``heun`` or ``midpoint``, DPM-Solver++'s names for the weight of the slope in order 2; ``heun`` is exact.
+        solver_correction: Redo each step of ``exponential`` with the estimate at its end once that is known, as UniPC
+            does; no model call, no noise. Off where a ``corrector`` moves the sample in between.
+        gaussian_std: Standard deviation, in units of the data, of the Gaussian part of the data that ``exponential``
+            integrates exactly: 0 is data prediction, large values are noise prediction, and between the two the
+            first holds above this noise and the second below.
         correct_steps: Corrector calls per noise level.
         snr: Signal-to-noise ratio of the corrector's step size; the best depends on SDE, data and number of steps.
         langevin_norm: ``sample`` takes each sample's own norms, ``batch`` the batch mean, as the official code.
-        time_grid: ``uniform`` (in t, the paper's), ``log_snr`` or ``karras``; None for ``timestep_spacing``.
+        time_grid: ``sech``, ``log_snr``, ``karras`` or ``uniform`` (in t, the paper's); None for ``timestep_spacing``.
         rho: Exponent of the Karras grid.
         sampling_eps: Last SDE time of a ``time_grid`` (the paper's epsilon).
         timestep_spacing: ``leading``, ``linspace`` or ``trailing``: diffusers' grids, used where ``time_grid`` is None.
@@ -204,7 +213,13 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             correct_steps=config.correct_steps,
             snr=config.snr,
             stochasticity=self.stochasticity,
-            options=PredictorOptions(config.solver_order, config.variance_type in ("fixed_large", "fixed_large_log")),
+            options=PredictorOptions(
+                config.solver_order,
+                config.variance_type in ("fixed_large", "fixed_large_log"),
+                "heun" if config.solver_type in STOCK_SOLVER_TYPES else config.solver_type,
+                config.solver_correction,
+                config.gaussian_std,
+            ),
             denoise_final=config.denoise_final or len(times) == 1,
             final_time=self._final_time,
         )
@@ -257,7 +272,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         elif sigmas is not None:
             times = self._times_of_sigmas(sigmas)
         elif num_inference_steps is not None:
-            if isinstance(num_inference_steps, bool) or int(num_inference_steps) != num_inference_steps:
+            if not _is_whole(num_inference_steps):
                 raise ValueError(f"num_inference_steps must be an integer, got {num_inference_steps!r}.")
             if num_inference_steps < 1:
                 raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps!r}.")
@@ -313,7 +328,12 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         width = self._memory_length
         self._table = torch.tensor(
             [
-                (r.x, r.model, r.noise, r.langevin or 0.0, r.skip, r.out, *r.history, *[0.0] * (width - len(r.history)))
+                (
+                    *(r.x, r.model, r.noise, r.langevin or 0.0, r.skip, r.out),
+                    *(r.memo or (0.0, 1.0)),
+                    *r.history,
+                    *[0.0] * (width - len(r.history)),
+                )
                 for r in self._rows
             ],
             dtype=torch.float32,
@@ -347,7 +367,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index = int(begin_index)
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
-        """First index whose timestep is nearest to ``timestep``.
+        """First index whose timestep is nearest to ``timestep`` and at which sampling can start.
 
         An element of ``self.timesteps`` knows its own index, without waiting for the device. Any other value is looked
         up by distance, not equality: a pipeline may have cast it to bfloat16.
@@ -359,7 +379,11 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
                 return int(timestep.storage_offset())
             timestep = timestep.reshape(-1)[0]
         value = float(timestep)
-        return min(range(len(self._timestep_values)), key=lambda i: abs(self._timestep_values[i] - value))
+        # Heun's second call has the timestep of the level that follows, and comes before it.
+        return min(
+            range(len(self._timestep_values)),
+            key=lambda i: (abs(self._timestep_values[i] - value), _is_second_call(self._rows[i])),
+        )
 
     def _start(self, timestep: float | Tensor) -> int:
         """Set the step index at the first call, and adapt the plan to a start in the middle."""
@@ -371,13 +395,19 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             index = self.index_for_timestep(timestep)
         self._step_index = index
         self._memory = []
-        # A start inside a level (SDXL image-to-image rounds an odd index up when order is 2) would apply a predictor to
-        # the wrong level: the sample is passed through until the next level begins.
-        level = -(-index // self.order)
-        self._first_row = level * self.order
+        # A level can be entered at any call that stands at its own time: a corrector or the predictor's first. At two
+        # starts the sample stands at the next level already, and is passed through until that begins: Heun's second
+        # call; and, where order is 2, an odd index given by set_begin_index, because the SDXL family then starts one
+        # call early: it takes every scheduler of order 2 for Heun.
+        level = min(index // self.order, len(self._level_times) - 1)
+        self._first_row = index
+        early = self._begin_index is not None and self.order == 2 and index % 2 == 1
+        if index < len(self._rows) and (early or _is_second_call(self._rows[index])):
+            level += 1
+            self._first_row = level * self.order
         if self._memory_length and 0 < level < len(self._level_times) - 1:
             # Multistep rows here look back on estimates that do not exist: lay the rest of the plan out anew.
-            self._rows = self._rows[: self._first_row] + self._make_plan(self._level_times[level:]).rows
+            self._rows = self._rows[: level * self.order] + self._make_plan(self._level_times[level:]).rows
             self._tabulate()
         return index
 
@@ -457,7 +487,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
                 row, sample, output, self._memory, lambda: standard_normal_like(sample, generator), self._batch_norms
             )
             if x0_hat is not None and row.remember:
-                self._memory = [x0_hat, *self._memory][: self._memory_length]
+                self._memory = [memorise(row, sample, x0_hat), *self._memory][: self._memory_length]
         self._step_index = index + 1
 
         prev_sample = prev_sample.to(dtype)
@@ -489,11 +519,11 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             update = sample + step * update + torch.sqrt(2.0 * step) * z
         else:
             for k, estimate in enumerate(self._memory):
-                update = update + c[6 + k] * estimate
+                update = update + c[8 + k] * estimate
             if self._draws:
                 update = update + c[2] * standard_normal_like(sample, generator)
         if remember:
-            self._memory = [x0_hat, *self._memory][: self._memory_length]
+            self._memory = [sample * c[6] + x0_hat * c[7], *self._memory][: self._memory_length]
         return update.to(dtype), x0_hat.to(dtype)
 
     def _x0_hat(self, row: Row, model_output: Tensor, sample: Tensor) -> Tensor:
@@ -543,3 +573,15 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
+
+
+def _is_second_call(row: Row) -> bool:
+    """Whether a predictor calls the network at the time that it leads to, as the second stage of Heun's method does."""
+    return not row.is_corrector and row.t == row.s
+
+
+def _is_whole(number: Any) -> bool:
+    try:
+        return not isinstance(number, bool) and int(number) == number
+    except (TypeError, ValueError, OverflowError):
+        return False
