@@ -1,7 +1,8 @@
 """Score-based generative modelling through SDEs, as a plug-in for diffusers.
 
 Schedulers (``VESDEScheduler``, ``VPSDEScheduler``, ``SubVPSDEScheduler``, ``FlowSDEScheduler``) for existing pipelines,
-``SDEPipeline``, and below them the mathematics: ``sdes``, ``predictors``, ``correctors``, ``plans``, ``losses``.
+``SDEPipeline``, exact likelihoods and latent codes (``log_prob``, ``bits_per_dim``, ``ProbabilityFlow``), and below
+them the mathematics: ``sdes``, ``predictors``, ``correctors``, ``plans``, ``ode``, ``likelihood``, ``losses``.
 
     import diffusers_sde
     pipe.scheduler = diffusers_sde.VPSDEScheduler.from_config(pipe.scheduler.config, corrector="langevin")
@@ -15,7 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 import diffusers
 
 from .diagnostics import Diagnosis, diagnose
-from .pipelines import SDEPipeline
+from .likelihood import BitsPerDim, LogProb, Quantization, TraceOptions, bits_per_dim, log_prob
+from .ode import ODEOptions
+from .pipelines import ProbabilityFlow, SDEPipeline
 from .plans import Plan, Row, make_plan
 from .sampling import sample
 from .schedulers import FlowSDEScheduler, SDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
@@ -42,20 +45,28 @@ __all__ = [
     "SDES",
     "VESDE",
     "VPSDE",
+    "BitsPerDim",
     "CosineSDE",
     "Diagnosis",
     "DiscreteVPSDE",
     "FlowSDEScheduler",
+    "LogProb",
+    "ODEOptions",
     "Plan",
+    "ProbabilityFlow",
+    "Quantization",
     "RectifiedFlowSDE",
     "Row",
     "SDEPipeline",
     "SDEScheduler",
     "SubVPSDE",
     "SubVPSDEScheduler",
+    "TraceOptions",
     "VESDEScheduler",
     "VPSDEScheduler",
+    "bits_per_dim",
     "diagnose",
+    "log_prob",
     "make_plan",
     "sample",
 ]

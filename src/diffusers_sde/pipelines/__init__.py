@@ -1,5 +1,6 @@
 """Pipelines."""
 
 from .pipeline_sde import SDEPipeline
+from .probability_flow import ProbabilityFlow
 
-__all__ = ["SDEPipeline"]
+__all__ = ["ProbabilityFlow", "SDEPipeline"]

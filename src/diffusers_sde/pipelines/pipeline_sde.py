@@ -13,9 +13,13 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..likelihood import BitsPerDim, Generators, LogProb, TraceOptions
+from .probability_flow import ProbabilityFlow
+
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+METHODS = ("scheduler", "ode")
 
 
 class SDEPipeline(DiffusionPipeline):
@@ -68,6 +72,11 @@ class SDEPipeline(DiffusionPipeline):
         """Model calls of the last run: noise levels, correctors and second stages together."""
         return self._num_timesteps
 
+    @property
+    def calls(self) -> Tensor:
+        """Network calls of each image of the last run by ``method="ode"``, shape (B,)."""
+        return self._calls
+
     @torch.no_grad()
     def __call__(
         self,
@@ -79,6 +88,9 @@ class SDEPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
+        method: str = "scheduler",
+        rtol: float = 1e-2,
+        atol: float = 1e-2,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate images.
 
@@ -94,6 +106,10 @@ class SDEPipeline(DiffusionPipeline):
                 return replacements.
             callback_on_step_end_tensor_inputs: What the callback gets; only ``latents`` exists.
             return_dict: Whether to return an ``ImagePipelineOutput`` instead of a tuple.
+            method: ``scheduler`` executes the scheduler's sampler; ``ode`` integrates the probability-flow ODE with
+                adaptive steps, each image with its own, and leaves ``num_inference_steps`` aside.
+            rtol: Relative tolerance of ``ode``.
+            atol: Absolute tolerance of ``ode``, in standard deviations of the state.
 
         Returns:
             The images.
@@ -105,6 +121,10 @@ class SDEPipeline(DiffusionPipeline):
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
         if latents is None and (isinstance(batch_size, bool) or batch_size != int(batch_size) or batch_size < 1):
             raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}.")
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+        if method == "ode" and callback_on_step_end is not None:
+            raise ValueError("callback_on_step_end does not exist for method='ode': images have steps of their own.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -119,6 +139,19 @@ class SDEPipeline(DiffusionPipeline):
             )
         elif isinstance(generator, list) and len(generator) != len(latents):
             raise ValueError(f"generator is a list of {len(generator)}, but there are {len(latents)} latents.")
+
+        if method == "ode":
+            flow = ProbabilityFlow(self)
+            solution = flow.sample(
+                latents.to(device=device, dtype=torch.float32),
+                flow.options(rtol, atol),
+                flow.scheduler.config.denoise_final,
+                progress_bar=self._shows_progress,
+            )
+            self._calls, self._num_timesteps = solution.calls, int(solution.calls.max())
+            images = self.postprocess(solution.sample, output_type)
+            self.maybe_free_model_hooks()
+            return ImagePipelineOutput(images=images) if return_dict else (images,)
 
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         if hasattr(self.scheduler, "set_begin_index"):
@@ -152,3 +185,87 @@ class SDEPipeline(DiffusionPipeline):
         if not bool(torch.isfinite(images).all()):
             logger.warning("Some images are not finite: does the scheduler fit this network?")
         return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
+
+    # ------------------------------------------------------------------ the probability flow; see ProbabilityFlow
+
+    @property
+    def _shows_progress(self) -> bool:
+        return not getattr(self, "_progress_bar_config", {}).get("disable", False)
+
+    def encode(self, images: Any, rtol: float = 1e-5, atol: float = 1e-5) -> Tensor:
+        """Latent codes of images by the probability-flow ODE: unit noise, shape (B, C, H, W).
+
+        Args:
+            images: PIL images, uint8 arrays or tensors, or floating-point tensors in the network's range.
+            rtol: Relative tolerance.
+            atol: Absolute tolerance, in standard deviations of the state.
+        """
+        flow = ProbabilityFlow(self)
+        return flow.encode(images, flow.options(rtol, atol), progress_bar=self._shows_progress).sample
+
+    def decode(
+        self,
+        latents: Tensor,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        temperature: float = 1.0,
+        output_type: str = "pil",
+    ) -> Any:
+        """Images of latent codes, the inverse of ``encode``; ``temperature`` below 1 gives typical images."""
+        flow = ProbabilityFlow(self)
+        options = flow.options(rtol, atol)
+        x = flow.decode(latents, options, temperature, progress_bar=self._shows_progress).sample
+        return self.postprocess(x, output_type)
+
+    def interpolate(
+        self, a: Any, b: Any, num: int = 8, rtol: float = 1e-3, atol: float = 1e-3, output_type: str = "pil"
+    ) -> list[Any]:
+        """From image ``a`` to image ``b`` in ``num`` pictures, by spherical interpolation of their codes.
+
+        Returns:
+            One entry per pair of images: a list of PIL images, or an array or tensor with ``num`` pictures.
+        """
+        flow = ProbabilityFlow(self)
+        strips = flow.interpolate(a, b, num, flow.options(rtol, atol), self._shows_progress).sample
+        return [self.postprocess(strip, output_type) for strip in strips]
+
+    def log_prob(
+        self,
+        x: Any,
+        num_probes: int = 1,
+        rtol: float = 3e-4,
+        atol: float = 3e-4,
+        trace: str = "resampled",
+        generator: Generators = None,
+    ) -> LogProb:
+        """Log-density in nats of continuous data in the network's range; see ``ProbabilityFlow.log_prob``."""
+        flow = ProbabilityFlow(self)
+        options = TraceOptions(trace, num_probes)
+        return flow.log_prob(
+            x, options, flow.options(rtol, atol), generator=generator, progress_bar=self._shows_progress
+        )
+
+    def bits_per_dim(
+        self,
+        images: Any,
+        value_range: tuple[float, float] | None = None,
+        dequantization: str = "uniform",
+        importance_samples: int = 1,
+        num_probes: int = 1,
+        rtol: float = 3e-4,
+        atol: float = 3e-4,
+        trace: str = "resampled",
+        generator: Generators = None,
+    ) -> BitsPerDim:
+        """Bits per dimension of images; see ``ProbabilityFlow.bits_per_dim``, which has further options."""
+        flow = ProbabilityFlow(self)
+        return flow.bits_per_dim(
+            images,
+            value_range,
+            dequantization,
+            importance_samples,
+            trace=TraceOptions(trace, num_probes),
+            options=flow.options(rtol, atol),
+            generator=generator,
+            progress_bar=self._shows_progress,
+        )

@@ -1,0 +1,766 @@
+r"""The probability-flow ODE: sampling, encoding, decoding and interpolation by an adaptive solver.
+
+Every Gaussian path has a deterministic flow with its marginals (Song et al. 2021, eq. 13). It is integrated here in
+
+    z = (x - alpha m) / s,   s^2 = alpha^2 c^2 + sigma^2,      tau = asinh(c alpha / sigma),
+
+with m and c the mean and standard deviation of the data, in which it becomes, for every SDE alike,
+
+    dz / dtau = (x0_hat - m) / c - tanh(tau) z.
+
+z keeps unit variance along the whole path, and the linear part is exact: for Gaussian data with this mean and variance
+the right-hand side is zero. Where noise dominates, tau is proportional to alpha/sigma, so that alpha = 0 (rectified
+flow and cosine at t = 1) is an ordinary point; where data dominates it is half the log-SNR plus a constant, in which
+the fine structure is spread out evenly. m and c need not be right; they only decide how straight the flow is. The
+density follows from
+
+    d log p(z) / dtau = d tanh(tau) - (s / c) tr(d x0_hat / d x).
+
+The solver is a variable-step, variable-order Adams method of predict-evaluate-correct type: **one network call per
+step**, where a Runge-Kutta pair of comparable order needs six. Each step takes the order, 1 to 5, that promises the
+longest next one. Every sample has its own time, step size and accept or
+reject decision, so a result does not depend on its batch mates; a sample that has arrived gives its place in the batch
+to the next one that waits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .noise import standard_normal_like
+from .plans import make_plan
+from .sampling import sample
+from .sdes import SDE, expand_like
+from .time_grids import get_time_grid
+
+FlowDenoiser = Callable[..., Tensor]
+"""(x_t of shape (B, ...), t of shape (B,), **conditioning) -> x0_hat = E[x_0 | x_t], shape (B, ...)."""
+
+ORDER = 5  # most points the predictor looks back on; 4 and 6 need as many calls or more for the same error
+SAFETY, SHRINK, GROW = 0.8, 0.2, 2.0
+PROPORTIONAL, INTEGRAL = 0.7, 0.4
+
+
+@dataclass(frozen=True)
+class ODEOptions:
+    """Settings of the solver.
+
+    A step is accepted when the root mean square over a sample's entries of error / (atol + rtol |z|) is at most 1. z
+    has unit variance whatever the SDE and the noise level, so tolerances mean the same for every model.
+
+    Args:
+        rtol: Relative tolerance.
+        atol: Absolute tolerance, in standard deviations of the current marginal.
+        max_calls: Network calls per sample after which to give up.
+        batch_size: Samples in one network call.
+        data_mean: Approximate mean of the data, in the network's range.
+        data_std: Approximate standard deviation of the data.
+    """
+
+    rtol: float = 1e-4
+    atol: float = 1e-4
+    max_calls: int = 5000
+    batch_size: int = 64
+    data_mean: float = 0.0
+    data_std: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if not (0.0 <= value < 1.0):
+                raise ValueError(f"{name} must lie in [0, 1), got {value!r}.")
+        if not self.atol + self.rtol >= 1e-13:
+            raise ValueError(f"rtol and atol must not both be zero, got {self.rtol!r} and {self.atol!r}.")
+        for name in ("max_calls", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or value != int(value) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+        if not math.isfinite(self.data_mean):
+            raise ValueError(f"data_mean must be finite, got {self.data_mean!r}.")
+        if not 0.0 < self.data_std < math.inf:
+            raise ValueError(f"data_std must be a positive number, got {self.data_std!r}.")
+
+
+@dataclass(frozen=True)
+class FlowSolution:
+    """What the solver returns.
+
+    Attributes:
+        sample: The state at the end, shape (B, ...).
+        calls: Network calls that each sample took part in, rejected steps included, shape (B,), int64.
+        rejected: Rejected steps of each sample, shape (B,), int64.
+    """
+
+    sample: Tensor
+    calls: Tensor
+    rejected: Tensor
+
+
+class TraceFunction(Protocol):
+    """What ``integrate`` calls to learn tr(d x0_hat / dx) along the way; see ``likelihood``."""
+
+    @property
+    def replicates(self) -> int:
+        """Independent estimates per point."""
+
+    @property
+    def resampled(self) -> bool:
+        """Whether the noise of different points is independent."""
+
+    def __call__(
+        self, denoise: Callable[[Tensor], Tensor], x: Tensor, samples: Sequence[int], gain: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x0_hat, shape of ``x``, and estimates of the trace, shape (B, replicates), float64.
+
+        ``samples`` says which of all samples the rows of ``x`` are, and ``gain``, shape (B,), is the derivative of
+        x0_hat for isotropic Gaussian data, a control variate.
+        """
+
+
+@dataclass
+class Integral:
+    """``FlowSolution`` and the change of log-density.
+
+    Attributes:
+        solution: The state.
+        log_density_change: log p(z_start) - log p(z_end) in nats, one column per replicate, shape (B, R), float64.
+        variance: Variance of its mean over replicates that the noise of resampled probes causes, shape (B,).
+    """
+
+    solution: FlowSolution
+    log_density_change: Tensor
+    variance: Tensor
+
+
+@dataclass(frozen=True)
+class FlowCoordinates:
+    """The map between (x, t) and (z, tau); see the head of this module. Times and scales are float64 on the host."""
+
+    sde: SDE
+    t_low: float
+    t_high: float
+    mean: float
+    std: float
+
+    def tau_of(self, t: float) -> float:
+        """tau = asinh(c alpha / sigma)."""  # noqa: D403 - a formula
+        return math.asinh(self.std * math.exp(0.5 * float(self.sde.log_snr(t))))
+
+    def at(self, tau: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """(t, alpha, s) at ``tau``, float64 on the host, shape of ``tau``."""
+        log_snr = 2.0 * (torch.log(torch.sinh(torch.from_numpy(tau))) - math.log(self.std))
+        t = self.sde.time_of(log_snr).clamp(self.t_low, self.t_high)
+        alpha = self.sde.alpha(t)
+        return t, alpha, torch.sqrt((alpha * self.std).square() + self.sde.sigma(t).square())
+
+    def to_z(self, x: Tensor, t: float) -> Tensor:
+        """(x - alpha m) / s at time ``t``."""
+        alpha, s = self._scales(t)
+        return (x - alpha * self.mean) / s
+
+    def to_x(self, z: Tensor, t: float) -> Tensor:
+        """The inverse of ``to_z``."""
+        alpha, s = self._scales(t)
+        return s * z + alpha * self.mean
+
+    def log_scale(self, t: float) -> float:
+        """Log of s = dx/dz at time ``t``."""
+        return math.log(self._scales(t)[1])
+
+    def _scales(self, t: float) -> tuple[float, float]:
+        alpha, sigma = float(self.sde.alpha(t)), float(self.sde.sigma(t))
+        return alpha, math.hypot(alpha * self.std, sigma)
+
+
+def adams_weights(nodes: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Weights w with sum_j w_j p(nodes_j) = int_0^1 p for polynomials p through the first ``count`` nodes.
+
+    Args:
+        nodes: Distinct nodes, shape (B, P).
+        count: How many of them each row uses, shape (B,); the weights of the others are 0.
+
+    Returns:
+        Weights, shape (B, P).
+    """
+    rows, points = nodes.shape
+    power = np.arange(points)
+    used = power[None, :] < count[:, None]
+    # Scaled to the farthest node, the powers stay of the order of one however short the step is.
+    scale = np.where(used, np.abs(nodes), 0.0).max(1, initial=1.0)[:, None]
+    table = np.where(used, nodes / scale, 0.0)[:, None, :] ** power[None, :, None]
+    table = np.where(used[:, :, None], table * used[:, None, :], np.eye(points)[None])
+    moments = np.where(used, scale ** -power[None, :] / (power[None, :] + 1.0), 0.0)
+    return np.linalg.solve(table, moments[:, :, None])[:, :, 0]
+
+
+def _times(sde: SDE, t_start: float, t_end: float) -> None:
+    for name, t in (("t_start", t_start), ("t_end", t_end)):
+        if not (0.0 <= t <= sde.t_max) or math.isinf(float(sde.log_sigma(t))):
+            raise ValueError(
+                f"{name} must lie in (0, {sde.t_max}], where sigma is positive; got {t!r}. The smallest time of this "
+                f"SDE is t_min = {sde.t_min!r}."
+            )
+    if t_start == t_end:
+        raise ValueError(f"t_start and t_end must differ, got {t_start!r} twice.")
+
+
+def check_state(x: Tensor, name: str = "x") -> Tensor:
+    """``x`` if it is a batch of finite floating-point samples, in at least float32 and safe to differentiate.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a floating-point tensor of shape (B, ...), got {kind}.")
+    if x.ndim < 2 or x.numel() == 0:
+        raise ValueError(f"{name} must have shape (B, ...) with at least one sample, got {tuple(x.shape)}.")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{name} must be finite.")
+    # A clone made outside inference mode may be differentiated, and nothing of the caller's is written to.
+    with torch.inference_mode(False):
+        return x.detach().clone().to(x.dtype if x.dtype == torch.float64 else torch.float32)
+
+
+def check_conditioning(conditioning: Mapping[str, Tensor] | None, samples: int) -> dict[str, Tensor]:
+    """Per-sample arguments of the denoiser, checked for their length."""
+    for name, value in (conditioning or {}).items():
+        if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != samples:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"conditioning {name!r} must be a tensor with one row per sample ({samples}), got {shape}."
+            )
+    with torch.inference_mode(False):
+        return {name: value.clone() for name, value in (conditioning or {}).items()}
+
+
+@dataclass
+class _Slots:
+    """The samples that are on their way, one row each. Control on the host in float64, states on the device."""
+
+    index: np.ndarray  # which of all samples
+    tau: np.ndarray
+    step: np.ndarray  # size of the next step
+    count: np.ndarray  # points in the history; 0 before the first call
+    order: np.ndarray  # points of the history that the predictor uses
+    error: np.ndarray  # error norm of the last accepted step
+    calls: np.ndarray
+    rejected: np.ndarray
+    tau_history: np.ndarray  # (S, ORDER), latest first
+    rate_history: np.ndarray  # (S, ORDER, R) of d log p / dtau
+    integral: np.ndarray  # (S, R)
+    variance: np.ndarray  # (S,)
+    z: Tensor = field(repr=False)
+    field_history: Tensor = field(repr=False)  # (S, ORDER, ...)
+
+    @classmethod
+    def begin(cls, index: np.ndarray, z: Tensor, tau: float, step: float, replicates: int) -> _Slots:
+        n = len(index)
+        return cls(
+            index=index,
+            tau=np.full(n, tau),
+            step=np.full(n, step),
+            count=np.zeros(n, dtype=np.int64),
+            order=np.zeros(n, dtype=np.int64),
+            error=np.ones(n),
+            calls=np.zeros(n, dtype=np.int64),
+            rejected=np.zeros(n, dtype=np.int64),
+            tau_history=np.full((n, ORDER), tau),
+            rate_history=np.zeros((n, ORDER, replicates)),
+            integral=np.zeros((n, replicates)),
+            variance=np.zeros(n),
+            z=z,
+            field_history=z.new_zeros((n, ORDER, *z.shape[1:])),
+        )
+
+    def keep(self, rows: np.ndarray, new: _Slots | None) -> _Slots:
+        """The chosen rows, followed by new ones."""
+        chosen = torch.from_numpy(rows).to(self.z.device)
+        values = {}
+        for name, value in vars(self).items():
+            part = value[rows] if isinstance(value, np.ndarray) else value[chosen]
+            if new is not None:
+                other = getattr(new, name)
+                part = np.concatenate([part, other]) if isinstance(part, np.ndarray) else torch.cat([part, other])
+            values[name] = part
+        return _Slots(**values)
+
+
+def _host(z: Tensor, values: np.ndarray | Tensor) -> Tensor:
+    """Host numbers as a tensor of z's dtype on its device, with z's number of axes where they are one per sample."""
+    tensor = (torch.from_numpy(values) if isinstance(values, np.ndarray) else values).to(dtype=z.dtype)
+    return tensor.to(z.device)
+
+
+def _combine(weights: np.ndarray, values: Tensor) -> Tensor:
+    """Sum over the points of a history: (S, P) x (S, P, ...) -> (S, ...)."""
+    flat = torch.bmm(_host(values, weights)[:, None, :], values.flatten(2)) if values.ndim > 2 else None
+    return (
+        flat.reshape(values.shape[:1] + values.shape[2:])
+        if flat is not None
+        else (_host(values, weights) * values).sum(1)
+    )
+
+
+@torch.inference_mode(False)
+def integrate(
+    denoiser: FlowDenoiser,
+    sde: SDE,
+    x: Tensor,
+    t_start: float,
+    t_end: float,
+    options: ODEOptions,
+    trace: TraceFunction | None = None,
+    conditioning: Mapping[str, Tensor] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Integral:
+    """Carry samples along the probability flow, with the log-density if ``trace`` is given.
+
+    Args:
+        denoiser: (x_t, t, **conditioning) -> x0_hat; t has shape (B,).
+        sde: The SDE.
+        x: State at ``t_start``, shape (B, ...).
+        t_start: Where the state stands.
+        t_end: Where to carry it; either direction.
+        options: Settings of the solver.
+        trace: Estimates the divergence; the steps never depend on its noise beyond an upper bound on their size.
+        conditioning: Arguments of the denoiser with one row per sample.
+        progress: Called with the number of samples that have just arrived.
+
+    Raises:
+        ValueError: Bad arguments.
+        RuntimeError: The solver gives up: too many calls, or a denoiser that is not finite or not smooth.
+    """
+    _times(sde, t_start, t_end)
+    x = check_state(x)
+    conditioning = check_conditioning(conditioning, len(x))
+    on_host = torch.float32 if x.device.type == "mps" else torch.float64
+    coordinates = FlowCoordinates(sde, min(t_start, t_end), max(t_start, t_end), options.data_mean, options.data_std)
+    start, end = coordinates.tau_of(t_start), coordinates.tau_of(t_end)
+    sign, distance = math.copysign(1.0, end - start), abs(end - start)
+    dims, replicates = x[0].numel(), 1 if trace is None else trace.replicates
+    mean, std = options.data_mean, options.data_std
+
+    result = torch.empty_like(x)
+    total = len(x)
+    calls, rejected = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)
+    change, variance = np.zeros((total, replicates)), np.zeros(total)
+
+    def begin(first: int, last: int) -> _Slots:
+        z = coordinates.to_z(x[first:last], t_start)
+        return _Slots.begin(np.arange(first, last), z, start, 0.05 * distance, replicates)
+
+    waiting = min(options.batch_size, total)
+    slots = begin(0, waiting)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        while len(slots.index):
+            s = slots
+            is_first = s.count == 0
+            # Never leave a last step that is much shorter than the one before.
+            rest = np.abs(end - s.tau)
+            step = np.where(s.step >= rest * (1 - 1e-9), rest, np.where(s.step > 0.5 * rest, 0.5 * rest, s.step))
+            signed = sign * np.where(is_first, 1.0, step)
+            nodes = (s.tau_history - s.tau[:, None]) / signed[:, None]
+            with_new = np.concatenate([np.ones((len(nodes), 1)), nodes], 1)
+            predict = adams_weights(nodes, s.order)
+            # Adams-Moulton weights through the new point and the last 0, 1, ... points of the history.
+            moulton = np.stack([adams_weights(with_new, np.minimum(s.count, k) + 1) for k in range(ORDER + 1)], 1)
+            signed = np.where(is_first, 0.0, signed)
+            target = np.where(is_first | (step < rest), s.tau + signed, end)
+
+            z = s.z + _combine(predict * signed[:, None], s.field_history)
+            t, alpha, scale = coordinates.at(target)
+            column = tuple(expand_like(_host(z, v), z) for v in (alpha * mean, scale, np.tanh(target)))
+            state = torch.addcmul(column[0], column[1], z)
+            rows = torch.from_numpy(s.index).to(x.device)
+            extra = {name: value[rows.to(value.device)] for name, value in conditioning.items()}
+            time = t.to(dtype=on_host).to(x.device)
+
+            def denoise(x: Tensor, time: Tensor = time, extra: dict[str, Tensor] = extra) -> Tensor:
+                return denoiser(x, time, **extra)
+
+            if trace is None:
+                x0 = denoise(state)
+                rate = np.zeros((len(target), replicates))
+            else:
+                gain = np.tanh(target) * std / scale.numpy()
+                x0, estimates = trace(denoise, state, s.index.tolist(), torch.from_numpy(gain))
+                jacobian = estimates.to("cpu", torch.float64).numpy() * (scale.numpy() / std)[:, None]
+                rate = dims * np.tanh(target)[:, None] - jacobian
+            if x0.shape != state.shape:
+                raise ValueError(f"the denoiser returned shape {tuple(x0.shape)} for a state of {tuple(state.shape)}.")
+            slope = (x0.to(state.dtype) - mean) / std - column[2] * z
+
+            history = torch.cat([slope[:, None], s.field_history], 1)
+            # The error of order k: what one more point of the history changes, shape (S, ORDER, ...).
+            change_of_order = (moulton[:, 1:] - moulton[:, :-1]) * signed[:, None, None]
+            errors = torch.bmm(_host(z, change_of_order), history.flatten(2))
+            highest = _combine(moulton[:, -1] * signed[:, None], history)
+            allowed = options.atol + options.rtol * torch.maximum(s.z.abs(), (s.z + highest).abs())
+            sizes = (errors / allowed.flatten(1)[:, None]).square().mean(2).sqrt()
+            slopes = slope.flatten(1).square().mean(1, keepdim=True).sqrt()
+            on_arrival = torch.cat([sizes, slopes], 1).to("cpu", torch.float64).numpy()
+            sizes_of_orders, steepness = on_arrival[:, :-1], on_arrival[:, -1]
+            best = _best_order(sizes_of_orders, s.count)
+            size = np.where(is_first, steepness * 0.0, sizes_of_orders[np.arange(len(best)), best - 1])
+            correct = moulton[np.arange(len(best)), best]
+            corrected = s.z + _combine(correct * signed[:, None], history)
+            if not np.isfinite(size[is_first]).all() or not np.isfinite(rate).all():
+                where = float(t[int(np.argmin(np.isfinite(size) & np.isfinite(rate).all(1)))])
+                raise RuntimeError(
+                    f"the denoiser is not finite at t = {where:g}. (An epsilon or score prediction does not determine "
+                    "the data where alpha = 0; and a network is only good for times that it was trained on.)"
+                )
+            size = np.where(np.isfinite(size), size, 1e10)
+            accept = is_first | (size <= 1.0)
+
+            s.calls += 1
+            s.rejected += ~accept
+            taken = np.where(accept, signed, 0.0)
+            rates = np.concatenate([rate[:, None], s.rate_history], 1)
+            # The trace of smooth fields is integrated at full order, whatever the state chose.
+            s.integral += np.einsum("sp,spr->sr", moulton[:, -1] * taken[:, None], rates)
+            if trace is not None and trace.resampled:
+                s.variance += np.where(accept & ~is_first, _noise(target, rates.mean(2), s), 0.0)
+            on_device = rows.new_tensor(accept).bool()
+            s.z = torch.where(expand_like(on_device, z), corrected, s.z)
+            s.field_history = torch.where(expand_like(on_device, history), history[:, :ORDER], s.field_history)
+            s.rate_history = np.where(accept[:, None, None], rates[:, :ORDER], s.rate_history)
+            s.tau = np.where(accept, target, s.tau)
+            times = np.concatenate([target[:, None], s.tau_history], 1)
+            s.tau_history = np.where(accept[:, None], times[:, :ORDER], s.tau_history)
+
+            bounded, power = np.maximum(size, 1e-8), 1.0 / (best + 1.0)
+            smooth = SAFETY * bounded ** (-PROPORTIONAL * power) * s.error ** (INTEGRAL * power)
+            factor = np.where(accept, np.clip(smooth, SHRINK, GROW), np.clip(SAFETY * bounded**-power, SHRINK, 0.9))
+            # The first step changes z by no more than a tenth of its standard deviation.
+            first_step = np.minimum(s.step, 0.1 / np.maximum(steepness, 1e-12))
+            s.step = np.where(is_first, first_step, step * factor)
+            if trace is not None:
+                s.step = np.minimum(s.step, _largest_step(s.rate_history[:, 0], dims, options))
+            s.error = np.where(accept & ~is_first, bounded, s.error)
+            grown = np.minimum(s.count + 1, ORDER)
+            s.order = np.where(accept, np.where(best >= s.count, grown, best), np.minimum(best, s.count))
+            s.count = np.where(accept, grown, s.count)
+
+            arrived = accept & (s.tau == end)
+            if (s.step < 1e-9 * np.maximum(1.0, np.abs(s.tau)))[~arrived].any():
+                raise RuntimeError(
+                    f"the step size vanished at t = {float(t[int(np.argmin(s.step))]):g}: the denoiser is not smooth "
+                    f"there, or its round-off exceeds the tolerance (rtol {options.rtol:g}, atol {options.atol:g})."
+                )
+            if (s.calls >= options.max_calls)[~arrived].any():
+                raise RuntimeError(
+                    f"a sample has not arrived after max_calls = {options.max_calls} network calls (at t = "
+                    f"{float(t[int(np.argmax(s.calls * ~arrived))]):g}); raise max_calls or the tolerances."
+                )
+            if arrived.any():
+                done = s.index[arrived]
+                chosen = torch.from_numpy(np.flatnonzero(arrived)).to(x.device)
+                result[torch.from_numpy(done).to(x.device)] = coordinates.to_x(s.z[chosen], t_end)
+                calls[done], rejected[done] = s.calls[arrived], s.rejected[arrived]
+                change[done], variance[done] = -s.integral[arrived], s.variance[arrived]
+                following = min(waiting + len(done), total)
+                new = begin(waiting, following) if following > waiting else None
+                waiting = following
+                slots = s.keep(np.flatnonzero(~arrived), new)
+                if progress is not None:
+                    progress(len(done))
+    solution = FlowSolution(result, torch.from_numpy(calls), torch.from_numpy(rejected))
+    return Integral(solution, torch.from_numpy(change), torch.from_numpy(variance))
+
+
+def _best_order(sizes: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """The order, 1 .. count, that promises the longest next step.
+
+    High orders win where the flow is smooth. A network's output is rough in time below some scale (a sinusoidal
+    embedding of 1000 t oscillates), and there low orders win: high differences multiply the roughness.
+    """
+    orders = np.arange(1, sizes.shape[1] + 1)
+    usable = orders[None, :] <= np.maximum(count, 1)[:, None]
+    bounded = np.where(usable & np.isfinite(sizes), np.maximum(sizes, 1e-8), 1e30)
+    return orders[np.argmax(bounded ** (-1.0 / (orders[None, :] + 1.0)), 1)]
+
+
+def _largest_step(rate: np.ndarray, dims: int, options: ODEOptions) -> np.ndarray:
+    """Upper bound of the next step for the sake of the trace.
+
+    The error norm of the state gives little weight to directions in which the data barely vary, but the trace counts
+    every direction alike. Each direction with standard deviation c_i contributes a step of width one in tau at
+    tau = log(c / c_i), which must not be jumped over: 0.8 resolves it to about 1e-3 of its height, and the method is of
+    fifth order. Before the first such step the rate is still growing from zero like exp(-2 tau), and strides are fine
+    that leave less than ten tolerances behind.
+    """
+    tolerance = max(options.atol, options.rtol)
+    ordinary = 0.8 * min(1.0, (tolerance / 1e-4) ** 0.2)
+    per_dimension = np.maximum(np.abs(rate.mean(1)) / dims, 1e-300)
+    return np.maximum(ordinary, 0.5 * np.log1p(20.0 * tolerance / per_dimension))
+
+
+def _noise(target: np.ndarray, rates: np.ndarray, slots: _Slots) -> np.ndarray:
+    """Contribution of the last accepted point to the variance of the integral of independently noisy rates.
+
+    The distance of a rate from the straight line between its two neighbours estimates its noise (and the curvature of
+    the true rate adds to it, so the estimate is on the safe side); its weight is that of the trapezoidal rule.
+    """
+    left, here = slots.tau_history[:, 1], slots.tau_history[:, 0]
+    width = target - left
+    usable = slots.count >= 2
+    share = np.where(usable, (target - here) / np.where(usable, width, 1.0), 0.5)
+    residual = rates[:, 1] - (share * rates[:, 2] + (1.0 - share) * rates[:, 0])
+    noise = residual**2 / (1.0 + share**2 + (1.0 - share) ** 2)
+    return np.where(usable, 0.25 * width**2 * noise, 0.0)
+
+
+# ---------------------------------------------------------------------- what users call
+
+
+def solve_flow(
+    denoiser: FlowDenoiser,
+    sde: SDE,
+    x: Tensor,
+    t_start: float,
+    t_end: float,
+    options: ODEOptions | None = None,
+    conditioning: Mapping[str, Tensor] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> FlowSolution:
+    """Carry samples along the probability-flow ODE from ``t_start`` to ``t_end``, in either direction.
+
+    dx/dt = f x - g^2/2 score (Song et al. 2021, eq. 13), integrated as this module's head says.
+
+    Args:
+        denoiser: (x_t, t, **conditioning) -> x0_hat; it gets t of shape (B,), since every sample has its own time.
+        sde: The SDE.
+        x: State at ``t_start``, shape (B, ...), float32 or float64 (half precision is promoted to float32).
+        t_start: SDE time of ``x``.
+        t_end: SDE time of the result; sigma must be positive there.
+        options: Tolerances and the like; see ``ODEOptions``.
+        conditioning: Arguments of the denoiser with one row per sample, such as ``class_labels``.
+        progress: Called with the number of samples that have just arrived.
+
+    Returns:
+        The state at ``t_end`` and the calls of each sample.
+
+    Raises:
+        ValueError: Bad arguments.
+        RuntimeError: The solver gives up; see ``integrate``.
+    """
+    options = ODEOptions() if options is None else options
+    return integrate(denoiser, sde, x, t_start, t_end, options, None, conditioning, progress).solution
+
+
+def sample_flow(
+    denoiser: FlowDenoiser,
+    sde: SDE,
+    latents: Tensor,
+    options: ODEOptions | None = None,
+    t_min: float | None = None,
+    denoise_final: bool = False,
+    temperature: float = 1.0,
+    conditioning: Mapping[str, Tensor] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> FlowSolution:
+    """Samples by the probability-flow ODE from unit noise.
+
+    Args:
+        denoiser: (x_t, t, **conditioning) -> x0_hat.
+        sde: The SDE.
+        latents: Unit noise, shape (B, ...); it is scaled to the prior here.
+        options: Settings of the solver.
+        t_min: Where to stop; the SDE's own t_min if None.
+        denoise_final: Return x0_hat at the end, for one more call (Tweedie's formula).
+        temperature: Factor on the latents; below 1, typical instead of diverse samples (Song et al. 2021, section 4.3).
+        conditioning: Arguments of the denoiser with one row per sample.
+        progress: Called with the number of samples that have just arrived.
+
+    Returns:
+        Samples and calls.
+
+    Raises:
+        ValueError: Bad arguments.
+        RuntimeError: The solver gives up; see ``integrate``.
+    """
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a positive number, got {temperature!r}.")
+    options = ODEOptions() if options is None else options
+    t_min = sde.t_min if t_min is None else t_min
+    start = check_state(latents, "latents") * (temperature * sde.prior_std)
+    solution = solve_flow(denoiser, sde, start, sde.t_max, t_min, options, conditioning, progress)
+    if not denoise_final:
+        return solution
+    x, parts = solution.sample, []
+    with torch.no_grad():
+        for first in range(0, len(x), options.batch_size):
+            rows = slice(first, first + options.batch_size)
+            extra = {name: value[rows] for name, value in (conditioning or {}).items()}
+            parts.append(denoiser(x[rows], torch.full((len(x[rows]),), t_min, device=x.device), **extra).to(x.dtype))
+    return replace(solution, sample=torch.cat(parts), calls=solution.calls + 1)
+
+
+def encode(
+    denoiser: FlowDenoiser,
+    sde: SDE,
+    x0: Tensor,
+    options: ODEOptions | None = None,
+    t_min: float | None = None,
+    conditioning: Mapping[str, Tensor] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> FlowSolution:
+    """The latent codes of data: the flow from the data to the prior, scaled to unit noise.
+
+    The data are taken as the state at ``t_min``, as in Song et al. 2021, section 4.3. ``decode`` is the inverse.
+
+    Args:
+        denoiser: (x_t, t, **conditioning) -> x0_hat.
+        sde: The SDE.
+        x0: Data, shape (B, ...).
+        options: Settings of the solver.
+        t_min: Where the data stand; the SDE's own t_min if None.
+        conditioning: Arguments of the denoiser with one row per sample.
+        progress: Called with the number of samples that have just arrived.
+
+    Returns:
+        The codes, and calls.
+
+    Raises:
+        ValueError: Bad arguments.
+        RuntimeError: The solver gives up; see ``integrate``.
+    """
+    t_min = sde.t_min if t_min is None else t_min
+    solution = solve_flow(denoiser, sde, x0, t_min, sde.t_max, options, conditioning, progress)
+    return replace(solution, sample=solution.sample / sde.prior_std)
+
+
+def decode(
+    denoiser: FlowDenoiser,
+    sde: SDE,
+    latents: Tensor,
+    options: ODEOptions | None = None,
+    t_min: float | None = None,
+    temperature: float = 1.0,
+    conditioning: Mapping[str, Tensor] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> FlowSolution:
+    """The data of latent codes, the inverse of ``encode``: ``sample_flow`` without a final denoising."""
+    return sample_flow(denoiser, sde, latents, options, t_min, False, temperature, conditioning, progress)
+
+
+def slerp(a: Tensor, b: Tensor, weights: Tensor | Sequence[float]) -> Tensor:
+    """Spherical interpolation sin((1 - w) theta)/sin(theta) a + sin(w theta)/sin(theta) b, theta the angle of a and b.
+
+    It keeps the norm that Gaussian noise has in many dimensions, which straight lines do not (Shoemake 1985).
+
+    Args:
+        a: Shape (B, ...).
+        b: Same shape.
+        weights: n numbers; 0 is ``a`` and 1 is ``b``.
+
+    Returns:
+        Shape (B, n, ...).
+
+    Raises:
+        ValueError: Shapes that differ.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"a and b must have the same shape, got {tuple(a.shape)} and {tuple(b.shape)}.")
+    flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
+    cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))
+    theta = torch.acos(cosine.clamp(-1.0, 1.0))[:, None]
+    w = torch.as_tensor(weights, dtype=torch.float64, device=a.device)[None, :]
+    # Codes that are nearly parallel have no arc: the straight line is its limit.
+    arc = theta.sin().abs() > 1e-6
+    safe = torch.where(arc, theta.sin(), torch.ones_like(theta))
+    first = torch.where(arc, torch.sin((1.0 - w) * theta) / safe, 1.0 - w).to(a.dtype)
+    second = torch.where(arc, torch.sin(w * theta) / safe, w.expand(len(a), -1)).to(a.dtype)
+    shape = first.shape + (1,) * (a.ndim - 1)
+    return first.reshape(shape) * a[:, None] + second.reshape(shape) * b[:, None]
+
+
+def interpolate(
+    denoiser: FlowDenoiser,
+    sde: SDE,
+    x_a: Tensor,
+    x_b: Tensor,
+    num: int = 8,
+    options: ODEOptions | None = None,
+    t_min: float | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> FlowSolution:
+    """Between data: encode both ends, interpolate the codes spherically, decode (Song et al. 2021, section 4.3).
+
+    Args:
+        denoiser: (x_t, t) -> x0_hat.
+        sde: The SDE.
+        x_a: Data, shape (B, ...).
+        x_b: Data, same shape.
+        num: Points, both ends included.
+        options: Settings of the solver.
+        t_min: Where the data stand; the SDE's own t_min if None.
+        progress: Called with the number of samples that have just arrived.
+
+    Returns:
+        Samples of shape (B, num, ...), and the calls of the decoding, shape (B, num).
+
+    Raises:
+        ValueError: Bad arguments.
+        RuntimeError: The solver gives up; see ``integrate``.
+    """
+    if isinstance(num, bool) or num != int(num) or num < 2:
+        raise ValueError(f"num must be an integer >= 2, got {num!r}.")
+    if x_a.shape != x_b.shape:
+        raise ValueError(f"x_a and x_b must have the same shape, got {tuple(x_a.shape)} and {tuple(x_b.shape)}.")
+    codes = encode(denoiser, sde, torch.cat([x_a, x_b]), options, t_min, None, progress).sample
+    path = slerp(codes[: len(x_a)], codes[len(x_a) :], torch.linspace(0.0, 1.0, num, dtype=torch.float64))
+    solution = decode(denoiser, sde, path.flatten(0, 1), options, t_min, 1.0, None, progress)
+    shape = (len(x_a), num)
+    return FlowSolution(
+        solution.sample.reshape(*shape, *x_a.shape[1:]), solution.calls.reshape(shape), solution.rejected.reshape(shape)
+    )
+
+
+def edit(
+    denoiser: FlowDenoiser,
+    sde: SDE,
+    x0: Tensor,
+    strength: float = 0.5,
+    num_steps: int = 50,
+    t_min: float | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> Tensor:
+    """Variations of data: add noise up to an intermediate time, then run the reverse SDE (SDEdit).
+
+    Meng et al. 2022 (arXiv:2108.01073, Algorithm 1). What survives is what the noise does not hide.
+
+    Args:
+        denoiser: (x_t, t) -> x0_hat.
+        sde: The SDE.
+        x0: Data, shape (B, ...).
+        strength: Fraction of the noise levels, evenly spaced in log-SNR, that are added and removed; in (0, 1].
+        num_steps: Noise levels of the reverse SDE, one network call each.
+        t_min: Last time; the SDE's own t_min if None.
+        generator: One generator, or one for each sample.
+
+    Returns:
+        New data, shape of ``x0``.
+
+    Raises:
+        ValueError: Bad arguments.
+    """
+    if not 0.0 < strength <= 1.0:
+        raise ValueError(f"strength must lie in (0, 1], got {strength!r}.")
+    t_min = sde.t_min if t_min is None else t_min
+    levels = get_time_grid("log_snr", sde, 1001, sde.t_max, t_min)
+    t = float(levels[max(0, 1000 - math.ceil(1000 * strength))])
+    x0 = check_state(x0, "x0")
+    mean, sigma = sde.marginal(x0, t)
+    noisy = mean + sigma * standard_normal_like(x0, generator)
+    plan = make_plan(sde, get_time_grid("log_snr", sde, num_steps, t, t_min), "exponential")
+    return sample(plan, denoiser, noisy, generator)

@@ -1,0 +1,397 @@
+"""The probability flow of a diffusers pipeline: likelihood, latent codes, interpolation, adaptive sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .. import schedulers
+from ..likelihood import (
+    BitsPerDim,
+    Generators,
+    LogProb,
+    Quantization,
+    TraceOptions,
+    bits_per_dim,
+    log_prob,
+)
+from ..ode import FlowSolution, ODEOptions, decode, edit, encode, interpolate, sample_flow
+from ..parametrizations import Epsilon, Score
+from ..schedulers import SDEScheduler
+from ..schedulers.conversion import FITTING_SCHEDULER, config_family, with_stock_defaults
+
+
+class ProbabilityFlow:
+    """The normalising flow that a diffusers pipeline's network and scheduler define.
+
+    For pipelines of this package and for stock ones: ``DDPMPipeline``, ``DDIMPipeline``, ``LDMPipeline`` and whatever
+    else has a ``unet`` or ``transformer`` that predicts one value per channel, and a scheduler whose config names an
+    SDE. The pipeline is not changed: a stock scheduler is converted, never replaced.
+
+    Args:
+        pipe: The pipeline.
+        data_min: Value of black in the network's data; read from the pipeline's config if None, else -1.
+        data_max: Value of white; likewise, else 1.
+        t_min: Smallest SDE time the network is evaluated at; if None the SDE's own, or the first entry of the table
+            for networks that know only the times of a DDPM table.
+
+    Attributes:
+        sde: The SDE.
+        is_latent: Whether the network works on the latents of an autoencoder. The density is then one of latents, not
+            of images, and bits per dimension do not exist.
+
+    Raises:
+        ValueError: The pipeline does not fit, and why.
+
+    Example:
+        ```py
+        flow = ProbabilityFlow(DDPMPipeline.from_pretrained("google/ddpm-cifar10-32"))
+        print(flow.bits_per_dim(images, generator=torch.manual_seed(0)).mean)
+        ```
+    """
+
+    def __init__(
+        self, pipe: Any, data_min: float | None = None, data_max: float | None = None, t_min: float | None = None
+    ) -> None:
+        network = getattr(pipe, "unet", None)
+        network = getattr(pipe, "transformer", None) if network is None else network
+        if network is None:
+            raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer.")
+        channels = [getattr(network.config, key, None) for key in ("in_channels", "out_channels")]
+        if None not in channels and channels[0] != channels[1]:
+            raise ValueError(
+                f"the network has {channels[0]} input and {channels[1]} output channels: one that also predicts a "
+                "variance, or takes a condition by concatenation, defines no probability flow by itself."
+            )
+        _check_deterministic(network)
+        self.network, self.scheduler = network, _fitting_scheduler(pipe.scheduler)
+        self.sde = self.scheduler.sde
+        self.is_latent = any(getattr(pipe, name, None) is not None for name in ("vae", "vqvae", "movq"))
+        self.data_min = float(getattr(pipe.config, "data_min", -1.0) if data_min is None else data_min)
+        self.data_max = float(getattr(pipe.config, "data_max", 1.0) if data_max is None else data_max)
+        if not self.data_min < self.data_max:
+            raise ValueError(f"data_min must lie below data_max, got {self.data_min!r} and {self.data_max!r}.")
+        if t_min is None:
+            t_min = self.sde.t_min
+            if self.scheduler.conditioning.name == "discrete":
+                t_min = max(t_min, 1.0 / self.scheduler.conditioning.num_train_timesteps)
+        if not 0.0 < t_min < self.sde.t_max:
+            raise ValueError(f"t_min must lie in (0, {self.sde.t_max}), got {t_min!r}.")
+        self.t_min = float(t_min)
+        if math.isinf(float(self.sde.log_snr(self.sde.t_max))) and isinstance(
+            self.scheduler.parametrization, (Epsilon, Score)
+        ):
+            raise ValueError(
+                f"prediction_type {self.scheduler.config.prediction_type!r} does not determine the data at t = "
+                f"{self.sde.t_max:g}, where this SDE has no signal left: its probability flow has no beginning."
+            )
+        self.device = getattr(pipe, "_execution_device", getattr(pipe, "device", torch.device("cpu")))
+
+    def denoiser(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
+        """x0_hat of the network, in the precision of ``x``; see ``SDEScheduler.denoiser``."""
+        dtype = getattr(self.network, "dtype", x.dtype)
+
+        def network(x: Tensor, timestep: Tensor, **kwargs: Any) -> Tensor:
+            kwargs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in kwargs.items()}
+            output = self.network(x.to(dtype), timestep.float(), **kwargs)
+            return (output if isinstance(output, Tensor) else output[0]).to(x.dtype)
+
+        return self.scheduler.denoiser(network, **conditioning)(x, t)
+
+    def options(
+        self, rtol: float = 3e-4, atol: float = 3e-4, max_calls: int = 5000, batch_size: int = 64
+    ) -> ODEOptions:
+        """Settings of the solver, with the scale of this pipeline's data: a quarter of its range, or 1 for latents.
+
+        The default tolerance is for the density of networks, which are rough in time below some scale: 3e-4 was above
+        that roughness in those tried, and costs 20 to 30 calls. A tighter one resolves the roughness, at the price of
+        hundreds of calls; ``encode`` and ``decode`` need it to invert each other closely.
+        """
+        mean, std = (0.0, 1.0) if self.is_latent else self._moments
+        return ODEOptions(rtol, atol, max_calls, batch_size, mean, std)
+
+    @property
+    def _moments(self) -> tuple[float, float]:
+        return 0.5 * (self.data_min + self.data_max), 0.25 * (self.data_max - self.data_min)
+
+    # ------------------------------------------------------------------ density
+
+    def log_prob(
+        self,
+        x: Any,
+        trace: TraceOptions | None = None,
+        options: ODEOptions | None = None,
+        conditioning: Mapping[str, Tensor] | None = None,
+        generator: Generators = None,
+        progress_bar: bool = False,
+    ) -> LogProb:
+        """Log-density in nats of continuous data in the network's range, or of latents; see ``likelihood.log_prob``.
+
+        Args:
+            x: Floating-point tensor, shape (B, C, H, W). For a latent model these are latents, scaled as the network
+                sees them, and the number is a density of latents.
+            trace: How the trace is found.
+            options: From ``self.options(...)``.
+            conditioning: Arguments of the network with one row per sample, such as ``class_labels``.
+            generator: Source of the probes.
+            progress_bar: Whether to show one.
+
+        Returns:
+            Values, standard errors, latent codes, calls.
+
+        Raises:
+            ValueError: Bad arguments.
+            RuntimeError: The solver gives up.
+        """
+        x = self._state(x)
+        with _Progress(progress_bar, len(x), "log-density") as progress:
+            return log_prob(
+                self.denoiser,
+                self.sde,
+                x,
+                trace,
+                self._or_default(options),
+                self.t_min,
+                self._conditioning(conditioning),
+                generator,
+                progress,
+            )
+
+    def bits_per_dim(
+        self,
+        images: Any,
+        value_range: tuple[float, float] | None = None,
+        dequantization: str = "uniform",
+        importance_samples: int = 1,
+        bit_depth: int = 8,
+        grid: str = "endpoints",
+        trace: TraceOptions | None = None,
+        options: ODEOptions | None = None,
+        conditioning: Mapping[str, Tensor] | None = None,
+        generator: Generators = None,
+        progress_bar: bool = False,
+    ) -> BitsPerDim:
+        """Bits per dimension of images; see ``likelihood.bits_per_dim``.
+
+        Args:
+            images: PIL images; uint8 arrays (B, H, W, C) or (B, H, W); integer tensors (B, C, H, W); or
+                floating-point tensors on the grid of such images.
+            value_range: (black, white) of floating-point ``images``; the network's range if None.
+            dequantization: ``uniform``, ``truncated_normal`` or ``none``.
+            importance_samples: Dequantisations per image.
+            bit_depth: 8 for ordinary images.
+            grid: Where the levels lie in the network's range: ``endpoints`` or ``bins``; see ``Quantization``.
+            trace: How the trace is found.
+            options: From ``self.options(...)``.
+            conditioning: Arguments of the network with one row per image, such as ``class_labels``.
+            generator: Source of dequantisation noise and probes.
+            progress_bar: Whether to show one.
+
+        Returns:
+            The mean with its standard error, and the values of the images.
+
+        Raises:
+            ValueError: Bad arguments, or a latent model.
+            RuntimeError: The solver gives up.
+        """
+        if self.is_latent:
+            raise ValueError(
+                "this pipeline's network models latents: it has a density of latents (log_prob), but no bits per "
+                "dimension of images."
+            )
+        quantization = Quantization(self.data_min, self.data_max, bit_depth, grid)
+        images = as_tensor(images).to(self.device)
+        with _Progress(progress_bar, len(images) * importance_samples, "bits/dim") as progress:
+            return bits_per_dim(
+                self.denoiser,
+                self.sde,
+                images,
+                quantization,
+                value_range,
+                dequantization,
+                importance_samples,
+                trace,
+                self._or_default(options),
+                self.t_min,
+                self._conditioning(conditioning),
+                generator,
+                progress,
+            )
+
+    # ------------------------------------------------------------------ codes
+
+    def encode(
+        self,
+        x: Any,
+        options: ODEOptions | None = None,
+        conditioning: Mapping[str, Tensor] | None = None,
+        progress_bar: bool = False,
+    ) -> FlowSolution:
+        """Latent codes of images or latents, unit noise of shape (B, C, H, W); see ``ode.encode``."""
+        x = self._state(x)
+        with _Progress(progress_bar, len(x), "encode") as progress:
+            return encode(
+                self.denoiser,
+                self.sde,
+                x,
+                self._or_default(options),
+                self.t_min,
+                self._conditioning(conditioning),
+                progress,
+            )
+
+    def decode(
+        self,
+        latents: Tensor,
+        options: ODEOptions | None = None,
+        temperature: float = 1.0,
+        conditioning: Mapping[str, Tensor] | None = None,
+        progress_bar: bool = False,
+    ) -> FlowSolution:
+        """Data of latent codes, in the network's range; see ``ode.decode``."""
+        with _Progress(progress_bar, len(latents), "decode") as progress:
+            return decode(
+                self.denoiser,
+                self.sde,
+                latents.to(self.device),
+                self._or_default(options),
+                self.t_min,
+                temperature,
+                self._conditioning(conditioning),
+                progress,
+            )
+
+    def sample(
+        self,
+        latents: Tensor,
+        options: ODEOptions | None = None,
+        denoise_final: bool = True,
+        t_min: float | None = None,
+        temperature: float = 1.0,
+        conditioning: Mapping[str, Tensor] | None = None,
+        progress_bar: bool = False,
+    ) -> FlowSolution:
+        """Samples from unit noise by the adaptive solver; see ``ode.sample_flow``.
+
+        Stops at the scheduler's ``sampling_eps`` unless ``t_min`` is given.
+        """
+        t_min = max(float(self.scheduler.config.sampling_eps), self.t_min) if t_min is None else t_min
+        with _Progress(progress_bar, len(latents), "sample") as progress:
+            return sample_flow(
+                self.denoiser,
+                self.sde,
+                latents.to(self.device),
+                self._or_default(options),
+                t_min,
+                denoise_final,
+                temperature,
+                self._conditioning(conditioning),
+                progress,
+            )
+
+    def interpolate(
+        self, a: Any, b: Any, num: int = 8, options: ODEOptions | None = None, progress_bar: bool = False
+    ) -> FlowSolution:
+        """Between images or latents ``a`` and ``b``, shape (B, num, C, H, W); see ``ode.interpolate``."""
+        a, b = self._state(a), self._state(b)
+        with _Progress(progress_bar, len(a) * (2 + num), "interpolate") as progress:
+            return interpolate(self.denoiser, self.sde, a, b, num, self._or_default(options), self.t_min, progress)
+
+    def edit(
+        self,
+        x: Any,
+        strength: float = 0.5,
+        num_steps: int = 50,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
+        """Variations of images or latents by the reverse SDE; see ``ode.edit``."""
+        t_min = max(float(self.scheduler.config.sampling_eps), self.t_min)
+        with torch.no_grad():
+            return edit(self.denoiser, self.sde, self._state(x), strength, num_steps, t_min, generator)
+
+    # ------------------------------------------------------------------ inputs
+
+    def _or_default(self, options: ODEOptions | None) -> ODEOptions:
+        return self.options() if options is None else options
+
+    def _conditioning(self, conditioning: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        return {name: value.to(self.device) for name, value in (conditioning or {}).items()}
+
+    def _state(self, x: Any) -> Tensor:
+        """Data in the network's range on its device: integer images are scaled, floating-point data are left alone."""
+        x = as_tensor(x).to(self.device)
+        if x.is_floating_point():
+            return x
+        if self.is_latent:
+            raise ValueError("this pipeline's network models latents: encode the images by its autoencoder first.")
+        quantization = Quantization(self.data_min, self.data_max)
+        return quantization.centers(quantization.levels_of(x, (0.0, 1.0)))
+
+
+def as_tensor(images: Any) -> Tensor:
+    """PIL images, arrays or tensors as a tensor (B, C, H, W); the values are left alone.
+
+    Raises:
+        ValueError: Something else, or images of different sizes or modes.
+    """
+    if isinstance(images, Tensor):
+        return images
+    if hasattr(images, "getbands"):  # one PIL image
+        images = [images]
+    if isinstance(images, (list, tuple)) and len(images) and all(hasattr(image, "getbands") for image in images):
+        if len({(image.size, image.mode) for image in images}) > 1 or images[0].mode not in ("L", "RGB"):
+            raise ValueError(
+                "images must all have one size and mode, L or RGB, got "
+                f"{sorted({f'{i.size[0]}x{i.size[1]} {i.mode}' for i in images})}."
+            )
+        images = np.stack([np.asarray(image) for image in images])
+    if not isinstance(images, np.ndarray):
+        raise ValueError(f"images must be PIL images, an array or a tensor, got {type(images).__name__}.")
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4:
+        raise ValueError(f"an array of images must have shape (B, H, W) or (B, H, W, C), got {images.shape}.")
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def _check_deterministic(network: Any) -> None:
+    """A flow needs a function: dropout and batch norm in training mode are not one."""
+    if not isinstance(network, torch.nn.Module):
+        return
+    random = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)
+    for module in network.modules():
+        if module.training and isinstance(module, random) and getattr(module, "p", 1.0) > 0.0:
+            raise ValueError("the network is in training mode and has dropout or batch norm: call its eval() first.")
+
+
+def _fitting_scheduler(scheduler: Any) -> SDEScheduler:
+    """The scheduler itself if it is ours, or our scheduler of the same path."""
+    if isinstance(scheduler, SDEScheduler):
+        return scheduler
+    config = with_stock_defaults(dict(scheduler.config))
+    family = config_family(config)
+    if family is None:
+        raise ValueError(f"{type(scheduler).__name__} describes no SDE that is known here.")
+    cls = getattr(schedulers, FITTING_SCHEDULER[family])
+    fitting: SDEScheduler = cls.from_config(scheduler.config)
+    return fitting
+
+
+class _Progress:
+    """A bar that counts samples, or nothing."""
+
+    def __init__(self, show: bool, total: int, description: str) -> None:
+        self._bar = tqdm(total=total, desc=description) if show else None
+
+    def __enter__(self) -> Callable[[int], object] | None:
+        return None if self._bar is None else self._bar.update
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
