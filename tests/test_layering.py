@@ -13,7 +13,7 @@ ROOT = Path(next(iter(diffusers_sde.__path__)))
 LAYERS = [
     {"sdes", "parametrizations", "time_grids"},
     {"predictors", "correctors", "plans", "noise"},
-    {"sampling", "denoisers", "losses", "ode", "likelihood", "guidance", "operators"},
+    {"adaptive", "sampling", "denoisers", "losses", "ode", "likelihood", "guidance", "operators"},
     {"schedulers", "training", "evaluation", "pipelines", "diagnostics"},
     {"hub"},
 ]

@@ -11,6 +11,8 @@ import torch
 
 from diffusers_sde import FlowSDEScheduler, VESDEScheduler, VPSDEScheduler
 
+# Nothing but the first order: what the stock samplers below are.
+FIRST_ORDER = {"solver_order": 1, "solver_correction": False, "gaussian_std": 0.0}
 SPACINGS = ("leading", "linspace", "trailing")
 TOLERANCE = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.float64: {"rtol": 1e-9, "atol": 1e-9}}
 
@@ -70,7 +72,7 @@ def test_probability_flow_is_ddim(spacing, prediction_type, dtype):
         prediction_type=prediction_type,
         steps_offset=1 if spacing == "leading" else 0,
     )
-    stock, ours = pair(stock, VPSDEScheduler.from_config(stock.config, probability_flow=True), dtype)
+    stock, ours = pair(stock, VPSDEScheduler.from_config(stock.config, probability_flow=True, **FIRST_ORDER), dtype)
     for scheduler in (stock, ours):
         scheduler.set_timesteps(n)
     assert ours.timesteps.tolist() == stock.timesteps.tolist()
@@ -81,7 +83,9 @@ def test_ddim_with_zero_terminal_snr():
     stock = diffusers.DDIMScheduler(
         rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False
     )
-    stock, ours = pair(stock, VPSDEScheduler.from_config(stock.config, probability_flow=True), torch.float64)
+    stock, ours = pair(
+        stock, VPSDEScheduler.from_config(stock.config, probability_flow=True, **FIRST_ORDER), torch.float64
+    )
     for scheduler in (stock, ours):
         scheduler.set_timesteps(10)
     x = start(torch.float64)
@@ -92,7 +96,7 @@ def test_ddim_with_zero_terminal_snr():
 def test_probability_flow_is_first_order_dpm_solver(n):
     # On linspace with any n: DPM-Solver++ of order 1 is DDIM, and its target is its next timestep.
     stock = diffusers.DPMSolverMultistepScheduler(solver_order=1, beta_schedule="squaredcos_cap_v2")
-    ours = VPSDEScheduler.from_config(stock.config, probability_flow=True)
+    ours = VPSDEScheduler.from_config(stock.config, probability_flow=True, **FIRST_ORDER)
     stock.set_timesteps(n)
     ours.set_timesteps(timesteps=stock.timesteps)
     torch.testing.assert_close(run(ours, start()), run(stock, start()), rtol=1e-4, atol=1e-4)
@@ -101,7 +105,7 @@ def test_probability_flow_is_first_order_dpm_solver(n):
 @pytest.mark.parametrize("predictor", ["exponential", "ancestral"])
 def test_reverse_sde_is_first_order_sde_dpm_solver(predictor):
     stock = diffusers.DPMSolverMultistepScheduler(solver_order=1, algorithm_type="sde-dpmsolver++")
-    ours = VPSDEScheduler.from_config(stock.config, predictor=predictor)
+    ours = VPSDEScheduler.from_config(stock.config, predictor=predictor, **FIRST_ORDER)
     stock.set_timesteps(12)
     ours.set_timesteps(timesteps=stock.timesteps)
     torch.testing.assert_close(run(ours, start(), seed=4), run(stock, start(), seed=4), rtol=1e-4, atol=1e-4)
@@ -145,7 +149,7 @@ def test_ancestral_with_large_variance_is_ddpm_fixed_large(spacing, clip):
 def test_reverse_sde_is_stochastic_ddim(spacing, eta, predictor, dtype):
     train, n = ddim_levels(spacing, 20)
     stock = diffusers.DDIMScheduler(num_train_timesteps=train, timestep_spacing=spacing, clip_sample=False)
-    ours = VPSDEScheduler.from_config(stock.config, predictor=predictor, stochasticity=eta)
+    ours = VPSDEScheduler.from_config(stock.config, predictor=predictor, stochasticity=eta, **FIRST_ORDER)
     stock, ours = pair(stock, ours, dtype)
     for scheduler in (stock, ours):
         scheduler.set_timesteps(n)
@@ -158,7 +162,9 @@ def test_clipping_is_ddims_with_clipped_model_output(clip):
     # x0_hat is clipped and the noise estimate follows it; DDIM does that with use_clipped_model_output=True.
     arguments = {"clip_sample": clip == "clip_sample", "thresholding": clip == "thresholding"}
     stock = diffusers.DDIMScheduler(**arguments, dynamic_thresholding_ratio=0.8, sample_max_value=1.7)
-    stock, ours = pair(stock, VPSDEScheduler.from_config(stock.config, probability_flow=True), torch.float64)
+    stock, ours = pair(
+        stock, VPSDEScheduler.from_config(stock.config, probability_flow=True, **FIRST_ORDER), torch.float64
+    )
     for scheduler in (stock, ours):
         scheduler.set_timesteps(10)
     x = start(torch.float64, scale=2.0)
@@ -183,7 +189,7 @@ def test_dynamic_thresholding_is_ddpms(ratio):
 
 def test_learned_variance_channels_are_dropped():
     stock = diffusers.DDIMScheduler(clip_sample=False)
-    ours = VPSDEScheduler.from_config(stock.config, variance_type="learned_range", probability_flow=True)
+    ours = VPSDEScheduler.from_config(stock.config, variance_type="learned_range", probability_flow=True, **FIRST_ORDER)
     for scheduler in (stock, ours):
         scheduler.set_timesteps(4)
     x, t = start(), stock.timesteps[0]
@@ -206,7 +212,7 @@ def test_learned_variance_channels_are_dropped():
 @pytest.mark.parametrize("own_sigmas", [False, True])
 def test_flow_is_flow_match_euler(arguments, mu, own_sigmas):
     stock = diffusers.FlowMatchEulerDiscreteScheduler(**arguments)
-    ours = FlowSDEScheduler.from_config(stock.config, probability_flow=True)
+    ours = FlowSDEScheduler.from_config(stock.config, probability_flow=True, **FIRST_ORDER)
     grid = {"sigmas": torch.linspace(1.0, 1 / 7, 7).tolist()} if own_sigmas else {"num_inference_steps": 7}
     for scheduler in (stock, ours):
         scheduler.set_timesteps(**grid, **({} if mu is None else {"mu": mu}))
@@ -233,7 +239,7 @@ def test_flow_heun_is_flow_match_heun(shift):
 @pytest.mark.parametrize("predictor", ["exponential", "ancestral"])
 def test_ve_is_edm_euler(predictor, prediction_type, schedule):
     stock = diffusers.EDMEulerScheduler(sigma_schedule=schedule, prediction_type=prediction_type, sigma_data=0.7)
-    ours = VESDEScheduler.from_config(stock.config, predictor=predictor, probability_flow=True)
+    ours = VESDEScheduler.from_config(stock.config, predictor=predictor, probability_flow=True, **FIRST_ORDER)
     for scheduler in (stock, ours):
         scheduler.set_timesteps(9)
     x = start(scale=80.0)
@@ -249,7 +255,7 @@ def test_video_euler_of_stable_video_diffusion():
         use_karras_sigmas=True,
         timestep_spacing="leading",
     )
-    ours = VESDEScheduler.from_config(stock.config, probability_flow=True)
+    ours = VESDEScheduler.from_config(stock.config, probability_flow=True, **FIRST_ORDER)
     for scheduler in (stock, ours):
         scheduler.set_timesteps(9)
     x = start(scale=700.0)

@@ -568,7 +568,8 @@ def test_flow_shift_and_mu_are_honoured(shift, mu):
 @pytest.mark.parametrize("set_alpha_to_one", [True, False])
 def test_set_alpha_to_one_decides_where_sampling_ends(set_alpha_to_one):
     theirs = diffusers.DDIMScheduler(**TABLE, set_alpha_to_one=set_alpha_to_one, steps_offset=1, clip_sample=False)
-    ours = VPSDEScheduler.from_config(theirs.config, probability_flow=True)
+    ddim = {"solver_order": 1, "solver_correction": False, "gaussian_std": 0.0}
+    ours = VPSDEScheduler.from_config(theirs.config, probability_flow=True, **ddim)
     x, results = torch.randn(1, 2, 3, 3), []
     for scheduler in (theirs, ours):
         scheduler.set_timesteps(5)

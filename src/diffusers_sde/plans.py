@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,6 +181,63 @@ def make_plan(
     return Plan(tuple(rows), order, max(len(row.history) for row in rows))
 
 
+def restart_plan(
+    sde: SDE,
+    times: Tensor,
+    low: float,
+    high: float,
+    repeats: int = 1,
+    **arguments: Any,
+) -> Plan:
+    """Restart sampling: on reaching ``low`` go back up to ``high`` in noise and down again, ``repeats`` times.
+
+    The way up is the forward transition, exact and free of calls; it mixes what the way down got wrong (Xu et al. 2023,
+    arXiv:2306.14878). It is merged into the row that arrives at ``low``, so that a plan stays one row per model call.
+    Estimates from before a restart are not used after it.
+
+    Args:
+        sde: The SDE.
+        times: Decreasing times, shape (n,).
+        low: Where to turn; the nearest of ``times`` but the first.
+        high: Where to go back to; the nearest earlier one.
+        repeats: How often.
+        **arguments: Of ``make_plan``; ``probability_flow``, that is ``stochasticity=0``, is what the method is meant
+        for.
+
+    Raises:
+        ValueError: ``high`` is not before ``low`` on the grid, ``repeats`` is negative, or see ``make_plan``.
+    """
+    times = torch.as_tensor(times, dtype=torch.float64)
+    bottom, top = (int((times - t).abs().argmin()) for t in (low, high))
+    if not top < bottom:
+        raise ValueError(f"high must be a time of the grid before low, got low={low!r} and high={high!r}.")
+    if repeats < 0 or int(repeats) != repeats:
+        raise ValueError(f"repeats must be an integer >= 0, got {repeats!r}.")
+    whole = make_plan(sde, times, **arguments)
+    if repeats == 0:
+        return whole
+    parts = [make_plan(sde, times[: bottom + 1], **{**arguments, "denoise_final": False, "final_time": None})]
+    loop = make_plan(sde, times[top : bottom + 1], **{**arguments, "denoise_final": False, "final_time": None})
+    parts += [loop] * (repeats - 1)
+    factor, variance = (float(v) for v in sde.transition(times[bottom], times[top]))
+    rows: list[Row] = []
+    for part in parts:
+        last = part.rows[-1]
+        if last.langevin is not None:
+            raise ValueError("predictor 'none' with a Langevin corrector arrives nowhere; restarts need a predictor.")
+        up = replace(
+            last,
+            s=float(times[top]),
+            x=factor * last.x,
+            model=factor * last.model,
+            noise=math.hypot(factor * last.noise, math.sqrt(variance)),
+            history=tuple(factor * weight for weight in last.history),
+        )
+        rows += [*part.rows[:-1], up]
+    rows += make_plan(sde, times[top:], **arguments).rows
+    return Plan(tuple(rows), whole.order, max(len(row.history) for row in rows))
+
+
 def _final_row(sde: SDE, t: float, final_time: float | None) -> Row:
     if final_time is None:
         return Row(t, None, 0.0, 1.0)
@@ -190,7 +248,7 @@ def _final_row(sde: SDE, t: float, final_time: float | None) -> Row:
 
 
 def _in_sample_and_estimate(stage: Stage) -> Stage:
-    """The stage with ``late`` carried out and ``memo`` written out: coefficients of x_t, x0_hat and what is remembered."""
+    """Carry out ``late`` and write out ``memo``: coefficients of x_t, x0_hat and what is remembered."""
     weights = [stage.x0, *stage.history]
     for k, update in enumerate(stage.late):
         weights[k:] = [weights[k] + stage.x * update if k < len(weights) else stage.x * update, *weights[k + 1 :]]
@@ -208,9 +266,9 @@ def _slopes(weights: Sequence[Tensor]) -> list[Tensor]:
 def _across_corrections(stage: Stage) -> Stage:
     """A multistep stage behind a corrector, which calls the model at the same time and then moves the sample.
 
-    Differences of estimates are to tell how the estimate changes along the path, not how far the corrector jumped: each is
-    taken over one interval, between the call after the jump at its start and the call before the jump at its end. In
-    memory those are number 1 and 0 for the last interval, 3 and 2 for the one before, ...
+    Differences of estimates are to tell how the estimate changes along the path, not how far the corrector jumped:
+    each is taken over one interval, between the call after the jump at its start and the call before the jump at its
+    end. In memory those are number 1 and 0 for the last interval, 3 and 2 for the one before, ...
     """
     weights = [stage.x0, *stage.history]
     history = [c for slope in _slopes(weights) for c in (slope, -slope)]

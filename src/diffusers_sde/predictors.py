@@ -36,8 +36,8 @@ class Stage(NamedTuple):
         remember: A later stage or interval uses this call's estimate.
         memo: Coefficients of x_t and x0_hat in an estimate that takes the place of x0_hat: ``x0`` and ``history`` are
             coefficients of it, and it is what is remembered. None for x0_hat itself.
-        late: What the estimate at the start of an interval, and those before it, add to the sample there, once the former
-            is known: the rest of the step before.
+        late: What the estimate at the start of an interval, and those before it, add to the sample there, once the
+            former is known: the rest of the step before.
     """
 
     x: Tensor
@@ -67,6 +67,7 @@ class Predictor:
     deterministic: bool = False
 
 
+START = -5.0  # lambda to which E[x_0 | x_t] is as good as constant, sigma/alpha = 150; the paper's VP SDE starts there
 SOLVER_TYPES = ("heun", "midpoint")
 
 
@@ -77,8 +78,8 @@ class PredictorOptions:
     Attributes:
         solver_order: 1, 2 or 3, for ``exponential``.
         large_variance: Noise of the ``ancestral`` predictor from beta instead of the posterior variance.
-        solver_type: ``heun`` or ``midpoint``, DPM-Solver++'s names: the slope of order 2 with its exact weight, or with the
-            weight of a point in the middle.
+        solver_type: ``heun`` or ``midpoint``, DPM-Solver++'s names: the slope of order 2 with its exact weight, or
+            with the weight of a point in the middle.
         solver_correction: Redo each step of ``exponential`` with the estimate at its end, as soon as that is known.
         gaussian_std: Standard deviation of the Gaussian part of the data that ``exponential`` integrates exactly.
     """
@@ -156,17 +157,17 @@ def exponential(sde: SDE, times: Tensor, stochasticity: float, options: Predicto
     lambda = -infinity, where alpha(t) = 0.
 
     ``solver_correction``: once the estimate at the end of a step is known, the step's integral is redone with the
-    polynomial that includes it, before the next step starts. It costs no model call (the estimate is not evaluated again),
-    changes nothing but coefficients, and for eta = 0 raises the order by one (Zhao et al. 2023, arXiv:2302.04867,
-    UniC; Xue et al. 2023, arXiv:2309.05019, for the SDE). It is no MCMC corrector: it draws no noise.
+    polynomial that includes it, before the next step starts. It costs no model call (the estimate is not evaluated
+    again), changes nothing but coefficients, and for eta = 0 raises the order by one (Zhao et al. 2023,
+    arXiv:2302.04867, UniC; Xue et al. 2023, arXiv:2309.05019, for the SDE). It is no MCMC corrector: it draws no noise.
 
-    ``gaussian_std`` (call it c): take the data as e + c z. Then e stands at noise S^2 = sigma^2 + alpha^2 c^2, all of the
-    above holds with S for sigma, log(alpha/S) for lambda and
+    ``gaussian_std`` (call it c): take the data as e + c z. Then e stands at noise S^2 = sigma^2 + alpha^2 c^2, all of
+    the above holds with S for sigma, log(alpha/S) for lambda and
 
         E[e | x_t] = x0_hat + c^2 alpha score = (1 + c^2 alpha^2/sigma^2) x0_hat - (c^2 alpha/sigma^2) x_t
 
-    for x0_hat, and sampling e down to S = c at sigma = 0 is sampling the data. The marginals are the same whatever c is;
-    what changes is what is integrated exactly: point data for c = 0, data of standard deviation c in general (every
+    for x0_hat, and sampling e down to S = c at sigma = 0 is sampling the data. The marginals are the same whatever c
+    is; what changes is what is integrated exactly: point data for c = 0, data of standard deviation c in general (every
     step of any length and eta is then exact), and with c far above sigma the integrand is the noise: c = 0 is data
     prediction, a large c noise prediction, and a c between is the first above this noise and the second below it.
     """
@@ -180,13 +181,16 @@ def exponential(sde: SDE, times: Tensor, stochasticity: float, options: Predicto
     x = torch.exp(log_std[1:] - log_std[:-1] - decay)
     noise = torch.exp(log_std[1:]) * torch.sqrt(-torch.expm1(-2.0 * decay))
 
+    # An infinite interval has no slope. The estimate at its start, the mean of the data, holds down to START anyway.
+    whole, h = h, torch.where(torch.isfinite(h), h, (lam[1:] - START).clamp(min=1.0))
     order = options.solver_order
     exact = _adams_weights(h, q, order)
+    exact[0] = exact[0] + (_moment(whole, q, 0) - _moment(h, q, 0))
     used = exact
     if order == 2 and options.solver_type == "midpoint":
         slope = 0.5 * h * _moment(h, q, 0) / _back(h, 1)
         slope = torch.where(torch.isfinite(h), slope, torch.zeros_like(h))
-        used = [_moment(h, q, 0) + slope, -slope]
+        used = [_moment(whole, q, 0) + slope, -slope]
     late = []
     if options.solver_correction:
         # What the step before would have been, with the estimate at its end, minus what it was.

@@ -42,17 +42,20 @@ def karras(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0) -> 
 # The middle, width and floor of the density of ``sech``, in lambda = log(alpha/sigma). Measured, not fitted: see
 # benchmarks/quality.py. Noise-to-signal exp(-1) is about the standard deviation of images in [-1, 1] and of latents.
 SECH_MIDDLE, SECH_WIDTH, SECH_FLOOR = 1.0, 1.5, 0.15
+SECH_START = -5.0  # sigma/alpha = 150, where the paper's VP SDE starts, for paths that start at infinity
 
 
 def sech(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0) -> Tensor:
     """Points where the estimate changes: density sech((lambda - 1)/1.5) + 0.15 in lambda = log(alpha/sigma).
 
     For Gaussian data of standard deviation c, x0_hat along the reverse process is a sigmoid of lambda + log c. Uniform
-    log-SNR spends most of its points before and after that rise, where any step is exact; the density of the rise itself is a
-    hyperbolic secant, here widened because data have many scales, and with a floor because some lie further out.
+    log-SNR spends most of its points before and after that rise, where any step is exact; the density of the rise
+    itself is a hyperbolic secant, here widened because data have many scales, and with a floor because some lie
+    further out.
     """
-    first = 0.5 * max(float(sde.log_snr(t_start)), MIN_LOG_SNR)
-    last = 0.5 * float(sde.log_snr(t_end))
+    first, last = (0.5 * float(sde.log_snr(t)) for t in (t_start, t_end))
+    if math.isinf(first):  # the first step, from pure noise, is exact for all but data that show at this level
+        first = min(SECH_START, last - 1.0)
 
     def mass(lam: Tensor) -> Tensor:  # the density integrated; 2 atan(tanh(u/2)) is the Gudermannian
         u = (lam - SECH_MIDDLE) / SECH_WIDTH

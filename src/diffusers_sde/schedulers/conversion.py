@@ -15,8 +15,6 @@ from typing import Any
 
 import diffusers
 
-from ..predictors import SOLVER_TYPES
-
 FITTING_SCHEDULER = {
     "vp": "VPSDEScheduler",
     "sub_vp": "SubVPSDEScheduler",
@@ -128,13 +126,7 @@ def translate_config(
     if config.get("_class_name") in _OWN:
         return {}
     _refuse(config, family)
-    # Their grid, not the default of ours; and of their solver what means the same here.
-    ours = {"vp": _from_vp, "ve": _from_ve, "edm": _from_edm, "flow": _from_flow}[family](config)
-    if config.get("solver_type") not in (None, *SOLVER_TYPES):
-        ours["solver_type"] = "heun"
-    if config.get("solver_order") not in (None, 1, 2, 3):
-        ours["solver_order"] = 3
-    return ours
+    return {"vp": _from_vp, "ve": _from_ve, "edm": _from_edm, "flow": _from_flow}[family](config)
 
 
 def _refuse(config: dict[str, Any], family: str) -> None:

@@ -25,8 +25,8 @@ from ..time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid
 from .conversion import translate_config, with_stock_defaults
 
 LANGEVIN_NORMS = ("sample", "batch")
-# What UniPC's and DEIS's configs hold under the same key. They name exact weights too, and stay in the config as they are,
-# so that swapping back loses nothing.
+# What UniPC's and DEIS's configs hold under the same key. They name exact weights too, and stay in the config as they
+# are, so that swapping back loses nothing.
 STOCK_SOLVER_TYPES = ("bh1", "bh2", "logrho")
 VARIANCE_TYPES = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
@@ -36,16 +36,18 @@ COMMON_ARGUMENTS = """
         probability_flow: Integrate the probability-flow ODE instead of the reverse SDE.
         stochasticity: eta of the reverse SDE, dx = [f x - (1 + eta^2)/2 g^2 score] dt + eta g dw; 1 is Anderson's.
         solver_order: 1, 2 or 3, of the ``exponential`` predictor.
-        solver_type: ``heun`` or ``midpoint``, DPM-Solver++'s names for the weight of the slope in order 2; ``heun`` is exact.
+        solver_type: ``heun`` or ``midpoint``, DPM-Solver++'s names for the weight of the slope in order 2; ``heun``
+            is exact. ``bh1``, ``bh2`` and ``logrho`` of diffusers' other solvers are read as ``heun``.
         solver_correction: Redo each step of ``exponential`` with the estimate at its end once that is known, as UniPC
-            does; no model call, no noise. Off where a ``corrector`` moves the sample in between.
+            does; no model call, no noise, and no MCMC ``corrector``. Off behind ``langevin``, whose step varies.
         gaussian_std: Standard deviation, in units of the data, of the Gaussian part of the data that ``exponential``
             integrates exactly: 0 is data prediction, large values are noise prediction, and between the two the
             first holds above this noise and the second below.
         correct_steps: Corrector calls per noise level.
         snr: Signal-to-noise ratio of the corrector's step size; the best depends on SDE, data and number of steps.
         langevin_norm: ``sample`` takes each sample's own norms, ``batch`` the batch mean, as the official code.
-        time_grid: ``sech``, ``log_snr``, ``karras`` or ``uniform`` (in t, the paper's); None for ``timestep_spacing``.
+        time_grid: ``sech``, ``log_snr``, ``karras`` or ``uniform`` (in t, the paper's); None for ``timestep_spacing``, which
+            it also is where only that is passed.
         rho: Exponent of the Karras grid.
         sampling_eps: Last SDE time of a ``time_grid`` (the paper's epsilon).
         timestep_spacing: ``leading``, ``linspace`` or ``trailing``: diffusers' grids, used where ``time_grid`` is None.
@@ -131,6 +133,10 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
 
     def _setup(self, sde: SDE, final_time: float | None = None) -> None:
         """Finish construction: check the config and put the scheduler in its initial state."""
+        # Who names one of diffusers' grids and no time_grid means that grid.
+        left_out = set(self.config.get("_use_default_values", ()))
+        if "time_grid" in left_out and not {"timestep_spacing", "steps_offset"} <= left_out:
+            self.register_to_config(time_grid=None)
         # Every value counts as given: diffusers would otherwise replace ours by the defaults of the class that is
         # swapped in, and would not know whose config it is.
         self.register_to_config(_use_default_values=[], _class_name=type(self).__name__)

@@ -61,7 +61,7 @@ class VPSDEScheduler(SDEScheduler):
         solver_order: int = 3,
         solver_type: str = "heun",
         solver_correction: bool = True,
-        gaussian_std: float = 0.1,
+        gaussian_std: float = 0.05,
         correct_steps: int = 1,
         snr: float = 0.01,
         langevin_norm: str = "sample",

@@ -59,6 +59,16 @@ class TrainingConfig:
     )
     image_column: str | None = _option(None, "Column with the images. Default: the data's image column.")
     label_column: str | None = _option(None, "Column with the classes. Default: the data's class column, if any.")
+    class_conditional: bool = _option(
+        False, "Train a network that is told the class of each image, for generation by class."
+    )
+    label_dropout: float = _option(
+        0.1,
+        "With class_conditional: fraction of images whose class is hidden from the network, which guidance needs; 0 "
+        "trains without a null class.",
+        least=0.0,
+        most=0.999,
+    )
     cache_dir: str | None = _option(None, "Where datasets keeps downloads. Default: its own cache.")
     resolution: int | None = _option(
         None, "Side of the training images in pixels. Default: the data's own size, if it is one.", least=2
@@ -104,7 +114,7 @@ class TrainingConfig:
     )
     train_eps: float = _option(1e-5, "Smallest training time: t is uniform in [train_eps, 1].", above=0.0)
     sampling_eps: float | None = _option(
-        None, "Last time of sampling. Default: 1e-5 for ve, 1e-3 otherwise, as in the paper.", above=0.0
+        None, "Last time of sampling with the trained model. Default: the scheduler's own.", above=0.0
     )
     num_train_timesteps: int = _option(
         1000,

@@ -29,8 +29,9 @@ def build_scheduler(config: TrainingConfig, source: ImageSource) -> SDEScheduler
         "num_train_timesteps": config.num_train_timesteps,
         "prediction_type": prediction_type,
         "time_conditioning": config.time_conditioning or "continuous",
-        "sampling_eps": config.sampling_eps or (1e-5 if config.sde == "ve" else 1e-3),
     }
+    if config.sampling_eps is not None:
+        common["sampling_eps"] = config.sampling_eps
     if prediction_type == "edm" or (config.sde == "ve" and config.sigma_max is None):
         std, largest_distance = source.statistics()
         # Three digits are plenty, and a config that a person reads.
@@ -50,7 +51,7 @@ def build_scheduler(config: TrainingConfig, source: ImageSource) -> SDEScheduler
         return VPSDEScheduler(
             **betas, beta_schedule=config.beta_schedule, continuous=False, timestep_spacing="trailing", **common
         )
-    return VPSDEScheduler(**betas, continuous=True, time_grid="uniform", **common)
+    return VPSDEScheduler(**betas, continuous=True, **common)
 
 
 def _rounded(value: float) -> float:
@@ -94,7 +95,8 @@ def build_unet(config: TrainingConfig, source: ImageSource) -> UNet2DModel:
         ValueError: A given config that does not fit the images, or sizes that do not divide.
     """
     if config.model_config_name_or_path is not None:
-        return _unet_from_config(config.model_config_name_or_path, source)
+        return _unet_from_config(config.model_config_name_or_path, source, class_embeddings(config, source))
+    classes = class_embeddings(config, source)
     channels = config.block_out_channels or default_channels(source.resolution)
     levels = len(channels)
     if source.resolution % 2 ** (levels - 1):
@@ -121,7 +123,25 @@ def build_unet(config: TrainingConfig, source: ImageSource) -> UNet2DModel:
         norm_num_groups=groups,
         dropout=config.dropout,
         time_embedding_type=config.time_embedding_type,
+        num_class_embeds=classes,
     )
+
+
+def class_embeddings(config: TrainingConfig, source: ImageSource) -> int | None:
+    """Classes that the network knows, the null class for hidden labels last; None without ``class_conditional``.
+
+    Raises:
+        ValueError: The images have no classes, or some are not labelled.
+    """
+    if not config.class_conditional:
+        return None
+    classes = len(source.class_names)
+    if source.labels is None:
+        raise ValueError("class_conditional needs images with classes: name their column with label_column.")
+    low, high = int(source.labels.min()), int(source.labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(f"class_conditional needs labels in [0, {classes}), the data hold {low} to {high}.")
+    return classes + (1 if config.label_dropout > 0.0 else 0)
 
 
 def default_channels(resolution: int) -> tuple[int, ...]:
@@ -133,8 +153,8 @@ def default_channels(resolution: int) -> tuple[int, ...]:
     return tuple(base * min(2**level, 2 if level < 3 else 4) for level in range(levels))
 
 
-def _unet_from_config(path: str, source: ImageSource) -> UNet2DModel:
-    unet = UNet2DModel.from_config(UNet2DModel.load_config(path))
+def _unet_from_config(path: str, source: ImageSource, classes: int | None) -> UNet2DModel:
+    unet = UNet2DModel.from_config({**UNet2DModel.load_config(path), "num_class_embeds": classes})
     has = {"in_channels": unet.config.in_channels, "out_channels": unet.config.out_channels}
     for name, value in has.items():
         if value != source.channels:

@@ -1,0 +1,223 @@
+"""Multistep exponential integration: its order with every option, and the samplers that it must equal."""
+
+import math
+
+import diffusers
+import pytest
+import torch
+from analytic import GaussianMixture, push_gaussian
+from test_predictors import INSTANCES, MEAN0, STD0, interval, measured_order
+from test_stock_parity import start
+
+from diffusers_sde import VPSDEScheduler
+from diffusers_sde.correctors import CORRECTORS
+from diffusers_sde.plans import advance, make_plan, memorise
+from diffusers_sde.predictors import PREDICTORS, PredictorOptions
+from diffusers_sde.sampling import sample
+from diffusers_sde.sdes import VPSDE, RectifiedFlowSDE
+
+every_sde = pytest.mark.parametrize("sde", INSTANCES.values(), ids=INSTANCES.keys())
+
+
+def order_of(sde, eta, **options):
+    def make(times):
+        chosen = PredictorOptions(**options)
+        return make_plan(sde, times, "exponential", stochasticity=eta, options=chosen, denoise_final=False), eta
+
+    return measured_order(sde, make)
+
+
+# ---------------------------------------------------------------------- orders
+
+
+@pytest.mark.parametrize("solver_type, gaussian_std", [("heun", 0.2), ("midpoint", 0.0)])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@every_sde
+def test_order_two(sde, eta, solver_type, gaussian_std):
+    order, error = order_of(sde, eta, solver_order=2, solver_type=solver_type, gaussian_std=gaussian_std)
+    assert order == pytest.approx(2.0, abs=0.1) and error < 0.02
+
+
+@pytest.mark.parametrize("gaussian_std", [0.0, 0.3])
+@pytest.mark.parametrize("solver_order", [1, 2])
+@every_sde
+def test_the_correction_raises_the_order_of_the_probability_flow(sde, solver_order, gaussian_std):
+    options = {"solver_order": solver_order, "gaussian_std": gaussian_std}
+    order, error = order_of(sde, 0.0, solver_correction=True, **options)
+    assert order == pytest.approx(solver_order + 1, abs=0.1)
+    assert error < 0.5 * order_of(sde, 0.0, **options)[1]
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0, 1.5])
+@every_sde
+def test_the_correction_is_weakly_of_order_two(sde, eta):
+    """Order 1 becomes 2. Order 2 stays 2, which the noise decides, where the error is no larger than before."""
+    order, error = order_of(sde, eta, solver_order=1, solver_correction=True)
+    assert order == pytest.approx(2.0, abs=0.1)
+    assert error < 0.5 * order_of(sde, eta, solver_order=1)[1]
+    order, error = order_of(sde, eta, solver_order=2, solver_correction=True)
+    assert order > 1.9 and error < order_of(sde, eta, solver_order=2)[1]
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("std", [0.05, 0.6, 3.0])
+@every_sde
+def test_data_of_the_gaussian_std_are_sampled_exactly_in_any_number_of_steps(sde, std, eta):
+    start_time, end = interval(sde)
+    times = torch.tensor([start_time, 0.5 * (start_time + end), end], dtype=torch.float64)
+    options = PredictorOptions(gaussian_std=std)
+    plan = make_plan(sde, times, "exponential", stochasticity=eta, options=options, denoise_final=False)
+    alpha, sigma = sde.alpha(times), sde.sigma(times)
+    variance = alpha**2 * std**2 + sigma**2
+    got_mean, got_variance = push_gaussian(plan, sde, MEAN0, std, float(alpha[0]) * MEAN0, float(variance[0]))
+    assert got_mean == pytest.approx(float(alpha[-1]) * MEAN0, rel=1e-9)
+    assert got_variance == pytest.approx(float(variance[-1]), rel=1e-9)
+
+
+def test_a_large_gaussian_std_is_noise_prediction():
+    """For eta = 0 and order 1, DDIM, both are the same; at order 2 the slope is that of the noise."""
+    sde = RectifiedFlowSDE()
+    times = torch.tensor([0.9, 0.6, 0.4], dtype=torch.float64)
+    plan = make_plan(sde, times, stochasticity=0.0, options=PredictorOptions(2, gaussian_std=1e4), denoise_final=False)
+    eps = torch.tensor([0.3, 0.5], dtype=torch.float64)  # any two estimates of the noise
+    x, memory = torch.tensor([1.3], dtype=torch.float64), []
+    y = [float(x) / 0.1]  # x/alpha, dy = eps d(sigma/alpha); the polynomial is one in (sigma/alpha)^2
+    rho = (sde.sigma(times) / sde.alpha(times)).tolist()
+    for i, row in enumerate(plan.rows):
+        d = (x - sde.sigma(row.t) * eps[i]) / sde.alpha(row.t)
+        kept = memorise(row, x, d)
+        x, memory = advance(row, x, d, memory, lambda: torch.zeros(0)), [kept]
+        slope = 0.0 if i == 0 else float(eps[1] / rho[1] - eps[0] / rho[0]) / (rho[1] ** 2 - rho[0] ** 2)
+        # eps/rho is what is extrapolated: dy = (eps/rho) d(rho^2)/2.
+        d2 = rho[i + 1] ** 2 - rho[i] ** 2
+        y.append(y[-1] + 0.5 * (float(eps[i]) / rho[i] * d2 + 0.5 * slope * d2**2))
+        assert float(x / sde.alpha(times[i + 1])) == pytest.approx(y[-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("solver_order", [1, 2, 3])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@every_sde
+def test_every_option_is_finite_from_end_to_end(sde, eta, solver_order):
+    """From t_max, where alpha may vanish, to within 1e-5 of the data; and with less history than the order asks for."""
+    for n in (1, 2, 3, 4, 12):
+        times = torch.linspace(sde.t_max, 1e-5, n + 1, dtype=torch.float64)
+        for gaussian_std in (0.0, 0.1, 10.0):
+            options = PredictorOptions(solver_order, False, "heun", True, gaussian_std)
+            plan = make_plan(sde, times, stochasticity=eta, options=options)
+            mean, variance = push_gaussian(plan, sde, MEAN0, STD0, 0.0, sde.prior_std**2)
+            assert math.isfinite(mean) and math.isfinite(variance) and variance >= 0
+
+
+# ---------------------------------------------------------------------- diffusers
+
+
+@pytest.mark.parametrize("grid", [{}, {"use_karras_sigmas": True}, {"use_lu_lambdas": True}])
+@pytest.mark.parametrize("solver_type", ["midpoint", "heun"])
+@pytest.mark.parametrize("algorithm_type", ["dpmsolver++", "sde-dpmsolver++"])
+@pytest.mark.parametrize("n", [6, 20])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_order_two_is_dpm_solver_2m(n, algorithm_type, solver_type, grid):
+    stock = diffusers.DPMSolverMultistepScheduler(
+        algorithm_type=algorithm_type, solver_type=solver_type, timestep_spacing="trailing", **grid
+    )
+    flow = algorithm_type == "dpmsolver++"
+    ours = VPSDEScheduler.from_config(
+        stock.config, solver_order=2, solver_type=solver_type, solver_correction=False, gaussian_std=0.0,
+        predictor="exponential", probability_flow=flow,
+    )  # fmt: skip
+    stock.set_timesteps(n)
+    if grid:  # whose timesteps stock rounds to integers: its sigmas say where it stands
+        ours.set_timesteps(sigmas=stock.sigmas[:-1].double())
+    else:
+        ours.set_timesteps(timesteps=stock.timesteps)
+
+    def loop(scheduler):
+        x, generator = start(), torch.Generator().manual_seed(4)
+        for i, t in enumerate(scheduler.timesteps):
+            output = torch.tanh(0.7 * x) + 0.1 * x.roll(1, -1) + 0.02 * i
+            x = scheduler.step(output, t, x, generator=generator).prev_sample
+        return x
+
+    torch.testing.assert_close(loop(ours), loop(stock), rtol=2e-4, atol=2e-4)
+
+
+# ---------------------------------------------------------------------- execution
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_scheduler_remembers_what_its_plan_says(clip):
+    """The scheduler's loop equals the reference loop with everything on, clipped or not."""
+    arguments = {"solver_order": 2, "solver_correction": True, "gaussian_std": 0.2, "time_grid": "sech"}
+    scheduler = VPSDEScheduler(clip_sample=clip, clip_sample_range=0.8, prediction_type="sample", **arguments)
+    scheduler.set_timesteps(7)
+    model = GaussianMixture([0.5, 0.5], torch.randn(2, 48), torch.rand(2, 48) + 0.1).denoiser(scheduler.sde)
+    generator = torch.Generator().manual_seed(1)
+    x = start(torch.float64)
+    for t in scheduler.timesteps:
+        output = model(x, scheduler.sde_time(t.double()))
+        x = scheduler.step(output, t, x, generator=generator).prev_sample
+    plan = make_plan(
+        scheduler.sde, scheduler._level_times, stochasticity=1.0, options=PredictorOptions(2, False, "heun", True, 0.2)
+    )
+    limit = (lambda d: d.clamp(-0.8, 0.8)) if clip else (lambda d: d)
+    expected = sample(plan, lambda x, t: limit(model(x, t)), start(torch.float64), torch.Generator().manual_seed(1))
+    torch.testing.assert_close(x, limit(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("gaussian_std", [0.0, 0.3])
+@pytest.mark.parametrize("correct_steps", [1, 2])
+@pytest.mark.parametrize("corrector", ["annealed_langevin", "ornstein_uhlenbeck", "langevin"])
+def test_slopes_are_taken_along_the_path_and_not_across_the_corrector(corrector, correct_steps, gaussian_std):
+    """Multistep and corrector together, written out as a loop for order 2."""
+    sde, snr, n = VPSDE(), 0.3, 5
+    times = torch.linspace(0.9, 0.1, n, dtype=torch.float64)
+    data = GaussianMixture([0.5, 0.5], [[1.0, -1.0], [-1.0, 0.3]], [[0.3, 0.2], [0.1, 0.4]])
+    denoise, x = data.denoiser(sde), torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    options = PredictorOptions(2, solver_correction=True, gaussian_std=gaussian_std)
+    plan = make_plan(sde, times, "exponential", corrector, correct_steps, snr, options=options)
+    got = sample(plan, denoise, x, torch.Generator().manual_seed(1))
+
+    (stage,) = PREDICTORS["exponential"].stages(sde, times, 1.0, options)
+    generator = torch.Generator().manual_seed(1)
+    noise = lambda: torch.randn(4, 2, dtype=torch.float64, generator=generator)  # noqa: E731
+    ratio = gaussian_std**2 * sde.log_snr(times).exp()
+    estimate = lambda x, d, i: d + ratio[i] * (d - x / sde.alpha(times[i]))  # noqa: E731
+    differences, after = [], None
+    for i in range(n):
+        c = CORRECTORS[corrector](
+            sde, times[i : i + 1], times.new_tensor([times[i + 1] if i + 1 < n else math.nan]), snr
+        )
+        for m in range(correct_steps):
+            d = denoise(x, times[i])
+            base = x
+            if m == 0 and i < n - 1:
+                before = estimate(x, d, i)
+                if after is not None:
+                    differences.insert(0, before - after)
+                    if c.langevin is None:
+                        late = [float(v[i]) for v in stage.late]
+                        base = x + late[0] * differences[0]
+                        if len(differences) > 1:
+                            base = base - late[2] * differences[1]
+            if c.langevin is None:
+                x = float(c.x) * base + float(c.x0) * d + float(c.noise) * noise()
+            else:
+                score, z = float(c.x) * x + float(c.x0) * d, noise()
+                step = float(c.langevin) * (z.norm(dim=1, keepdim=True) / score.norm(dim=1, keepdim=True)) ** 2
+                x = x + step * score + (2 * step).sqrt() * z
+        d = denoise(x, times[i])
+        if i == n - 1:
+            x = d
+            break
+        after = estimate(x, d, i)
+        new = float(stage.x[i]) * x + float(stage.x0[i] + stage.history[0][i]) * after
+        if differences:
+            new = new - float(stage.history[0][i]) * differences[0]
+        x = new + float(stage.noise[i]) * noise()
+    torch.testing.assert_close(got, x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name, value", [("solver_type", "rk4"), ("gaussian_std", -0.1), ("gaussian_std", math.nan)])
+def test_bad_options_are_named(name, value):
+    with pytest.raises(ValueError, match=name):
+        PredictorOptions(**{name: value})
