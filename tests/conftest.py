@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-# Models here are tiny and xdist's workers fill the cores: threads that wait for each other cost ten times what they gain.
-# The variable reaches the processes that tests start.
+# Models here are tiny and xdist's workers fill the cores: threads that wait for each other cost ten times what they
+# gain. The variable reaches the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 

@@ -46,8 +46,8 @@ COMMON_ARGUMENTS = """
         correct_steps: Corrector calls per noise level.
         snr: Signal-to-noise ratio of the corrector's step size; the best depends on SDE, data and number of steps.
         langevin_norm: ``sample`` takes each sample's own norms, ``batch`` the batch mean, as the official code.
-        time_grid: ``sech``, ``log_snr``, ``karras`` or ``uniform`` (in t, the paper's); None for ``timestep_spacing``, which
-            it also is where only that is passed.
+        time_grid: ``sech``, ``log_snr``, ``karras`` or ``uniform`` (in t, the paper's); None for ``timestep_spacing``,
+            which it also is where only that is passed.
         rho: Exponent of the Karras grid.
         sampling_eps: Last SDE time of a ``time_grid`` (the paper's epsilon).
         timestep_spacing: ``leading``, ``linspace`` or ``trailing``: diffusers' grids, used where ``time_grid`` is None.
