@@ -18,7 +18,13 @@ import diffusers
 from .diagnostics import Diagnosis, diagnose
 from .likelihood import BitsPerDim, LogProb, Quantization, TraceOptions, bits_per_dim, log_prob
 from .ode import ODEOptions
-from .pipelines import ProbabilityFlow, SDEPipeline
+from .pipelines import (
+    ClassConditionalSDEPipeline,
+    InpaintSDEPipeline,
+    ProbabilityFlow,
+    RestorationSDEPipeline,
+    SDEPipeline,
+)
 from .plans import Plan, Row, make_plan
 from .sampling import sample
 from .schedulers import FlowSDEScheduler, SDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
@@ -46,16 +52,19 @@ __all__ = [
     "VESDE",
     "VPSDE",
     "BitsPerDim",
+    "ClassConditionalSDEPipeline",
     "CosineSDE",
     "Diagnosis",
     "DiscreteVPSDE",
     "FlowSDEScheduler",
+    "InpaintSDEPipeline",
     "LogProb",
     "ODEOptions",
     "Plan",
     "ProbabilityFlow",
     "Quantization",
     "RectifiedFlowSDE",
+    "RestorationSDEPipeline",
     "Row",
     "SDEPipeline",
     "SDEScheduler",
@@ -80,7 +89,9 @@ def _register_with_diffusers() -> None:
     attributes of ``diffusers``. So the classes name this package as their module, and both lookups are given an answer.
     """
     setattr(diffusers.pipelines, __name__, sys.modules[__name__])
-    for cls in (SDEPipeline, FlowSDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler):
+    pipelines = (SDEPipeline, ClassConditionalSDEPipeline, InpaintSDEPipeline, RestorationSDEPipeline)
+    schedulers = (FlowSDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler)
+    for cls in pipelines + schedulers:
         cls.__module__ = __name__
         setattr(diffusers, cls.__name__, cls)
 

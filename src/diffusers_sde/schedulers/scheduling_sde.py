@@ -503,8 +503,11 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         return SDESchedulerOutput(prev_sample, x0_hat) if return_dict else (prev_sample, x0_hat)
 
     def _traced_update(
-        self, index: int, model_output: Tensor, sample: Tensor, generator: torch.Generator | list[torch.Generator] |
-            None
+        self,
+        index: int,
+        model_output: Tensor,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
     ) -> tuple[Tensor, Tensor]:
         """The update of ``advance`` with coefficients from a tensor, for ``torch.compile``; equal to float32 round-off.
 

@@ -287,12 +287,14 @@ class TrainingSamples(Dataset):
 
         Returns:
             ``images``, bytes (B, C, H, W); ``noise``, unit Gaussian, float32 (B, C, H, W); ``u``, uniform in [0, 1),
-            float64 (B,), which stands for the time; and ``labels``, int64 (B,), where the data have classes.
+            float64 (B,), which stands for the time; and where the data have classes ``labels``, int64 (B,), and
+            ``label_draw``, uniform in [0, 1), float64 (B,), which decides whether the class is hidden.
         """
         source, n = self._source, len(self._source)
         shape = (len(numbers), source.channels, source.resolution, source.resolution)
         images, noise = np.empty(shape, dtype=np.uint8), np.empty(shape, dtype=np.float32)
-        u, indices = np.empty(len(numbers)), np.empty(len(numbers), dtype=np.int64)
+        u, label_draw = np.empty(len(numbers)), np.empty(len(numbers))
+        indices = np.empty(len(numbers), dtype=np.int64)
         for i, number in enumerate(numbers):
             indices[i] = epoch_order(self._seed, number // n, n)[number % n]
             augment = self._augmentation(number)
@@ -302,9 +304,11 @@ class TrainingSamples(Dataset):
             draw = self._noise(number)
             u[i] = draw.random()
             draw.standard_normal(out=noise[i], dtype=np.float32)
+            label_draw[i] = draw.random()
         batch = {"images": torch.from_numpy(images), "noise": torch.from_numpy(noise), "u": torch.from_numpy(u)}
         if source.labels is not None:
             batch["labels"] = source.labels[indices]
+            batch["label_draw"] = torch.from_numpy(label_draw)
         return batch
 
 

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from ..denoisers import call_network
 from ..losses import denoising_loss, times_from_uniform
-from ..pipelines import SDEPipeline
+from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
 from .checkpoints import clear_run, find_checkpoint, read_state, save_checkpoint
 from .configuration import TrainingConfig
 from .data import ImageSource, TrainingSamples, batches, load_images
@@ -261,9 +261,14 @@ class Trainer:
         # Times and their coefficients are float64 on the host, whatever the device and the precision of the network.
         t = times_from_uniform(self.sde, batch["u"], self.discrete_steps)
         conditioning = self.scheduler.conditioning
+        arguments: dict[str, Tensor] = {}
+        if self.config.class_conditional:
+            hidden = batch["label_draw"] < self.config.label_dropout
+            labels = torch.where(hidden, len(self.source.class_names), batch["labels"])
+            arguments["class_labels"] = labels.to(device, non_blocking=True)
 
         def network(x: Tensor, t: Tensor) -> Tensor:
-            return call_network(self.model, x, conditioning.timestep(self.sde, t))
+            return call_network(self.model, x, conditioning.timestep(self.sde, t), **arguments)
 
         return denoising_loss(self.sde, self.scheduler.parametrization, network, x0, t, eps, self.weighting)
 
@@ -296,7 +301,12 @@ class Trainer:
 
     def _pipeline(self, unet: UNet2DModel) -> SDEPipeline:
         # A scheduler of its own: sampling leaves its mark on one.
-        return SDEPipeline(unet=unet, scheduler=type(self.scheduler).from_config(self.scheduler.config))
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        if not self.config.class_conditional:
+            return SDEPipeline(unet=unet, scheduler=scheduler)
+        names = self.source.class_names
+        null_class = len(names) if self.config.label_dropout > 0.0 else None
+        return ClassConditionalSDEPipeline(unet, scheduler, id2label=dict(enumerate(names)), null_class=null_class)
 
     def _save_samples(self) -> None:
         """A grid of samples, the same noise every time, as PNG and to the tracker; the training state is untouched."""
@@ -309,7 +319,15 @@ class Trainer:
                 for start in range(0, config.num_sample_images, config.eval_batch_size):
                     numbers = range(start, min(start + config.eval_batch_size, config.num_sample_images))
                     generators = [torch.Generator().manual_seed(config.seed + number) for number in numbers]
-                    images += pipeline(len(numbers), config.num_inference_steps, generators, return_dict=False)[0]
+                    arguments: dict[str, Any] = {"batch_size": len(numbers)}
+                    if config.class_conditional:
+                        arguments = {"class_labels": [number % len(self.source.class_names) for number in numbers]}
+                    images += pipeline(
+                        **arguments,
+                        num_inference_steps=config.num_inference_steps,
+                        generator=generators,
+                        return_dict=False,
+                    )[0]
             folder = self.output_dir / "samples"
             folder.mkdir(exist_ok=True)
             image_grid(images).save(folder / f"step-{self.step:07d}.png")
@@ -350,6 +368,8 @@ class Trainer:
             "layers_per_block": self.unet.config.layers_per_block,
             "images": len(self.source),
             "seed": self.config.seed,
+            "class_conditional": self.config.class_conditional,
+            "label_dropout": self.config.label_dropout if self.config.class_conditional else None,
         }
 
     def _check_resumable(self, state: dict[str, Any]) -> None:

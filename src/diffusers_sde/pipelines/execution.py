@@ -1,0 +1,172 @@
+"""What the conditional pipelines share: inputs, the network as a denoiser, and a run of the scheduler's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..denoisers import call_network
+from ..guidance import Denoiser, Generators, Replacement, renoise, resampled
+from ..schedulers import SDEScheduler
+from .probability_flow import as_tensor
+
+if TYPE_CHECKING:
+    from .pipeline_sde import SDEPipeline
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
+Model = Callable[[Tensor, int, Tensor], Tensor]
+"""(x_t, index of the row, timestep) -> network output."""
+
+
+def check_run(pipe: SDEPipeline, output_type: str, method: str, methods: Sequence[str]) -> SDEScheduler:
+    """The pipeline's scheduler, after a look at what every call takes.
+
+    Raises:
+        ValueError: An unknown output type or method, or a scheduler of another package.
+    """
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+    if method not in methods:
+        raise ValueError(f"method must be one of {', '.join(methods)}, got {method!r}.")
+    if not isinstance(pipe.scheduler, SDEScheduler):
+        raise ValueError(
+            f"scheduler must be one of this package's, got {type(pipe.scheduler).__name__}: convert it by from_config, "
+            "such as VPSDEScheduler.from_config(pipe.scheduler.config)."
+        )
+    return pipe.scheduler
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise a ValueError unless the value is an integer >= 1."""
+    if isinstance(value, bool) or value != int(value) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+
+
+def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless the latents have this shape."""
+    if latents.shape != shape:
+        raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}.")
+
+
+def data_tensor(pipe: SDEPipeline, images: Any, name: str) -> Tensor:
+    """Images in the network's range, float32, shape (B, C, H, W), on the pipeline's device.
+
+    PIL images and uint8 data are scaled, floating-point data are in the network's range already.
+    """
+    try:
+        x = as_tensor(images)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if x.ndim == 3:
+        x = x[None]
+    if x.ndim != 4:
+        raise ValueError(f"{name} must have shape (B, C, H, W), got {tuple(x.shape)}.")
+    if not x.is_floating_point():
+        if x.dtype != torch.uint8:
+            raise ValueError(f"{name} must be uint8 or floating-point, got {x.dtype}.")
+        low, high = pipe.config.data_min, pipe.config.data_max
+        x = low + (high - low) * (x.to(torch.float64) / 255.0)
+    return x.to(device=pipe._execution_device, dtype=torch.float32)
+
+
+def fork(generator: Generators, device: torch.device) -> Generators:
+    """Generators of independent streams that depend on the state of the given ones and leave them untouched."""
+    if isinstance(generator, Sequence):
+        return [g for each in generator if isinstance(g := fork(each, device), torch.Generator)]
+    if generator is None:
+        cuda = device.type == "cuda"
+        generator = torch.cuda.default_generators[device.index or 0] if cuda else torch.default_generator
+    copy = torch.Generator(generator.device)
+    copy.set_state(generator.get_state())
+    seed = torch.randint(0, 2**63 - 1, (1,), generator=copy, device=copy.device)
+    return torch.Generator(generator.device).manual_seed(int(seed))
+
+
+def network_output(pipe: SDEPipeline, scheduler: SDEScheduler) -> Model:
+    """The network as ``SDEPipeline`` calls it."""
+
+    def model(x: Tensor, index: int, timestep: Tensor) -> Tensor:
+        fed = scheduler.scale_model_input(x, timestep).to(pipe.unet.dtype)
+        output: Tensor = pipe.unet(fed, timestep, return_dict=False)[0]
+        return output.to(x.dtype)
+
+    return model
+
+
+def unet_denoiser(pipe: SDEPipeline, scheduler: SDEScheduler, **arguments: Any) -> Denoiser:
+    """(x_t, SDE time) -> x0_hat of the network, in the precision of x_t; ``arguments`` go to the network."""
+
+    def network(x: Tensor, timestep: Tensor, **kwargs: Any) -> Tensor:
+        return call_network(pipe.unet, x.to(pipe.unet.dtype), timestep.float(), **kwargs).to(x.dtype)
+
+    return scheduler.denoiser(network, **arguments)
+
+
+def guided_output(scheduler: SDEScheduler, denoiser: Denoiser) -> Model:
+    """The network output for which x0_hat is what the denoiser returns."""
+
+    def model(x: Tensor, index: int, timestep: Tensor) -> Tensor:
+        precise = torch.float32 if x.device.type == "mps" else torch.float64
+        t = torch.tensor(scheduler._rows[index].t, dtype=precise, device=x.device)
+        x0_hat = denoiser(x, t)
+        return scheduler.parametrization.from_x0(x0_hat, x, scheduler.sde.alpha(t), scheduler.sde.sigma(t))
+
+    return model
+
+
+def execute(
+    pipe: SDEPipeline,
+    scheduler: SDEScheduler,
+    model: Model,
+    latents: Tensor,
+    num_inference_steps: int,
+    generator: torch.Generator | list[torch.Generator] | None,
+    replacement: Replacement | None = None,
+    resamplings: int = 1,
+    jump_length: int = 1,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Run the scheduler's rows from unit noise, as ``SDEPipeline`` does.
+
+    Args:
+        pipe: For its progress bar, and the callback's first argument.
+        scheduler: Whose rows to run.
+        model: Called once for each row.
+        latents: Unit noise, shape (B, C, H, W).
+        num_inference_steps: Noise levels.
+        generator: Noise of the rows.
+        replacement: Known entries, put in after each row.
+        resamplings: See ``guidance.resampled``; needs ``replacement``.
+        jump_length: Likewise.
+        callback: As in ``SDEPipeline``.
+
+    Returns:
+        The sample in the data's range.
+    """
+    scheduler.set_timesteps(num_inference_steps, device=latents.device)
+    scheduler.set_begin_index(0)
+    rows, timesteps = scheduler._rows, scheduler.timesteps
+    order = list(resampled(rows, resamplings, jump_length))
+    x = latents * scheduler.init_noise_sigma
+    if replacement is not None:
+        x = replacement(x, rows[0].t)
+    pipe._num_timesteps = len(order)
+    with pipe.progress_bar(total=len(order)) as progress_bar:
+        for call, (i, back_to) in enumerate(order):
+            if call and i != order[call - 1][0] + 1:
+                scheduler._step_index = i
+            output = model(x, i, timesteps[i])
+            x = scheduler.step(output, timesteps[i], x, generator=generator, return_dict=False)[0]
+            s = rows[i].s
+            if replacement is not None:
+                x = replacement(x, s)
+                if back_to is not None and s is not None:
+                    x = renoise(scheduler.sde, x, s, back_to, replacement.generator)
+            if callback is not None:
+                x = (callback(pipe, call, timesteps[i], {"latents": x}) or {}).get("latents", x)
+            progress_bar.update()
+    return x

@@ -1,0 +1,187 @@
+"""Inpainting by unconditional networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..guidance import Replacement, posterior_denoiser
+from ..operators import Mask
+from ..schedulers import SDEScheduler
+from .execution import (
+    Callback,
+    check_count,
+    check_latents,
+    check_run,
+    data_tensor,
+    execute,
+    fork,
+    guided_output,
+    network_output,
+    unet_denoiser,
+)
+from .pipeline_restoration import RestorationSDEPipeline
+
+METHODS = ("replacement", "repaint", "mmps", "pigdm", "dps")
+
+
+class InpaintSDEPipeline(RestorationSDEPipeline):
+    """Fill holes in images with an unconditional network, by any scheduler of this package.
+
+    ``replacement`` is the paper's method (Song et al. 2021, appendix I.2): fast, and blind to what the hole and its
+    surroundings have to agree on. ``repaint`` goes back and forth between noise levels until they agree, at
+    ``resamplings`` times the cost (Lugmayr et al. 2022). ``pigdm`` and ``dps`` follow the gradient of the misfit, at
+    about twice the cost per step, ``mmps`` with its 3 iterations at about five times; the memory is that of a training
+    step, and ``chunk_size`` bounds it.
+
+    Example:
+        ```py
+        from diffusers_sde import InpaintSDEPipeline
+
+        pipe = InpaintSDEPipeline.from_pretrained("outputs/demo")
+        completions = pipe(image, mask_image, num_samples=4, generator=torch.manual_seed(0)).images
+        ```
+    """
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        image: Any,
+        mask_image: Any,
+        method: str = "replacement",
+        num_samples: int = 1,
+        num_inference_steps: int = 100,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        resamplings: int = 5,
+        jump_length: int = 1,
+        keep_known: bool = True,
+        method_options: Mapping[str, Any] | None = None,
+        output_type: str = "pil",
+        latents: Tensor | None = None,
+        callback_on_step_end: Callback | None = None,
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Inpaint.
+
+        Args:
+            image: PIL images, uint8 arrays (B, H, W, C) or tensors (B, C, H, W), or floating-point data in the
+                network's range. What is in the hole does not matter.
+            mask_image: White (255, 1 or True) where to paint and black where the image is known, as in diffusers'
+                inpainting pipelines; one for all images or one for each. Grey is cut at one half.
+            method: ``replacement``, ``repaint``, ``mmps``, ``pigdm`` or ``dps``.
+            num_samples: Completions for each image; the output has those of the first image first.
+            num_inference_steps: Noise levels.
+            generator: One generator, or a list with one for each output image. The hole of an image that is all hole
+                gets what ``SDEPipeline`` draws with the same generator.
+            resamplings: Of ``repaint``: how often each stretch of levels is done. It runs the scheduler at
+                ``solver_order=1``, since a jump breaks the path that multistep solvers look back on.
+            jump_length: Of ``repaint``: levels per stretch.
+            keep_known: Put the known pixels into the result exactly; False leaves them as the method has them, which
+                makes a difference for ``mmps``, ``pigdm`` and ``dps``.
+            method_options: As in ``RestorationSDEPipeline``, for the same methods.
+            output_type: As in ``SDEPipeline``.
+            latents: Unit noise to start from, shape (B * num_samples, C, H, W).
+            callback_on_step_end: As in ``SDEPipeline``.
+            return_dict: Whether to return an ``ImagePipelineOutput`` instead of a tuple.
+
+        Returns:
+            The images.
+
+        Raises:
+            ValueError: An argument is out of range or shapes do not fit; nothing has been computed then.
+        """
+        scheduler = check_run(self, output_type, method, METHODS)
+        check_count("num_samples", num_samples)
+        known = data_tensor(self, image, "image")
+        if known.shape[1] != self.unet.config.in_channels:
+            raise ValueError(f"image must have {self.unet.config.in_channels} channels, got {known.shape[1]}.")
+        hole = _hole(mask_image).to(known.device)
+        if hole.shape[2:] != known.shape[2:]:
+            sizes = [" x ".join(map(str, v.shape[2:])) for v in (hole, known)]
+            raise ValueError(f"mask_image must have the size of image, got {sizes[0]} for an image of {sizes[1]}.")
+        if hole.shape[1] not in (1, known.shape[1]):
+            raise ValueError(f"mask_image must have 1 or {known.shape[1]} channels, got {hole.shape[1]}.")
+        images = max(len(known), len(hole))
+        if not {len(known), len(hole)} <= {1, images}:
+            raise ValueError(f"mask_image must be one, or one for each image: got {len(hole)} for {len(known)} images.")
+        is_posterior = method not in ("replacement", "repaint")
+        if method_options and not is_posterior:
+            raise ValueError(f"method {method!r} takes no method_options, got {sorted(method_options)}.")
+        options = self._method_options(method, method_options) if is_posterior else {}
+        known, hole = (v.expand(images, *v.shape[1:]).repeat_interleave(int(num_samples), 0) for v in (known, hole))
+        mask = ~hole.expand_as(known)
+        if not bool(torch.isfinite(known[mask]).all()):
+            raise ValueError("image must be finite where it is known.")
+        known = torch.where(mask, known, 0.0)
+
+        own = fork(generator, known.device)
+        if latents is None:
+            latents = randn_tensor(known.shape, generator=generator, device=known.device)
+        check_latents(latents, tuple(known.shape))
+        latents = latents.to(device=known.device, dtype=torch.float32)
+        replacement = Replacement(scheduler.sde, known, mask, own)
+        if is_posterior:
+            operator = Mask(mask, tuple(known.shape[1:]))
+            prior = unet_denoiser(self, scheduler)
+            denoiser = posterior_denoiser(prior, scheduler.sde, operator, known, 0.0, method, **options)
+            model = guided_output(scheduler, denoiser)
+            x = execute(self, scheduler, model, latents, num_inference_steps, generator, callback=callback_on_step_end)
+        else:
+            repeats = resamplings if method == "repaint" and bool(mask.any()) else 1
+            scheduler = _without_memory(scheduler) if repeats > 1 else scheduler
+            x = execute(
+                self,
+                scheduler,
+                network_output(self, scheduler),
+                latents,
+                num_inference_steps,
+                generator,
+                replacement,
+                repeats,
+                jump_length,
+                callback_on_step_end,
+            )
+        if keep_known:
+            x = replacement(x, None)
+        result = self.postprocess(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+
+def _without_memory(scheduler: SDEScheduler) -> SDEScheduler:
+    first_order: SDEScheduler = type(scheduler).from_config(scheduler.config, solver_order=1, solver_correction=False)
+    return first_order
+
+
+def _hole(mask: Any) -> Tensor:
+    """True where to paint, shape (B, 1 or C, H, W)."""
+    if hasattr(mask, "getbands"):
+        mask = [mask]
+    if isinstance(mask, (list, tuple)) and len(mask) and all(hasattr(m, "getbands") for m in mask):
+        if len({m.size for m in mask}) > 1:
+            raise ValueError(f"mask_image must all have one size, got {sorted({m.size for m in mask})}.")
+        mask = np.stack([np.asarray(m.convert("L")) for m in mask])
+    if isinstance(mask, np.ndarray):
+        mask = mask[None] if mask.ndim == 2 else mask
+        mask = mask[..., None] if mask.ndim == 3 else mask
+        if mask.ndim != 4:
+            raise ValueError(f"mask_image must have shape (H, W), (B, H, W) or (B, H, W, C), got {mask.shape}.")
+        mask = torch.from_numpy(np.ascontiguousarray(mask.transpose(0, 3, 1, 2)))
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"mask_image must be PIL images, an array or a tensor, got {type(mask).__name__}.")
+    mask = mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
+    if mask.ndim != 4:
+        raise ValueError(f"mask_image must have shape (H, W), (B, H, W) or (B, C, H, W), got {tuple(mask.shape)}.")
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.dtype == torch.uint8 and bool((mask > 1).any()):
+        return mask >= 128
+    if not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise ValueError("mask_image must be boolean, uint8, or numbers in [0, 1].")
+    return mask >= 0.5

@@ -1,0 +1,162 @@
+"""Posterior samples for any linear measurement of an image."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..guidance import POSTERIOR_METHODS, posterior_denoiser, smc_sample
+from ..operators import LinearOperator, Mask, check_noise_std
+from ..plans import Plan, make_plan
+from ..predictors import PredictorOptions
+from ..schedulers import SDEScheduler
+from .execution import (
+    Callback,
+    check_count,
+    check_latents,
+    check_run,
+    data_tensor,
+    execute,
+    guided_output,
+    unet_denoiser,
+)
+from .pipeline_sde import SDEPipeline
+
+SMC_OPTIONS = ("particles", "data_std", "resample_below", "chunk_size")
+
+
+class RestorationSDEPipeline(SDEPipeline):
+    """Draw images given y = A x + noise: super-resolution, colourisation, deblurring, inpainting or any linear map.
+
+    The network is an unconditional one and needs no training for the task. Every scheduler of this package works:
+    reverse SDE, predictor-corrector, ODE. See ``diffusers_sde.guidance`` for the methods. ``smc`` is the one that is
+    right rather than fast: each image is drawn from weighted particles, and with enough of them it is a sample of the
+    posterior.
+
+    Example:
+        ```py
+        from diffusers_sde import RestorationSDEPipeline
+        from diffusers_sde.operators import Downsampling
+
+        pipe = RestorationSDEPipeline.from_pretrained("outputs/demo")
+        operator = Downsampling(4, pipe.sample_shape)
+        images = pipe(small_image, operator, noise_std=0.05, num_samples=4).images
+        ```
+    """
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        measurement: Any,
+        operator: LinearOperator,
+        noise_std: float = 0.0,
+        method: str = "mmps",
+        num_samples: int = 1,
+        num_inference_steps: int = 100,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        method_options: Mapping[str, Any] | None = None,
+        output_type: str = "pil",
+        latents: Tensor | None = None,
+        callback_on_step_end: Callback | None = None,
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Restore images.
+
+        Args:
+            measurement: y, shape (B, *operator.measurement_shape), in the network's range; PIL images and uint8 arrays
+                are scaled to it, for operators that measure pictures.
+            operator: A, for data of shape (C, H, W).
+            noise_std: Standard deviation of the noise, in the units of the network's range.
+            method: ``mmps``, ``pigdm``, ``dps``, ``gaussian`` or ``smc``. The last runs a reverse SDE of its own, of
+                first order, on the scheduler's grid, and needs ``noise_std`` > 0.
+            num_samples: Samples for each measurement; the output has those of the first measurement first.
+            num_inference_steps: Noise levels; each costs ``scheduler.order`` calls and backward passes.
+            generator: One generator, or, except for ``smc``, a list with one for each output image.
+            method_options: Arguments of the method, such as ``{"iterations": 5}``, ``{"particles": 64}`` (16 for each
+                image by default), or ``{"chunk_size": 4}``, which limits memory to that of four images.
+            output_type: As in ``SDEPipeline``.
+            latents: Unit noise to start from, shape (B * num_samples, C, H, W).
+            callback_on_step_end: As in ``SDEPipeline``.
+            return_dict: Whether to return an ``ImagePipelineOutput`` instead of a tuple.
+
+        Returns:
+            The images.
+
+        Raises:
+            ValueError: An argument is out of range or shapes do not fit; nothing has been computed then.
+        """
+        scheduler = check_run(self, output_type, method, (*POSTERIOR_METHODS, "smc"))
+        check_count("num_samples", num_samples)
+        check_noise_std(noise_std)
+        y = self._measurement(measurement, operator)
+        options = self._method_options(method, method_options)
+        index = torch.arange(len(y)).repeat_interleave(int(num_samples))
+        shape = (len(index), *operator.data_shape)
+        device = self._execution_device
+        operator, y = operator.select(index), y[index.to(y.device)]
+        prior = unet_denoiser(self, scheduler)
+        if method == "smc":
+            if latents is not None or callback_on_step_end is not None or isinstance(generator, list):
+                raise ValueError("method 'smc' takes no latents, no callback_on_step_end and no list of generators.")
+            plan = _particle_plan(scheduler, num_inference_steps)
+            self._num_timesteps = len(plan.rows)
+            particles = smc_sample(plan, prior, scheduler.sde, operator, y, noise_std, generator=generator, **options)
+            x = particles.draw(generator)
+        else:
+            if latents is None:
+                latents = randn_tensor(shape, generator=generator, device=device)
+            check_latents(latents, shape)
+            denoiser = posterior_denoiser(prior, scheduler.sde, operator, y, noise_std, method, **options)
+            x = execute(
+                self,
+                scheduler,
+                guided_output(scheduler, denoiser),
+                latents.to(device=device, dtype=torch.float32),
+                num_inference_steps,
+                generator,
+                callback=callback_on_step_end,
+            )
+        images = self.postprocess(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _measurement(self, measurement: Any, operator: LinearOperator) -> Tensor:
+        channels = self.unet.config.in_channels
+        if len(operator.data_shape) != 3 or operator.data_shape[0] != channels:
+            raise ValueError(f"operator must be one for data ({channels}, H, W), got {operator.data_shape}.")
+        if isinstance(measurement, Tensor) and measurement.is_floating_point():
+            y = measurement.to(device=self._execution_device, dtype=torch.float32)
+        else:
+            y = data_tensor(self, measurement, "measurement")
+        expected = operator.measurement_shape
+        if tuple(y.shape[1:]) != expected:
+            raise ValueError(f"measurement must have shape (B, {', '.join(map(str, expected))}), got {tuple(y.shape)}.")
+        if operator.batch_size not in (None, len(y)):
+            raise ValueError(f"operator is for {operator.batch_size} images, got {len(y)} measurements.")
+        if not isinstance(operator, Mask) and not bool(torch.isfinite(y).all()):
+            raise ValueError("measurement must be finite.")
+        return y
+
+    def _method_options(self, method: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Checked options, with the scale of this pipeline's data: a standard deviation of a quarter of its range."""
+        is_smc = method == "smc"
+        names = SMC_OPTIONS if is_smc else tuple(inspect.signature(POSTERIOR_METHODS[method]).parameters)[5:]
+        unknown = set(options or {}) - set(names)
+        if unknown:
+            raise ValueError(f"method_options of {method!r} may hold {', '.join(names)}, got {sorted(unknown)}.")
+        std = 0.25 * (self.config.data_max - self.config.data_min)
+        defaults = {"pigdm": {"data_std": std}, "smc": {"data_std": std}, "gaussian": {"covariance": std**2}}
+        return {**defaults.get(method, {}), **(options or {})}
+
+
+def _particle_plan(scheduler: SDEScheduler, num_inference_steps: int) -> Plan:
+    """The reverse SDE by first-order exponential steps, on the scheduler's grid and ending with the data."""
+    check_count("num_inference_steps", num_inference_steps)
+    times = scheduler._times(int(num_inference_steps))
+    return make_plan(scheduler.sde, times, options=PredictorOptions(1, solver_correction=False))
