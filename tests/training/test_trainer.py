@@ -169,7 +169,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, digits
     for file in ("model.safetensors", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
         a, b = (tmp_path / run / "checkpoint-8" / file for run in ("whole", "resumed"))
         assert a.read_bytes() == b.read_bytes(), file
-    a, b = (torch.load(tmp_path / run / "checkpoint-8" / "optimizer.bin")["state"] for run in ("whole", "resumed"))
+    a, b = (
+        torch.load(tmp_path / run / "checkpoint-8" / "optimizer.bin", weights_only=True)["state"]
+        for run in ("whole", "resumed")
+    )
     assert all(torch.equal(a[i][key], b[i][key]) for i in a for key in a[i])
 
 
@@ -215,7 +218,7 @@ def test_two_processes_train_like_one(tmp_path):
     difference, scale = (weights(one) - weights(two)).norm(), (weights(one) - weights(other)).norm()
     assert difference < 1e-3 * scale
     # The learning rate was counted in optimiser steps, not once per process.
-    schedule = torch.load(tmp_path / "two" / "checkpoint-4" / "custom_checkpoint_0.pkl")
+    schedule = torch.load(tmp_path / "two" / "checkpoint-4" / "custom_checkpoint_0.pkl", weights_only=True)
     assert schedule["last_epoch"] == 4
     assert (tmp_path / "two" / "checkpoint-4" / "random_states_1.pkl").is_file()
     assert (tmp_path / "two" / "samples" / "step-0000004.png").is_file()
