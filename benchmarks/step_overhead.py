@@ -29,16 +29,17 @@ SHAPES = ((1, 3, 32, 32), (2, 4, 128, 128), (16, 3, 256, 256))
 
 def schedulers() -> dict[str, tuple[str, Any]]:
     """name -> (kind, scheduler); the kind decides which bare arithmetic it is compared with."""
+    single: dict[str, Any] = {"solver_order": 1, "solver_correction": False, "gaussian_std": 0.0}
     ours: dict[str, tuple[str, Any]] = {
-        "VP probability flow": ("ode", VPSDEScheduler(probability_flow=True)),
-        "VP probability flow, order 2": ("multistep", VPSDEScheduler(probability_flow=True, solver_order=2)),
-        "VP reverse SDE": ("sde", VPSDEScheduler()),
-        "VP reverse SDE, order 2": ("multistep sde", VPSDEScheduler(solver_order=2)),
+        "VP probability flow, order 1": ("ode", VPSDEScheduler(probability_flow=True, **single)),
+        "VP probability flow (default)": ("multistep", VPSDEScheduler(probability_flow=True)),
+        "VP reverse SDE, order 1": ("sde", VPSDEScheduler(**single)),
+        "VP reverse SDE (default)": ("multistep sde", VPSDEScheduler()),
         "VP ancestral": ("sde", VPSDEScheduler(predictor="ancestral")),
-        "sub-VP reverse SDE": ("sde", SubVPSDEScheduler()),
+        "sub-VP reverse SDE, order 1": ("sde", SubVPSDEScheduler(**single)),
         "VE reverse diffusion": ("sde", VESDEScheduler(predictor="reverse_diffusion")),
-        "flow probability flow": ("ode", FlowSDEScheduler(probability_flow=True)),
-        "flow reverse SDE": ("sde", FlowSDEScheduler()),
+        "flow probability flow, order 1": ("ode", FlowSDEScheduler(probability_flow=True, **single)),
+        "flow reverse SDE, order 1": ("sde", FlowSDEScheduler(**single)),
         "VP corrector only (Langevin)": ("langevin", VPSDEScheduler(predictor="none", corrector="langevin")),
     }
     stock: dict[str, tuple[str, Any]] = {

@@ -93,9 +93,9 @@ def test_every_sde_and_prediction_type_trains(tmp_path, digits, sde, prediction_
 @pytest.mark.parametrize(
     ("sde", "scheduler", "expected"),
     [
-        ("ve", VESDEScheduler, {"prediction_type": "edm", "time_conditioning": "continuous", "sampling_eps": 1e-5}),
+        ("ve", VESDEScheduler, {"prediction_type": "edm", "time_conditioning": "continuous"}),
         ("vp", VPSDEScheduler, {"prediction_type": "epsilon", "time_conditioning": "continuous", "continuous": True}),
-        ("sub_vp", SubVPSDEScheduler, {"prediction_type": "epsilon", "sampling_eps": 1e-3}),
+        ("sub_vp", SubVPSDEScheduler, {"prediction_type": "epsilon", "time_conditioning": "continuous"}),
         ("flow", FlowSDEScheduler, {"prediction_type": "flow_prediction", "time_conditioning": "continuous"}),
     ],
 )
@@ -104,6 +104,7 @@ def test_defaults_of_each_sde(tmp_path, digits, sde, scheduler, expected):
     assert type(trainer.scheduler) is scheduler
     assert {name: trainer.scheduler.config[name] for name in expected} == expected
     assert trainer.sde.t_min == 1e-5
+    assert trainer.scheduler.config.sampling_eps == scheduler().config.sampling_eps
     images = torch.stack([torch.tensor(np.asarray(row["image"])) for row in digits]).flatten(1).double() / 127.5 - 1
     if sde == "ve":
         assert trainer.scheduler.config.sigma_max == pytest.approx(float(torch.cdist(images, images).max()), rel=5e-3)
