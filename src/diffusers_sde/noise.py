@@ -22,8 +22,10 @@ def standard_normal_like(x: Tensor, generator: torch.Generator | Sequence[torch.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if generator is None or isinstance(generator, torch.Generator):
-        device = x.device if generator is None else generator.device
-        return torch.randn(x.shape, generator=generator, dtype=dtype, device=device).to(x.device)
+        device = x.device
+        if generator is None or generator.device == device:
+            return torch.randn(x.shape, generator=generator, dtype=dtype, device=device)
+        return torch.randn(x.shape, generator=generator, dtype=dtype, device=generator.device).to(device)
     if len(generator) != len(x):
         raise ValueError(f"generator is a list of {len(generator)}, but the batch has {len(x)} samples.")
     draws = [torch.randn(x.shape[1:], generator=g, dtype=dtype, device=g.device).to(x.device) for g in generator]
