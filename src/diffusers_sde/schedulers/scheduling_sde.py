@@ -516,10 +516,14 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
         """
         dtype = sample.dtype
         sample = sample.float() if dtype in (torch.float16, torch.bfloat16) else sample
-        model_output = model_output[:, : sample.shape[1]].to(sample.dtype)
+        if self._learns_variance and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output[:, : sample.shape[1]]
+        model_output = model_output.to(sample.dtype)
         c = self._table[index].to(sample.dtype)
         is_corrector, is_langevin, remember = self._kinds[index % self.order]
         x0_hat = self._clip(sample * c[4] + model_output * c[5])
+        if index < self._first_row:
+            return sample.to(dtype), x0_hat.to(dtype)
         output = x0_hat if self._clips and not is_corrector else model_output
         update = sample * c[0] + output * c[1]
         if is_langevin:
