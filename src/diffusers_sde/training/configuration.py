@@ -182,9 +182,11 @@ class TrainingConfig:
     mixed_precision: str | None = _option(
         None,
         "Precision of the network's forward and backward pass; weights, noise and times stay float32. Default: what "
-        "accelerate was configured or launched with.",
+        "accelerate was launched with, or else bf16 where the hardware computes in it, or else no.",
         choices=("no", "fp16", "bf16"),
     )
+    torch_compile: bool = _option(False, "Compile the network with torch.compile; worth its minutes on GPUs.")
+    channels_last: bool = _option(False, "Keep the network's weights channels last; faster on GPUs.")
     seed: int = _option(0, "Seed of weights, data order, times, noise and sample grids.", least=0)
 
     # ------------------------------------------------------------------ averaging of weights
@@ -195,6 +197,14 @@ class TrainingConfig:
     ema_power: float = _option(0.75, "Power of that warm-up.", above=0.0)
     ema_max_decay: float | None = _option(
         None, "Largest decay. Default: 0.999 for ve, 0.9999 otherwise, as in the paper.", least=0.0, most=1.0
+    )
+
+    ema_relative_std: float | None = _option(
+        None,
+        "Average with EDM2's power function instead, of this width as a fraction of the run, such as 0.1 (Karras et "
+        "al. 2024). Default: the exponential average above.",
+        above=0.0,
+        most=0.28,
     )
 
     # ------------------------------------------------------------------ samples, logs and checkpoints

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 
 import torch
 from diffusers import UNet2DModel
@@ -68,6 +69,19 @@ def default_weighting(config: TrainingConfig, scheduler: SDEScheduler) -> str:
     if config.weighting is not None:
         return config.weighting
     return "paper" if scheduler.config.prediction_type in ("epsilon", "score") else "output"
+
+
+def default_precision() -> str:
+    """What accelerate was launched with; else bf16 where the hardware computes in it, so that it is faster; else no."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != "no":
+        return launched
+    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = any(getattr(torch.cpu, name, bool)() for name in checks)
+    return "bf16" if native else "no"
 
 
 def check_trainable(sde: SDE, parametrization: Parametrization, weighting: str, discrete_steps: int | None) -> None:

@@ -29,10 +29,19 @@ from tqdm.auto import tqdm
 from ..denoisers import call_network
 from ..losses import denoising_loss, times_from_uniform
 from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
-from .checkpoints import clear_run, find_checkpoint, read_state, save_checkpoint
+from .averaging import PowerEMA
+from .checkpoints import clear_run, find_checkpoint, load_checkpoint, read_state, save_checkpoint, write_text
 from .configuration import TrainingConfig
 from .data import ImageSource, TrainingSamples, batches, load_images
-from .models import build_scheduler, build_unet, check_trainable, default_weighting, training_sde
+from .models import (
+    build_scheduler,
+    build_unet,
+    check_trainable,
+    default_precision,
+    default_weighting,
+    training_sde,
+)
+from .signals import EXIT_CODE, StopSignal
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +84,7 @@ class Trainer:
         )
         self.accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
-            mixed_precision=config.mixed_precision,
+            mixed_precision=config.mixed_precision or default_precision(),
             log_with=None if config.logger == "none" else config.logger,
             project_config=ProjectConfiguration(
                 project_dir=str(self.output_dir), logging_dir=str(self.output_dir / config.logging_dir)
@@ -105,6 +114,12 @@ class Trainer:
             state = read_state(self.resume_from)
             self._check_resumable(state)
             self.step, self.samples_seen = state["step"], state["samples_seen"]
+            if config.dropout and state["processes"] != self.accelerator.num_processes:
+                logger.warning(
+                    "The checkpoint is of %d processes, this run has %d: the same images and noise, but other dropout.",
+                    state["processes"],
+                    self.accelerator.num_processes,
+                )
 
     def _steps(self, epochs: int | None) -> int | None:
         return None if epochs is None else max(1, round(epochs * len(self.source) / self.global_batch_size))
@@ -119,6 +134,7 @@ class Trainer:
 
         Raises:
             RuntimeError: The loss is not finite any more; the last checkpoint is kept.
+            SystemExit: SIGTERM has ended the run; a checkpoint is saved.
         """
         config, accelerator = self.config, self.accelerator
         accelerator.wait_for_everyone()  # nobody touches the output folder before everybody has checked it
@@ -126,7 +142,7 @@ class Trainer:
             if config.overwrite_output_dir:
                 clear_run(self.output_dir, config.logging_dir)
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            (self.output_dir / "training_config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+            write_text(self.output_dir / "training_config.json", json.dumps(asdict(config), indent=2) + "\n")
         accelerator.wait_for_everyone()
         self._prepare()
         self._log_start()
@@ -144,28 +160,34 @@ class Trainer:
         # Everything that could draw from the global generators has been built; from here on only dropout does.
         set_seed(config.seed, device_specific=True)
         if self.resume_from is not None:
-            accelerator.load_state(str(self.resume_from))
+            self.lr_scheduler.load_state_dict(load_checkpoint(accelerator, self.resume_from, self.ema)["lr_scheduler"])
             accelerator.step = 0
-            if self.ema is not None:
-                self.ema.to(accelerator.device)
-        self._loop()
+        with StopSignal(accelerator) as stop:
+            self._loop(stop)
         pipeline = self._save_pipeline()
         accelerator.end_training()
         return pipeline
 
     def _prepare(self) -> None:
         config, accelerator = self.config, self.accelerator
+        if config.channels_last:
+            self.unet.to(memory_format=torch.channels_last)
+        if config.torch_compile:
+            self.unet.compile()  # in place: names of weights stay as they are
         self.ema: EMAModel | None = None
         if config.use_ema:
-            default = 0.999 if config.sde == "ve" else 0.9999
-            self.ema = EMAModel(
-                self.unet.parameters(),
-                decay=default if config.ema_max_decay is None else config.ema_max_decay,
-                use_ema_warmup=True,
-                inv_gamma=config.ema_inv_gamma,
-                power=config.ema_power,
-                foreach=True,
-            )
+            if config.ema_relative_std is not None:
+                self.ema = PowerEMA(self.unet.parameters(), config.ema_relative_std, foreach=True)
+            else:
+                default = 0.999 if config.sde == "ve" else 0.9999
+                self.ema = EMAModel(
+                    self.unet.parameters(),
+                    decay=default if config.ema_max_decay is None else config.ema_max_decay,
+                    use_ema_warmup=True,
+                    inv_gamma=config.ema_inv_gamma,
+                    power=config.ema_power,
+                    foreach=True,
+                )
             self.ema.to(accelerator.device)
         optimizer = torch.optim.AdamW(
             self.unet.parameters(),
@@ -173,6 +195,7 @@ class Trainer:
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.adam_weight_decay,
             eps=config.adam_epsilon,
+            fused=accelerator.device.type in ("cpu", "cuda"),
         )
         warmup = config.lr_warmup_steps
         # Not prepared by accelerate, which would step it once per process: it counts optimiser steps.
@@ -183,14 +206,11 @@ class Trainer:
             num_training_steps=self.max_steps,
         )
         self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
-        accelerator.register_for_checkpointing(self.lr_scheduler)
-        if self.ema is not None:
-            accelerator.register_for_checkpointing(self.ema)
         if config.logger != "none":
             plain = {k: v for k, v in asdict(config).items() if isinstance(v, (bool, int, float, str))}
             accelerator.init_trackers("diffusers-sde", config=plain)
 
-    def _loop(self) -> None:
+    def _loop(self, stop: StopSignal) -> None:
         config, accelerator = self.config, self.accelerator
         progress = tqdm(
             total=self.max_steps,
@@ -223,7 +243,8 @@ class Trainer:
             progress.update()
 
             last = self.step == self.max_steps
-            checkpoint_due = _due(self.step, config.checkpointing_steps, last)
+            stopped = stop.on_any_process() and not last
+            checkpoint_due = stopped or _due(self.step, config.checkpointing_steps, last)
             if checkpoint_due or _due(self.step, config.logging_steps, last):
                 mean_loss = self._mean_loss(loss_sum, steps_summed)
                 now = time.perf_counter()
@@ -242,9 +263,17 @@ class Trainer:
                 loss_sum.zero_()
                 steps_summed, since = 0, now
             if checkpoint_due:
-                state = {"samples_seen": self.samples_seen, "identity": self._identity()}
-                save_checkpoint(accelerator, self.output_dir, self.step, state, config.checkpoints_total_limit)
+                checkpoint = self._save_checkpoint()
                 since = time.perf_counter()
+                if stopped:
+                    progress.close()
+                    accelerator.end_training()
+                    logger.info(
+                        "SIGTERM: stopped after step %d; saved %s. resume_from_checkpoint='latest' goes on.",
+                        self.step,
+                        checkpoint,
+                    )
+                    raise SystemExit(EXIT_CODE)
             if _due(self.step, self.sample_every, last):
                 self._save_samples()
                 since = time.perf_counter()
@@ -282,6 +311,17 @@ class Trainer:
         return mean
 
     # ------------------------------------------------------------------ what is written
+
+    def _save_checkpoint(self) -> Path:
+        state = {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "processes": self.accelerator.num_processes,
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "identity": self._identity(),
+        }
+        limit = self.config.checkpoints_total_limit
+        return save_checkpoint(self.accelerator, self.output_dir, state, self.ema, limit)
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[UNet2DModel]:
@@ -362,6 +402,7 @@ class Trainer:
             "weighting": self.weighting,
             "discrete": self.config.discrete,
             "use_ema": self.config.use_ema,
+            "ema_relative_std": self.config.ema_relative_std,
             "resolution": self.source.resolution,
             "channels": self.source.channels,
             "block_out_channels": list(self.unet.config.block_out_channels),
@@ -400,9 +441,10 @@ class Trainer:
             config.time_conditioning,
         )
         logger.info(
-            "Training: %s, %s weighting, steps %d to %d of %d images (%d process(es)).",
+            "Training: %s, %s weighting, precision %s, steps %d to %d of %d images (%d process(es)).",
             self.sde if len(repr(self.sde)) < 200 else type(self.sde).__name__,
             self.weighting,
+            self.accelerator.mixed_precision,
             self.step,
             self.max_steps,
             self.global_batch_size,

@@ -1,0 +1,209 @@
+"""A run that is killed at any moment and resumed ends with the weights of the uninterrupted run, bit for bit."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+from diffusers_sde.training import Trainer, TrainingConfig
+from diffusers_sde.training import checkpoints as checkpoints_module
+from diffusers_sde.training.checkpoints import DISCARDED, UNFINISHED, list_checkpoints, read_state
+from diffusers_sde.training.data import load_digits
+from diffusers_sde.training.signals import EXIT_CODE
+
+OPTIONS = {
+    "block_out_channels": (4, 8),
+    "layers_per_block": 1,
+    "train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_train_steps": 14,
+    "checkpointing_steps": 2,
+    "checkpoints_total_limit": 2,
+    "dropout": 0.2,
+    "sample_every": 0,
+    "logger": "none",
+    "mixed_precision": "no",
+    "resume_from_checkpoint": "latest",
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Children that are forked from a process which has imported everything and started no threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["diffusers_sde.training", "sklearn.datasets"])
+    return context
+
+
+def trainer(output_dir, **options):
+    return Trainer(TrainingConfig(output_dir=str(output_dir), **(OPTIONS | options)), load_digits().select(range(30)))
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_and_die(output_dir, at_event=None, after_seconds=None, events_file=None):
+    """Train; die at an event (a loss, or a file operation in the output folder), or some time after the first one."""
+    torch.set_num_threads(1)
+    run, events = trainer(output_dir), []
+
+    def count(event):
+        if not events and after_seconds is not None:
+            threading.Timer(after_seconds, die).start()
+        events.append(event)
+        if len(events) == at_event:
+            die()
+
+    def on_audit(event, arguments):
+        operation = event.startswith(("os.", "shutil.")) or event == "open"
+        if operation and any(str(output_dir) in str(argument) for argument in arguments[:2]):
+            count(event)
+
+    loss = run.loss
+    run.loss = lambda batch: (count("loss"), loss(batch))[1]
+    sys.addaudithook(on_audit)
+    run.run()
+    if events_file is not None:
+        Path(events_file).write_text(json.dumps(events))
+
+
+def in_a_child(processes, *arguments):
+    child = processes.Process(target=run_and_die, args=arguments)
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def final_weights(output_dir):
+    network = load_file(output_dir / "checkpoint-14" / "model.safetensors")
+    averaged = load_file(output_dir / "unet" / "diffusion_pytorch_model.safetensors")
+    return [network[name] for name in sorted(network)] + [averaged[name] for name in sorted(averaged)]
+
+
+def test_sigkill_at_any_moment_and_resume_is_the_uninterrupted_run(tmp_path, processes):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert in_a_child(processes, whole, None, None, tmp_path / "events.json") == 0
+    events = json.loads((tmp_path / "events.json").read_text())
+    assert events.count("loss") == 28 and {"os.rename", "os.mkdir", "shutil.rmtree"} <= set(events)
+    per_checkpoint = len(events) // 7
+    draw = random.Random(0)
+    deaths, unfinished, discarded = 0, 0, 0
+    for attempt in range(12):
+        # A death by the clock may fall into the middle of a file, one by count into every part of a checkpoint.
+        by_clock = attempt % 3 == 2
+        at_event = None if by_clock else draw.randrange(1, 2 * per_checkpoint)
+        seconds = draw.uniform(0.0, 0.3) if by_clock else None
+        deaths += in_a_child(processes, killed, at_event, seconds) == -signal.SIGKILL
+        unfinished += (killed / UNFINISHED).exists()
+        discarded += (killed / DISCARDED).exists()
+        for checkpoint in list_checkpoints(killed):
+            read_state(checkpoint)  # whatever carries the name is whole
+    assert deaths >= 10 and unfinished >= 1
+    assert in_a_child(processes, killed) == 0
+    assert all(torch.equal(a, b) for a, b in zip(final_weights(whole), final_weights(killed), strict=True))
+    assert [path.name for path in list_checkpoints(killed)] == ["checkpoint-12", "checkpoint-14"]
+
+
+def test_sigterm_saves_and_exits(tmp_path):
+    whole = trainer(tmp_path / "whole").run()
+    run, calls = trainer(tmp_path / "stopped", checkpointing_steps=0), iter(range(100))
+    loss, before = run.loss, signal.getsignal(signal.SIGTERM)
+
+    def preempted(batch):
+        if next(calls) == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(batch)
+
+    run.loss = preempted
+    with pytest.raises(SystemExit) as stop:
+        run.run()
+    assert stop.value.code == EXIT_CODE == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [path.name for path in list_checkpoints(tmp_path / "stopped")] == ["checkpoint-6"]
+    resumed = trainer(tmp_path / "stopped").run()
+    pairs = zip(whole.unet.parameters(), resumed.unet.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def damage(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["bit", "cut", "missing", "state"])
+def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_used(tmp_path, caplog, how):
+    trainer(tmp_path, max_train_steps=4).run()
+    last = tmp_path / "checkpoint-4"
+    if how == "bit":
+        damage(last / "optimizer.bin")
+    elif how == "cut":
+        (last / "model.safetensors").write_bytes((last / "model.safetensors").read_bytes()[:-7])
+    elif how == "missing":
+        (last / "ema.safetensors").unlink()
+    else:
+        (last / "training_state.json").write_text('{"step": 4')
+    resumed = trainer(tmp_path, max_train_steps=5, checkpoints_total_limit=1)
+    assert resumed.step == 2
+    assert "checkpoint-4" in caplog.text and "Trying the checkpoint before it" in caplog.text
+    with pytest.raises(ValueError, match="checkpoint-4.*is (damaged|not a checkpoint)"):
+        trainer(tmp_path, resume_from_checkpoint="checkpoint-4")
+    resumed.run()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-5"]
+    damage(tmp_path / "checkpoint-5" / "model.safetensors")
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
+        trainer(tmp_path)
+
+
+def test_the_limit_spares_the_checkpoint_just_written(tmp_path):
+    trainer(tmp_path, max_train_steps=6, checkpoints_total_limit=None).run()
+    options = {"max_train_steps": 3, "checkpoints_total_limit": 1, "resume_from_checkpoint": "checkpoint-2"}
+    trainer(tmp_path, **options).run()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4", "checkpoint-6"]
+
+
+def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
+    run, save = trainer(tmp_path), checkpoints_module.save_file
+
+    def full(weights, path, metadata):
+        if run.step == 4:
+            raise OSError(28, "No space left on device")
+        save(weights, path, metadata)
+
+    monkeypatch.setattr(checkpoints_module, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        run.run()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert not (tmp_path / UNFINISHED).exists()
+
+
+def test_nothing_in_a_checkpoint_is_unpickled_freely(tmp_path):
+    """Tensors and plain values only: torch.load with weights_only reads all that is no JSON and no safetensors."""
+    trainer(tmp_path, max_train_steps=2).run()
+    files = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
+    assert not any(name.startswith("custom_checkpoint") for name in files)
+    torch.load(tmp_path / "checkpoint-2" / "optimizer.bin", weights_only=True)
+
+
+def test_another_folder_can_be_resumed_from(tmp_path):
+    trainer(tmp_path / "a", max_train_steps=2).run()
+    shutil.copytree(tmp_path / "a" / "checkpoint-2", tmp_path / "elsewhere")
+    assert trainer(tmp_path / "b", resume_from_checkpoint=str(tmp_path / "elsewhere")).step == 2
