@@ -72,6 +72,10 @@ def test_options_of_diffusers_train_unconditional_are_known():
         ({"max_train_steps": 10, "lr_warmup_steps": 10}, ["lr_warmup_steps", "max_train_steps"]),
         ({"time_embedding_type": "fourier"}, ["fourier", "score", "sigma"]),
         ({"beta_schedule": "squaredcos_cap_v2"}, ["beta_schedule", "discrete"]),
+        ({"time_sampling": "importance"}, ["time_sampling", "likelihood"]),
+        ({"time_sampling": "log_normal", "discrete": True}, ["time_sampling", "continuous"]),
+        ({"data_min": 0.5}, ["data_min", "at most 0"]),
+        ({"ema_relative_std": 0.3}, ["ema_relative_std", "0.28"]),
         ({"mixed_precision": "fp8"}, ["mixed_precision", "bf16"]),
     ],
 )

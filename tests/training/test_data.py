@@ -218,3 +218,14 @@ def test_noise_and_times_are_standard_and_independent(source):
     other = TrainingSamples(source, seed=6, random_flip=False).__getitems__(list(range(4000)))
     assert abs((noise * other["noise"].double()).mean()) < 6 / n**0.5
     assert abs(torch.corrcoef(torch.stack([u, other["u"]]))[0, 1]) < 6 / 4000**0.5
+
+
+def test_stratified_times_fill_every_part_of_the_range_once(digits):
+    source = ImageSource(digits.select(range(5)), TrainingConfig())
+    stratified, plain = (TrainingSamples(source, 0, False, strata) for strata in (8, 1))
+    for first in (0, 8, 803):
+        numbers = list(range(first, first + 8))
+        u = stratified.__getitems__(numbers)["u"]
+        assert sorted((u * 8).floor().int().tolist()) == list(range(8))
+        # Within its part a sample is where its own random number puts it.
+        torch.testing.assert_close((u * 8) % 1.0, plain.__getitems__(numbers)["u"])

@@ -1,6 +1,7 @@
 """Denoising score matching against its definition."""
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from diffusers_sde.losses import (
     WEIGHTINGS,
     denoising_loss,
     discrete_times,
+    importance_ratio,
     output_weight,
     sample_times,
     times_from_uniform,
@@ -156,7 +158,7 @@ def test_half_precision_outputs_are_compared_in_float32():
 
 
 def test_unknown_weighting():
-    with pytest.raises(ValueError, match="weighting must be one of paper, likelihood, output, got 'snr'"):
+    with pytest.raises(ValueError, match="weighting must be one of paper, likelihood, output, min_snr, got 'snr'"):
         output_weight(VPSDE(), get_parametrization("epsilon"), TIMES, "snr")
 
 
@@ -199,3 +201,71 @@ def test_discrete_times_are_drawn_evenly(sde_type):
     assert (counts - 5000).abs().max() < 6 * math.sqrt(5000 * 0.9)
     ends = times_from_uniform(sde, torch.tensor([0.0, 0.0999, 0.1, 1.0], dtype=torch.float64), 10)
     torch.testing.assert_close(ends, values[[0, 0, 1, 9]])
+
+
+GRID = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
+
+
+@pytest.mark.parametrize("sde_type", [VESDE, VPSDE, SubVPSDE])
+def test_importance_sampled_times_leave_the_loss_unbiased_and_take_its_variance(sde_type):
+    """For a network that is wrong by one everywhere; the means over u are integrals over t."""
+    sde, parametrization = sde_type(t_min=1e-3), get_parametrization("epsilon")
+    eps = torch.zeros(len(GRID), 1, dtype=torch.float64)
+
+    def loss(t):
+        return denoising_loss(sde, parametrization, lambda x, t: eps + 1.0, eps, t, eps, "likelihood")
+
+    t = times_from_uniform(sde, GRID, sampling="importance")
+    sampled = loss(t) * importance_ratio(sde, t)
+    # The integral of g^2/sigma^2 is the difference of the log-SNR: the loss that every sample has.
+    exact = float(sde.log_snr(1e-3) - sde.log_snr(1.0)) / (1.0 - 1e-3)
+    torch.testing.assert_close(sampled, torch.full_like(sampled, exact), rtol=1e-6, atol=0)
+    s = torch.logspace(-3, 0, 20001, dtype=torch.float64)
+    uniform = torch.trapezoid(loss((s[1:] * s[:-1]).sqrt()), (s[1:] * s[:-1]).sqrt()) / (1.0 - 1e-3)
+    assert float(uniform) == pytest.approx(exact, rel=2e-3)
+    # Another function of time, whose integral importance sampling was not made for.
+    other = ((1.0 + 3.0 * t**2) * importance_ratio(sde, t)).mean()
+    assert float(other) == pytest.approx((2.0 - 1e-3 - 1e-9) / (1.0 - 1e-3), rel=1e-4)
+
+
+@pytest.mark.parametrize("sde_type", [VESDE, VPSDE, SubVPSDE, RectifiedFlowSDE])
+def test_log_normal_times(sde_type):
+    sde, normal = sde_type(), NormalDist(-1.0, 0.7)
+    t = times_from_uniform(sde, GRID, sampling="log_normal", log_normal=(-1.0, 0.7))
+    log_sigma = -0.5 * sde.log_snr(t)
+    below, above = (normal.cdf(-0.5 * float(sde.log_snr(end))) for end in (sde.t_min, sde.t_max))
+    # The cumulative distribution of what is drawn, cut to the times of the SDE, runs through 1 - u.
+    cdf = torch.tensor([normal.cdf(v) for v in log_sigma.tolist()], dtype=torch.float64)
+    torch.testing.assert_close((cdf - below) / (above - below), 1.0 - GRID, rtol=0, atol=1e-9)
+    assert (t[1:] <= t[:-1]).all()
+
+
+def test_time_samplings_that_cannot_be():
+    u = torch.tensor([0.5], dtype=torch.float64)
+    with pytest.raises(ValueError, match="sampling must be one of uniform, importance, log_normal, got 'snr'"):
+        times_from_uniform(VPSDE(), u, sampling="snr")
+    with pytest.raises(ValueError, match="'log_normal' needs continuous time"):
+        times_from_uniform(VPSDE(), u, 1000, "log_normal")
+    with pytest.raises(ValueError, match="finite log-SNR at both ends.*RectifiedFlowSDE"):
+        times_from_uniform(RectifiedFlowSDE(), u, sampling="importance")
+
+
+@all_predictions
+@all_sdes
+def test_min_snr_weights_the_error_of_x0(name, prediction_type):
+    sde, parametrization, gamma = SDES[name](), get_parametrization(prediction_type), 3.0
+    x0, eps, output = _draw()
+    loss = denoising_loss(sde, parametrization, lambda x, t: output, x0, TIMES, eps, "min_snr", gamma)
+    alpha, sigma = sde.alpha(TIMES), sde.sigma(TIMES)
+    x0_hat = parametrization.to_x0(output, _column(alpha) * x0 + _column(sigma) * eps, alpha, sigma)
+    weight = (alpha / sigma).square().clamp(max=gamma)
+    torch.testing.assert_close(loss, weight * (x0_hat - x0).square().mean((1, 2)), rtol=1e-6, atol=0)
+
+
+def test_min_snr_of_its_paper():
+    """Hang et al. 2023: min(SNR, 5)/SNR for noise prediction and min(SNR, 5)/(SNR + 1) for v, in VP."""
+    sde = VPSDE()
+    snr = sde.log_snr(TIMES).exp()
+    for prediction_type, divisor in (("epsilon", snr), ("v_prediction", snr + 1.0), ("sample", torch.ones_like(snr))):
+        weight = output_weight(sde, get_parametrization(prediction_type), TIMES, "min_snr")
+        torch.testing.assert_close(weight, snr.clamp(max=5.0) / divisor)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -204,9 +205,8 @@ def test_two_processes_train_like_one(tmp_path):
     one = train(tiny(tmp_path / "one", train_batch_size=8, **options))
     other = train(tiny(tmp_path / "other", train_batch_size=4, **options))
     arguments = "--block_out_channels 8 16 --layers_per_block 1 --train_batch_size 4 --max_train_steps 4 "
-    arguments += (
-        "--checkpointing_steps 2 --lr_warmup_steps 0 --sample_every 4 --num_inference_steps 2 --mixed_precision no"
-    )
+    arguments += "--checkpointing_steps 2 --lr_warmup_steps 0 --sample_every 4 --num_inference_steps 2 "
+    arguments += "--mixed_precision no"
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
         + ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -398,3 +398,46 @@ def test_default_networks_fit_their_resolution(tmp_path, digits, resolution, lev
     assert len(trainer.unet.config.block_out_channels) == levels
     x = torch.randn(1, 1, resolution, resolution)
     assert trainer.unet(x, torch.tensor([500.0]), return_dict=False)[0].shape == x.shape
+
+
+def test_images_in_zero_to_one(tmp_path, digits):
+    options = {"sde": "ve", "prediction_type": "edm", "max_train_steps": 1}
+    usual = Trainer(tiny(tmp_path / "usual", **options), digits).scheduler.config
+    trainer = Trainer(tiny(tmp_path / "o", data_min=0.0, **options), digits)
+    assert (usual.sigma_min, trainer.scheduler.config.sigma_min) == (0.02, 0.01)
+    for name in ("sigma_max", "sigma_data"):
+        assert trainer.scheduler.config[name] == pytest.approx(usual[name] / 2, rel=0.01)
+    trainer._prepare()
+    seen = {}
+    trainer.model = lambda x, timestep: (seen.update(x=x), x)[1]
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(3, 1, 1, 1).expand(3, 1, 8, 8)
+    u = torch.ones(3, dtype=torch.float64)
+    trainer.loss({"images": images, "noise": torch.zeros(3, 1, 8, 8), "u": u})
+    levels = seen["x"][:, 0, 0, 0]
+    torch.testing.assert_close(levels / levels[2], torch.tensor([0.0, 0.2, 1.0]))
+    pipeline = Trainer(tiny(tmp_path / "saved", data_min=0.0, **options), digits).run()
+    assert pipeline.config.data_min == DiffusionPipeline.from_pretrained(tmp_path / "saved").config.data_min == 0.0
+
+
+def test_importance_sampling_reaches_the_loss(tmp_path, digits):
+    """A network that is wrong by one in the noise everywhere costs every sample the mean of the likelihood loss."""
+    options = {"prediction_type": "epsilon", "weighting": "likelihood", "time_sampling": "importance"}
+    trainer = Trainer(tiny(tmp_path, max_train_steps=1, **options), digits)
+    noise = torch.randn(6, 1, 8, 8)
+    trainer.model = lambda x, timestep: noise + 1.0
+    batch = {"images": torch.zeros(6, 1, 8, 8, dtype=torch.uint8), "noise": noise}
+    loss = trainer.loss(batch | {"u": torch.linspace(0.0, 0.99, 6, dtype=torch.float64)})
+    exact = float(trainer.sde.log_snr(1e-5) - trainer.sde.log_snr(1.0)) / (1.0 - 1e-5)
+    torch.testing.assert_close(loss, torch.full((6,), exact), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"channels_last": True}, {"ema_relative_std": 0.1}, {"time_sampling": "log_normal", "sde": "ve"}]
+)
+def test_options_that_change_the_run_train_and_resume(tmp_path, digits, options):
+    options = {"max_train_steps": 4, "checkpointing_steps": 2, **options}
+    whole = train(tiny(tmp_path, **options), digits)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    resumed = train(tiny(tmp_path, **options, resume_from_checkpoint="latest"), digits)
+    assert torch.equal(weights(whole), weights(resumed))
+    assert weights(whole).isfinite().all()

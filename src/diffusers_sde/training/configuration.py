@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..losses import WEIGHTINGS
+from ..losses import TIME_SAMPLINGS, WEIGHTINGS
 from ..parametrizations import PREDICTION_TYPES, TIME_CONDITIONINGS
 from ..sdes import BETA_SCHEDULES
 
@@ -108,11 +108,24 @@ class TrainingConfig:
     weighting: str | None = _option(
         None,
         "Weight of the loss over time: 'paper' (lambda = sigma^2: weight 1 on the noise estimate), 'likelihood' "
-        "(lambda = g^2) or 'output' (weight 1 on what the network predicts). Default: paper for epsilon and score, "
-        "output otherwise.",
+        "(lambda = g^2), 'output' (weight 1 on what the network predicts) or 'min_snr' (min(SNR, min_snr_gamma) on "
+        "x0). Default: paper for epsilon and score, output otherwise.",
         choices=WEIGHTINGS,
     )
-    train_eps: float = _option(1e-5, "Smallest training time: t is uniform in [train_eps, 1].", above=0.0)
+    min_snr_gamma: float = _option(5.0, "Largest weight of min_snr weighting.", above=0.0, aliases=["snr_gamma"])
+    time_sampling: str = _option(
+        "uniform",
+        "How training times are drawn: 'uniform', 'importance' (for likelihood weighting: density g^2/sigma^2, the "
+        "loss divided by it, so that it has the same mean and less variance) or 'log_normal' (EDM's: log(sigma/alpha) "
+        "is normal, which moves weight to the middle of the noise levels).",
+        choices=TIME_SAMPLINGS,
+    )
+    log_normal_mean: float = _option(-1.2, "Mean of log(sigma/alpha) with log_normal; EDM's is for [-1, 1].")
+    log_normal_std: float = _option(1.2, "Standard deviation of log(sigma/alpha) with log_normal.", above=0.0)
+    stratified_times: bool = _option(
+        True, "Draw one time from each of B equal parts of the range in a batch of B: the same mean, less variance."
+    )
+    train_eps: float = _option(1e-5, "Smallest training time: t lies in [train_eps, 1].", above=0.0)
     sampling_eps: float | None = _option(
         None, "Last time of sampling with the trained model. Default: the scheduler's own.", above=0.0
     )
@@ -130,13 +143,20 @@ class TrainingConfig:
     )
     beta_start: float = _option(1e-4, "beta(0)/N for vp and sub_vp (the paper's beta_min is N times this).", above=0.0)
     beta_end: float = _option(0.02, "beta(1)/N for vp and sub_vp (the paper's beta_max is N times this).", above=0.0)
-    sigma_min: float = _option(
-        0.02, "Smallest noise of ve, for images in [-1, 1] (the paper's 0.01 is for [0, 1]).", above=0.0
+    data_min: float = _option(
+        -1.0,
+        "Value of black in what the network sees, white is 1: -1, or 0 for images in [0, 1], such as the paper's VE "
+        "models. It is saved with the pipeline.",
+        least=-1.0,
+        most=0.0,
+    )
+    sigma_min: float | None = _option(
+        None, "Smallest noise of ve. Default: 0.02 for images in [-1, 1], the paper's 0.01 for [0, 1].", above=0.0
     )
     sigma_max: float | None = _option(
         None,
-        "Largest noise of ve, for images in [-1, 1] (the paper's 50 is for CIFAR-10 in [0, 1]: 100 here). Default: "
-        "the largest distance between two training images, as Song & Ermon (2020) recommend.",
+        "Largest noise of ve (the paper's 50 is for CIFAR-10 in [0, 1]: 100 for [-1, 1]). Default: the largest "
+        "distance between two training images, as Song & Ermon (2020) recommend.",
         above=0.0,
     )
     sigma_data: float | None = _option(
@@ -255,6 +275,12 @@ class TrainingConfig:
             )
         if self.channels == 2:
             raise ValueError("channels must be 1 or 3, got 2.")
+        if self.time_sampling == "importance" and self.weighting != "likelihood":
+            raise ValueError(
+                f"time_sampling 'importance' is for weighting 'likelihood', got weighting={self.weighting!r}."
+            )
+        if self.time_sampling != "uniform" and self.discrete:
+            raise ValueError(f"time_sampling {self.time_sampling!r} needs continuous time, got discrete=True.")
         if self.time_embedding_type == "fourier" and (self.prediction_type, self.time_conditioning) != (
             "score",
             "sigma",

@@ -144,14 +144,14 @@ class ImageSource:
         """Images, central crops, shape (B, C, H, W)."""
         return np.stack([self.get(i) for i in indices])
 
-    def statistics(self) -> tuple[float, float]:
-        """Standard deviation of the pixels and the largest distance between two images, both for values in [-1, 1].
+    def statistics(self, data_min: float = -1.0) -> tuple[float, float]:
+        """Standard deviation of the pixels and the largest distance between two images, for values in [data_min, 1].
 
         Measured on up to 1024 images spread evenly over the data set.
         """
         n = max(2, min(len(self), 1024, 2**25 // (self.channels * self.resolution**2)))
         indices = np.unique(np.linspace(0, len(self) - 1, n).round().astype(int))
-        images = torch.from_numpy(self.get_many(indices.tolist())).flatten(1).float() / 127.5 - 1.0
+        images = to_network(torch.from_numpy(self.get_many(indices.tolist())).flatten(1), data_min)
         return float(images.std(correction=0)), float(torch.cdist(images, images).max())
 
     def _read(self, index: int) -> Image.Image:
@@ -263,6 +263,11 @@ def _array_as_pil(pixels: np.ndarray) -> Image.Image:
 # ------------------------------------------------------------------ from sample numbers to batches
 
 
+def to_network(images: Tensor, data_min: float) -> Tensor:
+    """Bytes as float32 in [data_min, 1], same shape."""
+    return images.float() * ((1.0 - data_min) / 255.0) + data_min
+
+
 class TrainingSamples(Dataset):
     """Training samples by number: the image, and the random numbers that go with it.
 
@@ -273,10 +278,11 @@ class TrainingSamples(Dataset):
         source: The images.
         seed: Of order, augmentation, times and noise.
         random_flip: Mirror half of the samples.
+        strata: Number n has its u in part n mod ``strata`` of so many equal parts of [0, 1); 1: anywhere.
     """
 
-    def __init__(self, source: ImageSource, seed: int, random_flip: bool) -> None:
-        self._source, self._seed, self._random_flip = source, seed, random_flip
+    def __init__(self, source: ImageSource, seed: int, random_flip: bool, strata: int = 1) -> None:
+        self._source, self._seed, self._random_flip, self._strata = source, seed, random_flip, strata
         self._augmentation, self._noise = SampleRandom(seed, AUGMENTATION), SampleRandom(seed, NOISE)
 
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
@@ -302,7 +308,7 @@ class TrainingSamples(Dataset):
             image = source.get(int(indices[i]), augment)
             images[i] = image[..., ::-1] if flip else image
             draw = self._noise(number)
-            u[i] = draw.random()
+            u[i] = (number % self._strata + draw.random()) / self._strata
             draw.standard_normal(out=noise[i], dtype=np.float32)
             label_draw[i] = draw.random()
         batch = {"images": torch.from_numpy(images), "noise": torch.from_numpy(noise), "u": torch.from_numpy(u)}

@@ -34,14 +34,15 @@ def build_scheduler(config: TrainingConfig, source: ImageSource) -> SDEScheduler
     if config.sampling_eps is not None:
         common["sampling_eps"] = config.sampling_eps
     if prediction_type == "edm" or (config.sde == "ve" and config.sigma_max is None):
-        std, largest_distance = source.statistics()
+        std, largest_distance = source.statistics(config.data_min)
         # Three digits are plenty, and a config that a person reads.
         common["sigma_data"] = config.sigma_data or _rounded(max(std, 1e-3))
     else:
         largest_distance = 0.0
     if config.sde == "ve":
-        sigma_max = config.sigma_max or _rounded(max(largest_distance, 2.0 * config.sigma_min))
-        return VESDEScheduler(sigma_min=config.sigma_min, sigma_max=sigma_max, **common)
+        sigma_min = config.sigma_min or 0.01 * (1.0 - config.data_min)
+        sigma_max = config.sigma_max or _rounded(max(largest_distance, 2.0 * sigma_min))
+        return VESDEScheduler(sigma_min=sigma_min, sigma_max=sigma_max, **common)
     if config.sde == "flow":
         return FlowSDEScheduler(**common)
     betas = {"beta_start": config.beta_start, "beta_end": config.beta_end}
@@ -84,15 +85,18 @@ def default_precision() -> str:
     return "bf16" if native else "no"
 
 
-def check_trainable(sde: SDE, parametrization: Parametrization, weighting: str, discrete_steps: int | None) -> None:
+def check_trainable(
+    sde: SDE, parametrization: Parametrization, weighting: str, discrete_steps: int | None, time_sampling: str
+) -> None:
     """Make sure that the loss is finite at all training times.
 
     Raises:
-        ValueError: The prediction type has no finite target somewhere, such as the noise where alpha = 0 on a grid.
+        ValueError: The prediction type has no finite target somewhere, such as the noise where alpha = 0 on a grid, or
+            times cannot be drawn that way.
     """
     u = torch.linspace(0.0, 1.0 - 1e-9, discrete_steps or 1000, dtype=torch.float64)
     u = u if discrete_steps is not None else u.clamp(min=1e-9)
-    t = times_from_uniform(sde, u, discrete_steps)
+    t = times_from_uniform(sde, u, discrete_steps, time_sampling)
     skip, out = parametrization.coefficients(sde.alpha(t), sde.sigma(t))
     values = torch.stack([skip, out, 1.0 / out, output_weight(sde, parametrization, t, weighting)])
     if not bool(torch.isfinite(values).all()):

@@ -27,12 +27,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..denoisers import call_network
-from ..losses import denoising_loss, times_from_uniform
+from ..losses import denoising_loss, importance_ratio, times_from_uniform
 from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
 from .averaging import PowerEMA
 from .checkpoints import clear_run, find_checkpoint, load_checkpoint, read_state, save_checkpoint, write_text
 from .configuration import TrainingConfig
-from .data import ImageSource, TrainingSamples, batches, load_images
+from .data import ImageSource, TrainingSamples, batches, load_images, to_network
 from .models import (
     build_scheduler,
     build_unet,
@@ -99,7 +99,9 @@ class Trainer:
         self.sde = training_sde(self.scheduler, config)
         self.weighting = default_weighting(config, self.scheduler)
         self.discrete_steps = config.num_train_timesteps if config.discrete else None
-        check_trainable(self.sde, self.scheduler.parametrization, self.weighting, self.discrete_steps)
+        check_trainable(
+            self.sde, self.scheduler.parametrization, self.weighting, self.discrete_steps, config.time_sampling
+        )
         set_seed(config.seed)
         self.unet: UNet2DModel = build_unet(config, self.source)
 
@@ -147,7 +149,8 @@ class Trainer:
         self._prepare()
         self._log_start()
 
-        samples = TrainingSamples(self.source, config.seed, config.random_flip)
+        strata = self.global_batch_size if config.stratified_times else 1
+        samples = TrainingSamples(self.source, config.seed, config.random_flip, strata)
         self._batches = batches(
             samples,
             self.samples_seen,
@@ -284,22 +287,25 @@ class Trainer:
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Denoising score-matching loss of each sample of a batch from ``TrainingSamples``, shape (B,)."""
-        device = self.accelerator.device
-        x0 = batch["images"].to(device, non_blocking=True).float() / 127.5 - 1.0
+        config, device = self.config, self.accelerator.device
+        x0 = to_network(batch["images"].to(device, non_blocking=True), config.data_min)
         eps = batch["noise"].to(device, non_blocking=True)
         # Times and their coefficients are float64 on the host, whatever the device and the precision of the network.
-        t = times_from_uniform(self.sde, batch["u"], self.discrete_steps)
+        log_normal = (config.log_normal_mean, config.log_normal_std)
+        t = times_from_uniform(self.sde, batch["u"], self.discrete_steps, config.time_sampling, log_normal)
         conditioning = self.scheduler.conditioning
         arguments: dict[str, Tensor] = {}
-        if self.config.class_conditional:
-            hidden = batch["label_draw"] < self.config.label_dropout
+        if config.class_conditional:
+            hidden = batch["label_draw"] < config.label_dropout
             labels = torch.where(hidden, len(self.source.class_names), batch["labels"])
             arguments["class_labels"] = labels.to(device, non_blocking=True)
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             return call_network(self.model, x, conditioning.timestep(self.sde, t), **arguments)
 
-        return denoising_loss(self.sde, self.scheduler.parametrization, network, x0, t, eps, self.weighting)
+        parametrization = self.scheduler.parametrization
+        loss = denoising_loss(self.sde, parametrization, network, x0, t, eps, self.weighting, config.min_snr_gamma)
+        return loss * importance_ratio(self.sde, t).to(loss) if config.time_sampling == "importance" else loss
 
     def _mean_loss(self, loss_sum: Tensor, steps: int) -> float:
         mean = float(self.accelerator.reduce(loss_sum, reduction="mean")) / steps
@@ -343,10 +349,12 @@ class Trainer:
         # A scheduler of its own: sampling leaves its mark on one.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         if not self.config.class_conditional:
-            return SDEPipeline(unet=unet, scheduler=scheduler)
+            return SDEPipeline(unet=unet, scheduler=scheduler, data_min=self.config.data_min)
         names = self.source.class_names
         null_class = len(names) if self.config.label_dropout > 0.0 else None
-        return ClassConditionalSDEPipeline(unet, scheduler, id2label=dict(enumerate(names)), null_class=null_class)
+        return ClassConditionalSDEPipeline(
+            unet, scheduler, self.config.data_min, id2label=dict(enumerate(names)), null_class=null_class
+        )
 
     def _save_samples(self) -> None:
         """A grid of samples, the same noise every time, as PNG and to the tracker; the training state is untouched."""
@@ -400,7 +408,9 @@ class Trainer:
             "sigma_data": self.scheduler.config.sigma_data,
             "time_conditioning": self.scheduler.config.time_conditioning,
             "weighting": self.weighting,
+            "time_sampling": self.config.time_sampling,
             "discrete": self.config.discrete,
+            "data_min": self.config.data_min,
             "use_ema": self.config.use_ema,
             "ema_relative_std": self.config.ema_relative_std,
             "resolution": self.source.resolution,
