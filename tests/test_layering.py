@@ -14,7 +14,7 @@ LAYERS = [
     {"sdes", "parametrizations", "time_grids"},
     {"predictors", "correctors", "plans", "noise"},
     {"adaptive", "sampling", "denoisers", "losses", "ode", "likelihood", "guidance", "operators"},
-    {"schedulers", "training", "evaluation", "pipelines", "diagnostics"},
+    {"schedulers", "options", "files", "generation", "metrics", "training", "evaluation", "pipelines", "diagnostics"},
     {"hub"},
 ]
 LAYER_OF = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -1,11 +1,14 @@
 """Numbers about trained models.
 
     from diffusers_sde.evaluation import EvaluationConfig, evaluate
-    report = evaluate(EvaluationConfig(model="outputs/demo", bpd=True))
+    report = evaluate(EvaluationConfig(model="outputs/demo", sampler=("pc: corrector=langevin, snr=0.1",)))
 
 Needs the extra ``training``: ``pip install diffusers-sde[training]``.
 """
 
-from .evaluate import EvaluationConfig, evaluate, main
+from .cli import main, parse_args
+from .configuration import EvaluationConfig
+from .evaluate import evaluate
+from .report import eval_results, markdown_table
 
-__all__ = ["EvaluationConfig", "evaluate", "main"]
+__all__ = ["EvaluationConfig", "eval_results", "evaluate", "main", "markdown_table", "parse_args"]

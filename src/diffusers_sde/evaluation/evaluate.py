@@ -1,246 +1,236 @@
-"""Bits per dimension of a data set under a saved pipeline, and a picture of its latent codes."""
+"""A saved pipeline, measured: its samplers against data, its likelihood, its latent codes.
+
+``evaluate`` returns, and writes to ``results.json``, a dictionary of JSON values:
+
+- ``model``, ``sde``: the pipeline, and its SDE in words; ``seed``.
+- ``data``: ``name``, ``split`` and ``images`` of the reference; ``test_split`` and ``test_images``, or None.
+- ``num_samples``: images drawn by each sampler; the following three exist where it is not 0.
+- ``features``: ``name`` (``classifier``, ``inception`` or ``pixels``) and ``dimensions``; for a classifier ``accuracy``
+  on images that it was not trained on, and ``data``, the fingerprint of those that it was.
+- ``samplers``: a list, one entry for each sampler: ``label``; ``options``, what was changed about the pipeline's own;
+  ``calls_per_image``, network calls, counted; ``metrics``, see ``metrics.SampleQuality``; and ``nearest``, about the
+  distance of up to 1000 samples to the nearest reference image (root mean square difference of pixels in [0, 1]):
+  ``median``, ``one_percent`` (quantile), and ``share_below``, the share of samples nearer than the baseline's
+  ``one_percent``: 0.01 is what new images would have, much more means copies of the training data.
+- ``baseline``: ``label``, and ``metrics`` and ``nearest`` of real images: of as many as there are samples from the test
+  split. Without one it is the reference's own images, of which only ``nearest`` (among the others) is known.
+- ``bits_per_dim``, where asked for: ``mean``, ``standard_error``, ``images``, ``split``, ``given_class`` (true for a
+  class-conditional network), the settings, and ``per_image``.
+- ``figure``, where asked for: ``path``, and ``round_trip_rms``, the error of images rebuilt from their codes.
+
+``report.eval_results`` turns it into entries of a model card, ``report.markdown_table`` into a table.
+"""
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import Tensor
 
-from ..likelihood import DEQUANTIZATIONS, TraceOptions
-from ..pipelines import ProbabilityFlow
-from ..training.configuration import TrainingConfig
-from ..training.data import ImageSource, load_images
+from ..files import write_whole
+from ..generation import ImageSampler, Sampler, as_sde_pipeline, launched_processes
+from ..metrics import (
+    ClassifierFeatures,
+    InceptionFeatures,
+    PixelFeatures,
+    SampleQuality,
+    load_classifier,
+    nearest_neighbours,
+    train_classifier,
+)
+from ..metrics.features import FeatureExtractor
+from ..metrics.quality import spread
+from ..pipelines import ClassConditionalSDEPipeline, ProbabilityFlow
+from .codes import bits_per_dim, draw_codes
+from .configuration import EvaluationConfig
+from .data import Images, data_name, read_images
+from .pictures import sheet, tile
+from .report import markdown_table
 
-STRIPS = 6  # pairs of images in the picture
-STRIP_LENGTH = 9
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """What to evaluate.
-
-    Args:
-        model: Folder or Hub name of a pipeline.
-        bpd: Compute bits per dimension.
-        figure: Write a picture here: real images, their reconstruction from their codes, interpolations.
-        dataset_name: ``digits`` or a name on the Hub; see ``TrainingConfig``.
-        data_dir: Local data; see ``TrainingConfig.train_data_dir``.
-        dataset_split: Split.
-        image_column: Column with the images.
-        num_images: How many images, evenly spread over the data; all if None.
-        batch_size: Images in one network call.
-        dequantization: ``uniform`` or ``truncated_normal``.
-        importance_samples: Dequantisations per image.
-        num_probes: Probes per network call.
-        rtol: Relative tolerance of the solver.
-        atol: Absolute tolerance.
-        t_min: SDE time of the data; the model's own if None.
-        seed: Of dequantisation and probes.
-        output: JSON file for the results; not written if None.
-    """
-
-    model: str
-    bpd: bool = False
-    figure: str | None = None
-    dataset_name: str | None = None
-    data_dir: str | None = None
-    dataset_split: str = "train"
-    image_column: str | None = None
-    num_images: int | None = None
-    batch_size: int = 64
-    dequantization: str = "uniform"
-    importance_samples: int = 1
-    num_probes: int = 1
-    rtol: float = 3e-4
-    atol: float = 3e-4
-    t_min: float | None = None
-    seed: int = 0
-    output: str | None = None
-
-    def __post_init__(self) -> None:
-        if not (self.bpd or self.figure):
-            raise ValueError("nothing to do: set bpd or figure.")
-        if self.num_images is not None and self.num_images < 1:
-            raise ValueError(f"num_images must be at least 1, got {self.num_images!r}.")
+NEAREST_IMAGES = 1000  # whose nearest neighbours are looked for
+NEAREST_SHOWN, NEIGHBOURS_SHOWN = 12, 4
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
-    """Evaluate a pipeline on a data set.
+    """Evaluate a pipeline.
 
-    Under ``accelerate launch`` the images, not the solves, are divided among the processes; an image's value does not
-    depend on the division.
+    Under ``accelerate launch`` samples and images are divided among the processes; no number depends on the division.
 
     Returns:
-        The results, the same on every process.
+        The results, the same on every process; see the module's docstring.
 
     Raises:
-        ValueError: Bad arguments, data or pipeline.
+        ValueError: Bad arguments, data or pipeline; found before anything is drawn.
+        OSError: The output folder cannot be written.
     """
-    process = PartialState()
-    pipe = DiffusionPipeline.from_pretrained(config.model).to(process.device)
+    process = launched_processes()
+    if config.output_dir is not None:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    with process.main_process_first():
+        pipe = DiffusionPipeline.from_pretrained(config.model).to(process.device)
     flow = ProbabilityFlow(pipe, t_min=config.t_min)
-    levels = _images(config, pipe)
+    samplers = _samplers(config, pipe)
+    reference, test = _data(config, pipe, process)
     report: dict[str, Any] = {
         "model": config.model,
         "sde": repr(flow.sde) if len(repr(flow.sde)) < 200 else type(flow.sde).__name__,
-        "images": len(levels),
+        "seed": config.seed,
+        "data": {
+            "name": data_name(config),
+            "split": reference.split,
+            "images": len(reference.pixels),
+            "test_split": test and test.split,
+            "test_images": test and len(test.pixels),
+        },
+        "num_samples": config.samples,
     }
+    if samplers:
+        judge = _Judge(config, reference, test, process) if process.is_main_process else None
+        if judge is not None:
+            report |= {"features": judge.description, "baseline": judge.baseline(), "samplers": []}
+        for sampler in samplers:
+            drawn, calls = _draw(sampler, config, process)
+            if judge is not None:
+                report["samplers"].append(judge(sampler, drawn, calls))
+                _write(config, report)  # what is known so far survives an interruption
+    images = test or reference
     if config.bpd:
-        report["bits_per_dim"] = _bits_per_dim(config, flow, levels, process)
+        report["bits_per_dim"] = bits_per_dim(config, flow, images, _is_conditional(pipe), process)
     if config.figure is not None and process.is_main_process:
-        report["figure"] = {"path": config.figure, "round_trip_rms": _figure(config, flow, levels)}
-    if config.output is not None and process.is_main_process:
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.output).write_text(json.dumps(report, indent=2) + "\n")
-    return report
+        report["figure"] = {"path": config.figure, "round_trip_rms": draw_codes(config, flow, images.pixels)}
+    if process.is_main_process:
+        _write(config, report)
+    return broadcast_object_list([report])[0]
 
 
-def _images(config: EvaluationConfig, pipe: Any) -> Tensor:
-    """The images as bytes, shape (B, C, H, W)."""
-    channels, height, width = (
-        pipe.sample_shape
-        if hasattr(pipe, "sample_shape")
-        else (
-            pipe.unet.config.in_channels,
-            pipe.unet.config.sample_size,
-            pipe.unet.config.sample_size,
-        )
+def _samplers(config: EvaluationConfig, pipe: Any) -> list[ImageSampler]:
+    if config.samples == 0:
+        return []
+    sde_pipe = as_sde_pipeline(pipe)
+    named = [Sampler.parse(text) for text in config.sampler or ("pipeline",)]
+    labels = [sampler.label for sampler in named]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ValueError(f"sampler labels must differ, {', '.join(map(repr, twice))} stands twice.")
+    return [ImageSampler(sde_pipe, sampler, config.seed) for sampler in named]
+
+
+def _data(config: EvaluationConfig, pipe: Any, process: PartialState) -> tuple[Images, Images | None]:
+    show = process.is_main_process
+    with process.main_process_first():  # the others find what the first one has converted
+        # Without samplers there is nothing to compare with: the reference is what the likelihood is computed of.
+        if config.samples == 0 and config.test_split is not None:
+            reference = read_images(config, pipe, config.test_split, config.num_images, show)
+            return reference, reference
+        count = config.num_reference if config.samples else config.num_images
+        reference = read_images(config, pipe, config.dataset_split, count, show)
+        if config.test_split is None:
+            return reference, None
+        return reference, read_images(config, pipe, config.test_split, None, show)
+
+
+def _is_conditional(pipe: Any) -> bool:
+    return isinstance(pipe, ClassConditionalSDEPipeline)
+
+
+def _draw(sampler: ImageSampler, config: EvaluationConfig, process: PartialState) -> tuple[Tensor, float]:
+    """The samples of all processes in order, bytes of shape (N, C, H, W), and network calls per image."""
+    mine = range(config.samples)[process.process_index :: process.num_processes]
+    parts = list(sampler(mine, config.batch_size, process.is_main_process))
+    gathered = gather_object([(parts, sampler.calls)])
+    numbers = torch.tensor([number for parts, _ in gathered for batch, _ in parts for number in batch])
+    images = torch.cat([images for parts, _ in gathered for _, images in parts])
+    return images[numbers.argsort()], sum(calls for _, calls in gathered) / len(images)
+
+
+class _Judge:
+    """Measures samples against the reference, on one process."""
+
+    def __init__(self, config: EvaluationConfig, reference: Images, test: Images | None, process: PartialState) -> None:
+        self._config, self._reference, self._test = config, reference, test
+        extractor = _extractor(config, reference, process)
+        self._has_classes = isinstance(extractor, ClassifierFeatures)
+        self._quality = SampleQuality(reference.pixels, extractor, progress_bar=True)
+        self.description: dict[str, Any] = {"name": extractor.name, "dimensions": self._quality.dimensions}
+        if isinstance(extractor, ClassifierFeatures):
+            self.description |= {"accuracy": extractor.accuracy, "data": extractor.data}
+        real = self._some(reference.pixels if test is None else test.pixels)
+        among_themselves = test is None  # then the nearest image is the image itself, and the next one counts
+        found, _ = nearest_neighbours(real, reference.pixels, 1 + among_themselves)
+        self._real_distances = found[:, -1]
+
+    def _some(self, images: Tensor) -> Tensor:
+        return spread(images, min(NEAREST_IMAGES, len(images)))
+
+    def _nearest(self, distances: Tensor) -> dict[str, float]:
+        bound = self._real_distances.double().quantile(0.01)
+        x = distances.double()
+        values = {"median": x.median(), "one_percent": x.quantile(0.01), "share_below": (x < bound).double().mean()}
+        return {name: float(value) for name, value in values.items()}
+
+    def baseline(self) -> dict[str, Any]:
+        """The numbers of real images."""
+        nearest = self._nearest(self._real_distances)
+        if self._test is None:
+            return {"label": f"real images ({self._reference.split})", "metrics": None, "nearest": nearest}
+        count = min(self._config.samples, len(self._test.pixels))
+        labels = self._test.labels if self._has_classes else None
+        metrics = self._quality(spread(self._test.pixels, count), None if labels is None else spread(labels, count))
+        return {"label": f"real images ({self._test.split})", "metrics": metrics, "nearest": nearest}
+
+    def __call__(self, sampler: ImageSampler, images: Tensor, calls: float) -> dict[str, Any]:
+        """The entry of one sampler; its pictures are written."""
+        labels = [sampler.label(number) for number in range(len(images))]
+        known = torch.tensor(labels) if self._has_classes and labels[0] is not None else None
+        metrics = self._quality(images, known)
+        some = self._some(images)
+        distances, indices = nearest_neighbours(some, self._reference.pixels, NEIGHBOURS_SHOWN)
+        label = sampler.sampler.label
+        if self._config.output_dir is not None:
+            folder = Path(self._config.output_dir)
+            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in label) + ".png"
+            closest = distances[:, 0].argsort()[:NEAREST_SHOWN]
+            rows = torch.cat([some[closest, None], self._reference.pixels[indices[closest]]], 1)
+            for place, picture in (("samples", sheet(images)), ("nearest", tile(rows))):
+                write_whole(folder / place / name, partial(picture.save, format="PNG"))
+        return {
+            "label": label,
+            "options": dict(sampler.sampler.options),
+            "calls_per_image": calls,
+            "metrics": metrics,
+            "nearest": self._nearest(distances[:, 0]),
+        }
+
+
+def _extractor(config: EvaluationConfig, reference: Images, process: PartialState) -> FeatureExtractor:
+    name = config.features or ("pixels" if reference.labels is None else "classifier")
+    if name == "pixels":
+        return PixelFeatures()
+    if name == "inception":
+        return InceptionFeatures(process.device)
+    if reference.labels is None:
+        raise ValueError("features 'classifier' need data with classes: take 'pixels' or 'inception'.")
+    path = None if config.output_dir is None else Path(config.output_dir) / "classifier.safetensors"
+    path = Path(config.classifier) if config.classifier is not None else path
+    if path is not None and path.exists():
+        return load_classifier(path, reference.pixels, reference.labels, process.device)
+    classifier = train_classifier(
+        reference.pixels, reference.labels, config.classifier_steps, config.seed, process.device, progress_bar=True
     )
-    if height != width:
-        raise ValueError(f"the network's images are {width}x{height}; only square ones are read here.")
-    data = TrainingConfig(
-        dataset_name=config.dataset_name,
-        train_data_dir=config.data_dir,
-        dataset_split=config.dataset_split,
-        image_column=config.image_column,
-        resolution=int(height),
-        channels=int(channels),
-        center_crop=True,
-        cache_images=False,
-    )
-    source = ImageSource(load_images(data), data)
-    count = len(source) if config.num_images is None else min(config.num_images, len(source))
-    indices = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int))
-    return torch.from_numpy(source.get_many(indices.tolist()))
+    if path is not None:
+        classifier.save(path)
+    return classifier
 
 
-def _bits_per_dim(
-    config: EvaluationConfig, flow: ProbabilityFlow, levels: Tensor, process: PartialState
-) -> dict[str, Any]:
-    mine = list(range(process.process_index, len(levels), process.num_processes))
-    results: list[tuple[int, float, float, int]] = []
-    if mine:
-        result = flow.bits_per_dim(
-            levels[mine],
-            dequantization=config.dequantization,
-            importance_samples=config.importance_samples,
-            trace=TraceOptions(num_probes=config.num_probes),
-            options=flow.options(config.rtol, config.atol, batch_size=config.batch_size),
-            generator=torch.Generator().manual_seed(config.seed),
-            progress_bar=process.is_main_process,
-        )
-        columns = (result.per_image, result.per_image_error, result.calls)
-        results = [(i, *row) for i, row in zip(mine, zip(*(c.tolist() for c in columns), strict=True), strict=True)]
-    everything = sorted(gather_object(results))
-    values = np.array([row[1] for row in everything])
-    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return {
-        "mean": float(values.mean()),
-        "standard_error": error,
-        "standard_error_of_one_image_from_probes": float(np.sqrt(np.mean([row[2] ** 2 for row in everything]))),
-        "calls_per_image": float(np.mean([row[3] for row in everything])),
-        "dequantization": config.dequantization,
-        "importance_samples": config.importance_samples,
-        "num_probes": config.num_probes,
-        "rtol": config.rtol,
-        "atol": config.atol,
-        "t_min": flow.t_min,
-        "noise_at_t_min": float(flow.sde.sigma(flow.t_min)),
-        "per_image": values.tolist(),
-    }
-
-
-def _figure(config: EvaluationConfig, flow: ProbabilityFlow, levels: Tensor) -> float:
-    """A row per pair of images: the first, the way between their codes, the second; returns the round-trip error."""
-    chosen = levels[np.unique(np.linspace(0, len(levels) - 1, min(2 * STRIPS, len(levels))).round().astype(int))]
-    if len(chosen) < 2:
-        raise ValueError("figure needs at least two images.")
-    first, second = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 : 2 * (len(chosen) // 2)]
-    options = flow.options(1e-5, 1e-5, batch_size=config.batch_size)
-    strips = flow.interpolate(first, second, STRIP_LENGTH, options).sample
-    real = torch.stack([flow._state(first), flow._state(second)], 1)
-    rebuilt = strips[:, [0, -1]]
-    # real | its reconstruction | interpolation, whose ends are reconstructions | real
-    rows = torch.cat([real[:, :1], strips, real[:, 1:]], 1)
-    pixels = ((rows - flow.data_min) / (flow.data_max - flow.data_min)).clamp(0, 1).mul(255).round().byte().cpu()
-    scale = max(1, 64 // pixels.shape[-1])
-    tiles = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=255)
-    sheet = torch.cat([torch.cat(list(row), -1) for row in tiles], -2).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet)
-    Path(str(config.figure)).parent.mkdir(parents=True, exist_ok=True)
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(str(config.figure))
-    return float((rebuilt - real).square().mean().sqrt())
-
-
-def parse_args(argv: Sequence[str] | None = None) -> EvaluationConfig:
-    """The configuration that a command line describes.
-
-    Raises:
-        ValueError: See ``EvaluationConfig``.
-        SystemExit: An unknown option.
-    """
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py", description="Evaluate a saved pipeline on a data set.", allow_abbrev=False
-    )
-    parser.add_argument("--model", required=True, help="Folder or Hub name of a pipeline.")
-    parser.add_argument("--bpd", action="store_true", help="Compute bits per dimension.")
-    parser.add_argument("--figure", help="Write a picture: real images, reconstructions, interpolations.")
-    parser.add_argument("--dataset_name", help="'digits' or a name on the Hub. Default: digits.")
-    parser.add_argument("--data_dir", help="Local data: a folder of images or Parquet, or a Parquet file.")
-    parser.add_argument("--dataset_split", default="train")
-    parser.add_argument("--image_column", help="Column with the images. Default: the data's image column.")
-    parser.add_argument("--num_images", type=int, help="Images, spread evenly over the data. Default: all.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Images in one network call.")
-    parser.add_argument("--dequantization", choices=DEQUANTIZATIONS[:2], default="uniform")
-    parser.add_argument("--importance_samples", type=int, default=1, help="Dequantisations per image.")
-    parser.add_argument("--num_probes", type=int, default=1, help="Trace probes per network call.")
-    parser.add_argument("--rtol", type=float, default=3e-4, help="Relative tolerance of the solver.")
-    parser.add_argument("--atol", type=float, default=3e-4, help="Absolute tolerance of the solver.")
-    parser.add_argument("--t_min", type=float, help="SDE time of the data. Default: the model's own.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of dequantisation and probes.")
-    parser.add_argument("--output", help="JSON file for the results.")
-    return EvaluationConfig(**vars(parser.parse_args(argv)))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate as the command line says; mistakes end in one line and exit code 2."""
-    try:
-        report = evaluate(parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    if PartialState().is_main_process:
-        bits = report.get("bits_per_dim")
-        if bits is not None:
-            print(
-                f"{bits['mean']:.4f} +- {bits['standard_error']:.4f} bits/dim on {report['images']} images at t = "
-                f"{bits['t_min']:g} ({bits['dequantization']} dequantisation, {bits['importance_samples']} per image; "
-                f"{bits['num_probes']} probe(s), scatter {bits['standard_error_of_one_image_from_probes']:.4f} per "
-                f"image; rtol {bits['rtol']:g}; {bits['calls_per_image']:.1f} network calls per image)"
-            )
-        if "figure" in report:
-            figure = report["figure"]
-            print(f"{figure['path']}: codes give the images back to {figure['round_trip_rms']:.2e} RMS")
+def _write(config: EvaluationConfig, report: dict[str, Any]) -> None:
+    if config.output_dir is None:
+        return
+    for name, content in (("results.json", json.dumps(report, indent=2)), ("results.md", markdown_table(report))):
+        write_whole(Path(config.output_dir) / name, partial(Path.write_text, data=content + "\n"))

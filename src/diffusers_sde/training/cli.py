@@ -7,40 +7,22 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any, get_args, get_type_hints
 
+from ..options import parser_of
 from .configuration import TrainingConfig
 from .trainer import Trainer
 
 
 def build_parser() -> argparse.ArgumentParser:
     """One option per field of ``TrainingConfig``, with its help text and default."""
-    parser = argparse.ArgumentParser(
+    return parser_of(
+        TrainingConfig,
         prog="train.py",
         description="Train a UNet2DModel by denoising score matching for a VE, VP, sub-VP or rectified-flow SDE.",
         epilog="A step is an optimiser step: train_batch_size x processes x gradient_accumulation_steps images. "
         "Launch: 'accelerate launch scripts/train.py ...'; several processes without a GPU: 'ACCELERATE_USE_CPU=true "
         "accelerate launch --multi_gpu --num_processes 2 scripts/train.py ...' (accelerate's --cpu starts only one).",
-        allow_abbrev=False,
     )
-    hints = get_type_hints(TrainingConfig)
-    for f in fields(TrainingConfig):
-        types = [t for t in get_args(hints[f.name]) if t is not type(None)] or [hints[f.name]]
-        arguments: dict[str, Any] = {"default": f.default, "choices": f.metadata["choices"]}
-        element = next((t for t in get_args(types[0]) if t is not Ellipsis), None)
-        if types[0] is bool:
-            arguments = {"default": f.default, "action": argparse.BooleanOptionalAction}
-        elif element is not None or types == [int, Ellipsis]:
-            arguments |= {"type": element or int, "nargs": "+"}
-        else:
-            arguments["type"] = types[0]
-        if types[0] is int and f.name != "seed" and "choices" in arguments:
-            arguments["metavar"] = "N"
-        shown = "" if f.default is None or "Default:" in f.metadata["help"] else f" Default: {f.default}."
-        names = [f"--{name}" for name in (f.name, *f.metadata["aliases"])]
-        parser.add_argument(*names, dest=f.name, help=(f.metadata["help"] + shown).replace("%", "%%"), **arguments)
-    return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> TrainingConfig:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, fields
 
 from ..losses import TIME_SAMPLINGS, WEIGHTINGS
+from ..options import check_options
+from ..options import option as _option
 from ..parametrizations import PREDICTION_TYPES, TIME_CONDITIONINGS
 from ..sdes import BETA_SCHEDULES
 
@@ -16,21 +15,6 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 LOGGERS = ("tensorboard", "wandb", "none")
 TIME_EMBEDDINGS = ("positional", "fourier")
 EMBEDDED_DATASETS = ("digits",)
-
-
-def _option(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[str] | None = None,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    aliases: Sequence[str] = (),
-) -> Any:
-    """A field that knows its help text, its command-line aliases and which values it accepts (None always)."""
-    metadata = {"help": help, "choices": choices, "least": least, "above": above, "most": most, "aliases": aliases}
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,15 +240,7 @@ class TrainingConfig:
     logging_steps: int = _option(10, "Log loss, learning rate and speed every so many optimiser steps.", least=1)
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value, allowed = getattr(self, f.name), f.metadata
-            if value is None:
-                continue
-            for entry in value if isinstance(value, (tuple, list)) else [value]:
-                _check(f.name, entry, allowed)
-        for f in fields(self):
-            if isinstance(getattr(self, f.name), list):
-                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
+        check_options(self)
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise ValueError(
                 f"dataset_name={self.dataset_name!r} and train_data_dir={self.train_data_dir!r} exclude each other."
@@ -303,20 +279,3 @@ class TrainingConfig:
     def describe(cls) -> str:
         """All options, one per paragraph, with their defaults."""
         return "\n".join(f"{f.name} ({f.default!r}): {f.metadata['help']}" for f in fields(cls))
-
-
-def _check(name: str, value: Any, allowed: Any) -> None:
-    if allowed["choices"] is not None and value not in allowed["choices"]:
-        raise ValueError(f"{name} must be one of {', '.join(allowed['choices'])}, got {value!r}.")
-    bounds = [("at least", allowed["least"]), ("greater than", allowed["above"]), ("at most", allowed["most"])]
-    wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
-    if not wanted:
-        return
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if (
-        not is_number
-        or (allowed["least"] is not None and value < allowed["least"])
-        or (allowed["above"] is not None and value <= allowed["above"])
-        or (allowed["most"] is not None and value > allowed["most"])
-    ):
-        raise ValueError(f"{name} must be {wanted}, got {value!r}.")

@@ -1,0 +1,85 @@
+"""Bits per dimension under a pipeline, and a picture of its latent codes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ..likelihood import TraceOptions
+from ..metrics.quality import spread
+from ..pipelines import ProbabilityFlow
+from .configuration import EvaluationConfig
+from .data import Images
+from .pictures import tile
+
+STRIPS = 6  # pairs of images in the picture
+STRIP_LENGTH = 9
+
+
+def bits_per_dim(
+    config: EvaluationConfig, flow: ProbabilityFlow, images: Images, conditional: bool, process: PartialState
+) -> dict[str, Any]:
+    """Bits per dimension of images, which are divided among the processes; ``conditional`` on their classes."""
+    levels = spread(images.pixels, min(config.num_images or len(images.pixels), len(images.pixels)))
+    labels = spread(images.labels, len(levels)) if conditional and images.labels is not None else None
+    mine = list(range(process.process_index, len(levels), process.num_processes))
+    results: list[tuple[int, float, float, int]] = []
+    if mine:
+        result = flow.bits_per_dim(
+            levels[mine],
+            conditioning=None if labels is None else {"class_labels": labels[mine]},
+            dequantization=config.dequantization,
+            importance_samples=config.importance_samples,
+            trace=TraceOptions(num_probes=config.num_probes),
+            options=flow.options(config.rtol, config.atol, batch_size=config.batch_size),
+            generator=torch.Generator().manual_seed(config.seed),
+            progress_bar=process.is_main_process,
+        )
+        columns = (result.per_image, result.per_image_error, result.calls)
+        results = [(i, *row) for i, row in zip(mine, zip(*(c.tolist() for c in columns), strict=True), strict=True)]
+    everything = sorted(gather_object(results))
+    values = np.array([row[1] for row in everything])
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return {
+        "mean": float(values.mean()),
+        "images": len(levels),
+        "split": images.split,
+        "given_class": labels is not None,
+        "standard_error": error,
+        "standard_error_of_one_image_from_probes": float(np.sqrt(np.mean([row[2] ** 2 for row in everything]))),
+        "calls_per_image": float(np.mean([row[3] for row in everything])),
+        "dequantization": config.dequantization,
+        "importance_samples": config.importance_samples,
+        "num_probes": config.num_probes,
+        "rtol": config.rtol,
+        "atol": config.atol,
+        "t_min": flow.t_min,
+        "noise_at_t_min": float(flow.sde.sigma(flow.t_min)),
+        "per_image": values.tolist(),
+    }
+
+
+def draw_codes(config: EvaluationConfig, flow: ProbabilityFlow, levels: Tensor) -> float:
+    """A row per pair of images: the first, the way between their codes, the second; returns the round-trip error."""
+    chosen = levels[np.unique(np.linspace(0, len(levels) - 1, min(2 * STRIPS, len(levels))).round().astype(int))]
+    if len(chosen) < 2:
+        raise ValueError("figure needs at least two images.")
+    first, second = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 : 2 * (len(chosen) // 2)]
+    options = flow.options(1e-5, 1e-5, batch_size=config.batch_size)
+    strips = flow.interpolate(first, second, STRIP_LENGTH, options).sample
+    real = torch.stack([flow._state(first), flow._state(second)], 1)
+    rebuilt = strips[:, [0, -1]]
+    # real | its reconstruction | interpolation, whose ends are reconstructions | real
+    rows = torch.cat([real[:, :1], strips, real[:, 1:]], 1)
+    pixels = ((rows - flow.data_min) / (flow.data_max - flow.data_min)).clamp(0, 1).mul(255).round().byte().cpu()
+    path = Path(str(config.figure))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tile(pixels).save(path)
+    return float((rebuilt - real).square().mean().sqrt())

@@ -1,0 +1,93 @@
+"""What an evaluation is told: one documented dataclass, from which the command line is generated."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+
+from ..likelihood import DEQUANTIZATIONS
+from ..options import check_options
+from ..options import option as _option
+
+FEATURES = ("classifier", "inception", "pixels")
+DEFAULT_SAMPLES = 5000
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What to evaluate; each field is the option of ``scripts/evaluate.py`` with the same name.
+
+    Raises:
+        ValueError: A value out of range or an unknown name.
+    """
+
+    model: str = _option(MISSING, "Folder or Hub name of a pipeline.")
+    output_dir: str | None = _option(
+        None, "Folder for results.json, results.md and pictures. Default: results are printed only."
+    )
+
+    # ------------------------------------------------------------------ data
+    dataset_name: str | None = _option(None, "'digits' or a name on the Hub. Default: digits, or data_dir.")
+    data_dir: str | None = _option(None, "Local data: a folder of images or Parquet, or such a file.", aliases=["data"])
+    dataset_split: str = _option("train", "Split that samples are compared with.")
+    test_split: str | None = _option(
+        None,
+        "Split of images that the model was not trained on: bits per dimension are computed on it, and it is measured "
+        "like a sampler. Default: none, and bits per dimension are those of dataset_split.",
+    )
+    image_column: str | None = _option(None, "Column with the images. Default: the data's image column.")
+    label_column: str | None = _option(None, "Column with the classes. Default: the data's class column, if any.")
+    num_reference: int = _option(50_000, "Images of dataset_split to compare with, at most.", least=5)
+
+    # ------------------------------------------------------------------ samples
+    num_samples: int | None = _option(
+        None,
+        f"Images to draw by each sampler. Default: {DEFAULT_SAMPLES}, or 0 where only bpd or figure is asked for.",
+        least=0,
+    )
+    sampler: tuple[str, ...] | None = _option(
+        None,
+        "Samplers, each 'label: key=value, key=value' with arguments of the scheduler (predictor, corrector, snr, ...) "
+        "and of the pipeline (num_inference_steps, method, rtol, atol, guidance_scale). Default: the pipeline's own.",
+    )
+    features: str | None = _option(
+        None,
+        "What is compared: features of a small classifier of the data's own classes, of Inception (downloaded by "
+        "torch-fidelity), or pixels. Default: classifier where the data have classes, pixels elsewhere.",
+        choices=FEATURES,
+    )
+    classifier: str | None = _option(
+        None,
+        "File of the classifier, which is trained and written there if it does not exist. Numbers made with different "
+        "classifiers cannot be compared. Default: classifier.safetensors in output_dir.",
+    )
+    classifier_steps: int = _option(1500, "Optimiser steps of training the classifier, 128 images each.", least=1)
+
+    # ------------------------------------------------------------------ likelihood
+    bpd: bool = _option(False, "Compute bits per dimension.")
+    figure: str | None = _option(None, "Write a picture here: real images, reconstructions, interpolations.")
+    num_images: int | None = _option(
+        None, "Images for bits per dimension, spread evenly over the data. Default: all.", least=1
+    )
+    dequantization: str = _option("uniform", "Noise added to bytes.", choices=DEQUANTIZATIONS[:2])
+    importance_samples: int = _option(1, "Dequantisations per image.")
+    num_probes: int = _option(1, "Trace probes per network call.")
+    rtol: float = _option(3e-4, "Relative tolerance of the solver.")
+    atol: float = _option(3e-4, "Absolute tolerance of the solver.")
+    t_min: float | None = _option(None, "SDE time of the data. Default: the model's own.")
+
+    batch_size: int = _option(64, "Images in one network call.", least=1)
+    seed: int = _option(0, "Seed of samples, classifier, dequantisation and probes.", least=0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.samples == 0 and not (self.bpd or self.figure):
+            raise ValueError("nothing to do: num_samples is 0, and neither bpd nor figure is set.")
+        if self.classifier is not None and self.features not in (None, "classifier"):
+            raise ValueError(f"classifier needs features 'classifier', got {self.features!r}.")
+
+    @property
+    def samples(self) -> int:
+        """Images to draw by each sampler."""
+        if self.num_samples is not None:
+            return self.num_samples
+        return 0 if (self.bpd or self.figure) and self.sampler is None else DEFAULT_SAMPLES

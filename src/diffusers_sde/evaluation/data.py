@@ -1,0 +1,80 @@
+"""The images that a pipeline is evaluated on, as it sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..training.configuration import EMBEDDED_DATASETS, TrainingConfig
+from ..training.data import ImageSource, load_images
+from .configuration import EvaluationConfig
+
+
+@dataclass(frozen=True)
+class Images:
+    """Some images of a split.
+
+    Attributes:
+        pixels: Bytes, shape (N, C, H, W).
+        labels: Classes, shape (N,), or None.
+        class_names: Names of the classes.
+        split: Name of the split.
+    """
+
+    pixels: Tensor
+    labels: Tensor | None
+    class_names: list[str]
+    split: str
+
+
+def data_name(config: EvaluationConfig) -> str:
+    """What to call the data."""
+    return config.dataset_name or (Path(config.data_dir).resolve().name if config.data_dir else "digits")
+
+
+def read_images(config: EvaluationConfig, pipe: Any, split: str, count: int | None, show_progress: bool) -> Images:
+    """Images of a split, evenly spread over it, in the size of the pipeline's network.
+
+    Args:
+        config: Where the data are.
+        pipe: For the size.
+        split: Which split.
+        count: How many at most, all if None.
+        show_progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: Bad data, or a network whose images are not square.
+    """
+    if split != "train" and config.data_dir is None and data_name(config) in EMBEDDED_DATASETS:
+        raise ValueError(f"{data_name(config)!r} has the split 'train' only, got {split!r}.")
+    if hasattr(pipe, "sample_shape"):
+        channels, height, width = pipe.sample_shape
+    else:
+        channels, height, width = pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2
+    if height != width:
+        raise ValueError(f"the network's images are {width}x{height}; only square ones are read here.")
+    data = TrainingConfig(
+        dataset_name=config.dataset_name,
+        train_data_dir=config.data_dir,
+        dataset_split=split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        resolution=int(height),
+        channels=int(channels),
+        center_crop=True,
+        cache_images=False,
+    )
+    source = ImageSource(load_images(data), data)
+    count = len(source) if count is None else min(count, len(source))
+    indices = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int))
+    pixels = np.empty((len(indices), channels, height, width), np.uint8)
+    for row, index in enumerate(tqdm(indices, desc=f"Reading {split}", disable=not show_progress, leave=False)):
+        pixels[row] = source.get(int(index))
+    labels = None if source.labels is None else source.labels[torch.from_numpy(indices)]
+    return Images(torch.from_numpy(pixels), labels, source.class_names, split)

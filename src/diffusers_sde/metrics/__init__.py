@@ -1,0 +1,27 @@
+"""How close a set of images is to another.
+
+    from diffusers_sde.metrics import SampleQuality, train_classifier
+    quality = SampleQuality(images, train_classifier(images, labels))
+    quality(samples)  # {"FD-classifier": ..., "KID-classifier": ..., "precision": ..., ...}
+
+Needs the extra ``training``: ``pip install diffusers-sde[training]``.
+"""
+
+from .classifier import ClassifierFeatures, load_classifier, train_classifier
+from .distances import frechet_distance, inception_score, kernel_distance, nearest_neighbours, precision_recall
+from .features import InceptionFeatures, PixelFeatures
+from .quality import SampleQuality
+
+__all__ = [
+    "ClassifierFeatures",
+    "InceptionFeatures",
+    "PixelFeatures",
+    "SampleQuality",
+    "frechet_distance",
+    "inception_score",
+    "kernel_distance",
+    "load_classifier",
+    "nearest_neighbours",
+    "precision_recall",
+    "train_classifier",
+]
