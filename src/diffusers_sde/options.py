@@ -65,7 +65,8 @@ def parser_of(config: type, **arguments: Any) -> argparse.ArgumentParser:
 
     Args:
         config: The dataclass.
-        **arguments: Of ``argparse.ArgumentParser``, such as ``prog`` and ``description``.
+        **arguments: Of ``argparse.ArgumentParser``, such as ``prog`` and ``description``; ``argument_default`` stands
+            for all defaults, and SUPPRESS leaves out what is not given.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False, **arguments)
     hints = get_type_hints(config)
@@ -73,10 +74,11 @@ def parser_of(config: type, **arguments: Any) -> argparse.ArgumentParser:
         types = [t for t in get_args(hints[f.name]) if t is not type(None)] or [hints[f.name]]
         required = f.default is dataclasses.MISSING
         default = None if required else f.default
-        settings: dict[str, Any] = {"default": default, "choices": f.metadata["choices"]}
+        given = default if parser.argument_default is None else parser.argument_default
+        settings: dict[str, Any] = {"default": given, "choices": f.metadata["choices"]}
         element = next((t for t in get_args(types[0]) if t is not Ellipsis), None)
         if types[0] is bool:
-            settings = {"default": default, "action": argparse.BooleanOptionalAction}
+            settings = {"default": given, "action": argparse.BooleanOptionalAction}
         elif element is not None or Ellipsis in types:  # tuple[int, ...], alone or beside None
             element = element or types[0]
             # "--sampler a --sampler b" is "--sampler a b"; a default that is not None would stay in front.

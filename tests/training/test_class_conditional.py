@@ -4,7 +4,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 from diffusers_sde.pipelines import ClassConditionalSDEPipeline
@@ -22,13 +21,6 @@ TINY = {
     "logger": "none",
     "class_conditional": True,
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,14 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
+import torch
 
-from diffusers_sde.training import TrainingConfig, parse_args
+from diffusers_sde.training import Trainer, TrainingConfig, parse_args
 from diffusers_sde.training.cli import build_parser, main
+from diffusers_sde.training.recipes import RECIPES
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 
@@ -97,3 +101,39 @@ def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, capsys):
 def test_the_script_answers_help():
     done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True)
     assert "--gradient_accumulation_steps" in done.stdout
+
+
+def test_recipes_are_complete_and_explicit_options_count_first():
+    for name in RECIPES:
+        config = parse_args(["--recipe", name])
+        assert config == TrainingConfig.from_recipe(name)
+        assert (config.learning_rate, config.lr_warmup_steps, config.train_batch_size) == (2e-4, 5000, 128)
+    config = parse_args("--recipe paper_ve_continuous --sigma_max 90 --no-random_flip --learning_rate 2e-4".split())
+    assert (config.sigma_max, config.sigma_min, config.random_flip) == (90.0, 0.01, False)
+    assert config.max_train_steps == 1_300_000
+    assert parse_args("--recipe paper_vp --num_epochs 3".split()).max_train_steps is None
+    with pytest.raises(ValueError, match="recipe must be one of paper_ve, .*, got 'paper'"):
+        TrainingConfig.from_recipe("paper")
+
+
+def test_recipes_train_the_papers_sdes(tmp_path):
+    """The quantities of the paper's equations 30 to 33 and the time that its networks are fed."""
+    data = datasets.Dataset.from_dict({"image": [np.full((32, 32, 3), v, dtype=np.uint8) for v in (0, 255)]})
+    small = {"block_out_channels": (8, 8), "layers_per_block": 1, "output_dir": str(tmp_path), "logger": "none"}
+    built = {name: Trainer(TrainingConfig.from_recipe(name, **small), data) for name in RECIPES}
+    t = torch.tensor([1e-5, 0.3, 1.0], dtype=torch.float64)
+    variance = 1 - torch.exp(-0.1 * t - 9.95 * t**2)
+    sigma = 0.01 * 5000**t
+    for name in ("paper_ve", "paper_ve_continuous"):
+        torch.testing.assert_close(built[name].sde.sigma(t), sigma)
+    torch.testing.assert_close(built["paper_vp_continuous"].sde.sigma(t), variance.sqrt())
+    torch.testing.assert_close(built["paper_sub_vp_continuous"].sde.sigma(t), variance)
+    fed = {name: run.scheduler.conditioning.timestep(run.sde, t[1:]) for name, run in built.items()}
+    torch.testing.assert_close(fed["paper_ve_continuous"], sigma[1:])
+    for name in ("paper_vp_continuous", "paper_sub_vp_continuous", "paper_ve"):
+        torch.testing.assert_close(fed[name], 999 * t[1:])
+    assert built["paper_vp"].discrete_steps == built["paper_ve"].discrete_steps == 1000
+    assert {name: run.config.ema_max_decay for name, run in built.items() if "_ve" in name} == {
+        "paper_ve": 0.999,
+        "paper_ve_continuous": 0.999,
+    }

@@ -229,3 +229,24 @@ def test_stratified_times_fill_every_part_of_the_range_once(digits):
         assert sorted((u * 8).floor().int().tolist()) == list(range(8))
         # Within its part a sample is where its own random number puts it.
         torch.testing.assert_close((u * 8) % 1.0, plain.__getitems__(numbers)["u"])
+
+
+def test_a_folder_of_mixed_sizes_modes_and_broken_files(tmp_path, caplog):
+    folder = tmp_path / "data"
+    for kind, modes in (("cat", ("RGB", "L", "RGBA")), ("dog", ("P", "1", "LA"))):
+        (folder / kind).mkdir(parents=True)
+        for i, mode in enumerate(modes):
+            Image.new(mode, (10 + 3 * i, 12 + 5 * i)).save(folder / kind / f"{i}.png")
+    whole = (folder / "cat" / "0.png").read_bytes()
+    (folder / "cat" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "dog" / "empty.jpg").write_bytes(b"")
+    options = {"train_data_dir": str(folder), "cache_dir": str(tmp_path / "cache"), "resolution": 8}
+    with pytest.raises(ValueError, match="Image 3 of the data set cannot be used.*skip_broken_images"):
+        ImageSource(load_images(TrainingConfig(**options)), TrainingConfig(**options))
+    config = TrainingConfig(**options, skip_broken_images=True)
+    source = ImageSource(load_images(config), config)
+    assert len(source) == 6 and source.channels == 3
+    assert source.get_many(range(6)).shape == (6, 3, 8, 8)
+    assert (source.class_names, source.labels.tolist()) == (["cat", "dog"], [0, 0, 0, 1, 1, 1])
+    assert "Left out 2 of 8 images" in caplog.text
+    assert "cut.png" in caplog.text and "empty.jpg" in caplog.text

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from diffusers_sde.training import Trainer, TrainingConfig
@@ -35,13 +34,6 @@ OPTIONS = {
     "mixed_precision": "no",
     "resume_from_checkpoint": "latest",
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +199,26 @@ def test_another_folder_can_be_resumed_from(tmp_path):
     trainer(tmp_path / "a", max_train_steps=2).run()
     shutil.copytree(tmp_path / "a" / "checkpoint-2", tmp_path / "elsewhere")
     assert trainer(tmp_path / "b", resume_from_checkpoint=str(tmp_path / "elsewhere")).step == 2
+
+
+def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(ValueError, match="output_dir .* has 0 MiB free, but a checkpoint .* of this network need"):
+        trainer(tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
+    trainer(tmp_path / "new" / "folder")
+
+
+def test_an_unwritable_folder_is_found_before_training(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="output_dir '.*file/run' cannot be written"):
+        trainer(tmp_path / "file" / "run")
+
+    def refused(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(checkpoints_module.tempfile, "TemporaryFile", refused)  # root may write anywhere
+    with pytest.raises(ValueError, match="output_dir .* cannot be written: .*Permission denied"):
+        trainer(tmp_path / "run")

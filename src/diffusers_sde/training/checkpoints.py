@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,6 +111,27 @@ def find_checkpoint(output_dir: Path, wanted: str | None, overwrite: bool, loggi
             "resume_from_checkpoint='latest', delete it with overwrite_output_dir, or choose another folder."
         )
     return Path(wanted) if wanted not in (None, "latest") else None
+
+
+def check_output_dir(output_dir: Path, needed: int) -> None:
+    """Make sure that ``needed`` bytes can be written to a folder, which need not exist yet; nothing is left there.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    place = output_dir.resolve()
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            free = shutil.disk_usage(place).free
+    except OSError as error:
+        raise ValueError(f"output_dir {str(output_dir)!r} cannot be written: {error}.") from error
+    if free < needed:
+        raise ValueError(
+            f"output_dir {str(output_dir)!r} has {free / 2**20:.0f} MiB free, but a checkpoint and the final pipeline "
+            f"of this network need {needed / 2**20:.0f} MiB: free space or choose another folder."
+        )
 
 
 def clear_run(output_dir: Path, logging_dir: str) -> None:

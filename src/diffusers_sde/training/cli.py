@@ -10,19 +10,26 @@ from collections.abc import Sequence
 
 from ..options import parser_of
 from .configuration import TrainingConfig
+from .recipes import RECIPES
 from .trainer import Trainer
 
 
 def build_parser() -> argparse.ArgumentParser:
     """One option per field of ``TrainingConfig``, with its help text and default."""
-    return parser_of(
+    parser = parser_of(
         TrainingConfig,
+        argument_default=argparse.SUPPRESS,  # what is not given comes from the recipe or the configuration's defaults
         prog="train.py",
         description="Train a UNet2DModel by denoising score matching for a VE, VP, sub-VP or rectified-flow SDE.",
         epilog="A step is an optimiser step: train_batch_size x processes x gradient_accumulation_steps images. "
         "Launch: 'accelerate launch scripts/train.py ...'; several processes without a GPU: 'ACCELERATE_USE_CPU=true "
-        "accelerate launch --multi_gpu --num_processes 2 scripts/train.py ...' (accelerate's --cpu starts only one).",
+        "accelerate launch --multi_gpu --num_processes 2 scripts/train.py ...' (accelerate's --cpu starts only one). On "
+        "a CPU accelerate gives a process one thread: --num_cpu_threads_per_process changes that.",
     )
+    parser.add_argument(
+        "--recipe", choices=sorted(RECIPES), help="Settings of the paper for CIFAR-10, which other options override."
+    )
+    return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> TrainingConfig:
@@ -35,7 +42,7 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainingConfig:
         ValueError: See ``TrainingConfig``.
         SystemExit: An unknown option or a value that is not of its type.
     """
-    return TrainingConfig(**vars(build_parser().parse_args(argv)))
+    return TrainingConfig.from_recipe(**vars(build_parser().parse_args(argv)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

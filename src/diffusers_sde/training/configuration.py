@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from ..losses import TIME_SAMPLINGS, WEIGHTINGS
 from ..options import check_options
 from ..options import option as _option
 from ..parametrizations import PREDICTION_TYPES, TIME_CONDITIONINGS
 from ..sdes import BETA_SCHEDULES
+from .recipes import RECIPES
 
 TRAINABLE_SDES = ("ve", "vp", "sub_vp", "flow")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -61,6 +63,9 @@ class TrainingConfig:
     random_flip: bool = _option(False, "Mirror half of the images left to right. Not for digits or letters.")
     channels: int | None = _option(
         None, "1 (grey) or 3 (RGB): convert images to it. Default: what the data has.", least=1, most=3
+    )
+    skip_broken_images: bool = _option(
+        False, "Leave out images that cannot be read, with a report; otherwise the first one is an error."
     )
     cache_images: bool | None = _option(
         None, "Keep all prepared images in memory as bytes. Default: where they need less than 1 GiB."
@@ -274,6 +279,24 @@ class TrainingConfig:
             )
         if not self.output_dir:
             raise ValueError("output_dir must not be empty.")
+
+    @classmethod
+    def from_recipe(cls, recipe: str | None = None, **options: Any) -> TrainingConfig:
+        """The settings of a recipe, such as ``paper_vp_continuous``, which ``options`` override.
+
+        Args:
+            recipe: One of ``RECIPES``; None for the defaults.
+            **options: Fields of this class.
+
+        Raises:
+            ValueError: Unknown recipe, or see the class.
+        """
+        if recipe is not None and recipe not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}.")
+        settings = dict(RECIPES[recipe]) if recipe is not None else {}
+        if "num_epochs" in options:
+            settings.pop("max_train_steps", None)  # it would count before what was asked for
+        return cls(**(settings | options))
 
     @classmethod
     def describe(cls) -> str:

@@ -114,6 +114,8 @@ class ImageSource:
         self._dataset = dataset
         self._center_crop = config.center_crop
         self._image_column = _image_column(dataset, config.image_column)
+        if config.skip_broken_images:
+            self._dataset = dataset = self._without_broken(show_progress)
         self.class_names, self.labels = _classes(dataset, config.label_column)
         first = [self._read(i) for i in range(min(len(dataset), SCANNED_IMAGES))]
         self.channels = config.channels or (1 if all(image.mode in GREY_MODES for image in first) else 3)
@@ -161,7 +163,38 @@ class ImageSource:
                 raise ValueError("there is none")
             return _as_pil(value)
         except Exception as error:  # whatever a decoder throws, the user needs to know which image
-            raise ValueError(f"Image {index} of the data set cannot be used: {error}") from error
+            raise ValueError(
+                f"Image {index} of the data set cannot be used: {error} (skip_broken_images leaves such images out)."
+            ) from error
+
+    def _without_broken(self, show_progress: bool) -> datasets.Dataset:
+        """The data set without the images that cannot be read, which are reported."""
+        whole, broken = [], []
+        for i in tqdm(range(len(self)), desc="Checking images", disable=not show_progress, leave=False):
+            try:
+                self._read(i).load()
+                whole.append(i)
+            except (ValueError, OSError):
+                broken.append(i)
+        if not whole:
+            raise ValueError(f"None of the {len(broken)} images of the data set can be read.")
+        if broken:
+            first = ", ".join(self._name(i) for i in broken[:5])
+            logger.warning(
+                "Left out %d of %d images, which cannot be read: %s%s.",
+                len(broken),
+                len(self),
+                first,
+                ", ..." if len(broken) > 5 else "",
+            )
+        return self._dataset.select(whole)
+
+    def _name(self, index: int) -> str:
+        """The file that an image comes from, or its number."""
+        if not isinstance(self._dataset.features[self._image_column], datasets.Image):
+            return str(index)
+        raw = self._dataset.cast_column(self._image_column, datasets.Image(decode=False))[index][self._image_column]
+        return (raw or {}).get("path") or str(index)
 
     def _check_size(self, index: int, image: Image.Image) -> None:
         if self._fixed_size and image.size != (self.resolution, self.resolution):

@@ -7,6 +7,7 @@ import math
 import os
 
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
 
 from ..losses import output_weight, times_from_uniform
@@ -72,8 +73,13 @@ def default_weighting(config: TrainingConfig, scheduler: SDEScheduler) -> str:
     return "paper" if scheduler.config.prediction_type in ("epsilon", "score") else "output"
 
 
-def default_precision() -> str:
-    """What accelerate was launched with; else bf16 where the hardware computes in it, so that it is faster; else no."""
+def default_precision() -> str | None:
+    """What accelerate was launched with; else bf16 where the hardware computes in it, so that it is faster; else no.
+
+    None, which changes nothing, where accelerate was set up before.
+    """
+    if AcceleratorState._shared_state:
+        return None
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no":
         return launched

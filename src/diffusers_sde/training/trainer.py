@@ -30,7 +30,15 @@ from ..denoisers import call_network
 from ..losses import denoising_loss, importance_ratio, times_from_uniform
 from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
 from .averaging import PowerEMA
-from .checkpoints import clear_run, find_checkpoint, load_checkpoint, read_state, save_checkpoint, write_text
+from .checkpoints import (
+    check_output_dir,
+    clear_run,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+    write_text,
+)
 from .configuration import TrainingConfig
 from .data import ImageSource, TrainingSamples, batches, load_images, to_network
 from .models import (
@@ -104,6 +112,11 @@ class Trainer:
         )
         set_seed(config.seed)
         self.unet: UNet2DModel = build_unet(config, self.source)
+
+        if main_process:
+            weights = sum(p.numel() * p.element_size() for p in self.unet.parameters())
+            copies = (4 if config.use_ema else 3) if config.checkpointing_steps else 0  # Adam has two
+            check_output_dir(self.output_dir, (copies + 1) * weights)
 
         n = len(self.source)
         batch = config.train_batch_size * self.accelerator.num_processes
