@@ -6,14 +6,17 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from safetensors.torch import load_file
 
+from diffusers_sde import SDEPipeline
 from diffusers_sde.training import Trainer, TrainingConfig
 from diffusers_sde.training import checkpoints as checkpoints_module
 from diffusers_sde.training.checkpoints import DISCARDED, UNFINISHED, list_checkpoints, read_state
@@ -135,6 +138,61 @@ def test_sigterm_saves_and_exits(tmp_path):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def run_rank(output_dir, rank, port, terminated_at=None, options=None):
+    """One of two processes on the CPU, as a launcher would start it; one that is asked to stop at a micro-batch."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    run, calls = trainer(output_dir, **options), iter(range(1000))
+    loss = run.loss
+
+    def preempted(batch):
+        if next(calls) == terminated_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(batch)
+
+    run.loss = preempted
+    run.run()
+
+
+def in_two_children(processes, output_dir, terminated_at=None, **options):
+    """Train on two processes, of which only the second one hears SIGTERM."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    times = (None, terminated_at)
+    children = [
+        processes.Process(target=run_rank, args=(output_dir, rank, port, times[rank], options)) for rank in range(2)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    return [child.exitcode for child in children]
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_and_any_number_can_go_on(tmp_path, processes):
+    options = {"dropout": 0.0, "train_batch_size": 2, "checkpointing_steps": 0, "max_train_steps": 8}
+    assert in_two_children(processes, tmp_path / "run", 7, **options) == [EXIT_CODE, EXIT_CODE]
+    (checkpoint,) = list_checkpoints(tmp_path / "run")
+    state = read_state(checkpoint)
+    assert (checkpoint.name, state["processes"], state["samples_seen"]) == ("checkpoint-4", 2, 32)
+    assert {"random_states_0.pkl", "random_states_1.pkl"} <= set(state["files"])
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    assert in_two_children(processes, tmp_path / "run", **options) == [0, 0]
+    one = options | {"train_batch_size": 4}
+    alone = trainer(tmp_path / "alone", **one).run()
+    whole = trainer(tmp_path / "whole", **one).run()
+    a, b, c = (
+        torch.cat([p.detach().flatten() for p in unet.parameters()])
+        for unet in (SDEPipeline.from_pretrained(tmp_path / "run").unet, alone.unet, whole.unet)
+    )
+    # Sums in another order, nothing else: the averaged weights have moved by far more.
+    moved = torch.cat([p.detach().flatten() for p in trainer(tmp_path / "new", **one).unet.parameters()])
+    for other in (a, b):
+        assert (other - c).norm() < 1e-3 * (moved - c).norm()
+
+
 def damage(file):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -222,3 +280,9 @@ def test_an_unwritable_folder_is_found_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints_module.tempfile, "TemporaryFile", refused)  # root may write anywhere
     with pytest.raises(ValueError, match="output_dir .* cannot be written: .*Permission denied"):
         trainer(tmp_path / "run")
+
+
+def test_sharding_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
+    with pytest.raises(ValueError, match="FSDP.*use DDP"):
+        trainer(tmp_path)

@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
@@ -98,6 +98,12 @@ class Trainer:
                 project_dir=str(self.output_dir), logging_dir=str(self.output_dir / config.logging_dir)
             ),
         )
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            # The average and the checkpoints are of whole weights, which every process has under DDP only.
+            raise ValueError(
+                f"accelerate was launched with {self.accelerator.distributed_type.value}, which shards the network: "
+                "use DDP, for example --config_file scripts/accelerate/ddp.yaml."
+            )
         main_process = self.accelerator.is_main_process
         with self.accelerator.main_process_first():  # the others find what the first one has downloaded
             images = load_images(config) if dataset is None else dataset
