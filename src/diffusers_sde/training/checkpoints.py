@@ -144,14 +144,6 @@ def clear_run(output_dir: Path, logging_dir: str) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a file that is whole or as it was before, whenever the machine dies."""
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    unfinished.write_text(text)
-    _sync(unfinished)
-    unfinished.replace(file)
-
-
 def save_checkpoint(
     accelerator: Accelerator,
     output_dir: Path,

@@ -23,8 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train a UNet2DModel by denoising score matching for a VE, VP, sub-VP or rectified-flow SDE.",
         epilog="A step is an optimiser step: train_batch_size x processes x gradient_accumulation_steps images. "
         "Launch: 'accelerate launch scripts/train.py ...'; several processes without a GPU: 'ACCELERATE_USE_CPU=true "
-        "accelerate launch --multi_gpu --num_processes 2 scripts/train.py ...' (accelerate's --cpu starts only one). On "
-        "a CPU accelerate gives a process one thread: --num_cpu_threads_per_process changes that.",
+        "accelerate launch --multi_gpu --num_processes 2 scripts/train.py ...' (accelerate's --cpu starts only one). "
+        "On a CPU accelerate gives a process one thread: --num_cpu_threads_per_process changes that.",
     )
     parser.add_argument(
         "--recipe", choices=sorted(RECIPES), help="Settings of the paper for CIFAR-10, which other options override."

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..denoisers import call_network
+from ..files import write_whole
 from ..losses import denoising_loss, importance_ratio, times_from_uniform
 from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
 from .averaging import PowerEMA
@@ -37,7 +38,6 @@ from .checkpoints import (
     load_checkpoint,
     read_state,
     save_checkpoint,
-    write_text,
 )
 from .configuration import TrainingConfig
 from .data import ImageSource, TrainingSamples, batches, load_images, to_network
@@ -102,7 +102,7 @@ class Trainer:
             # The average and the checkpoints are of whole weights, which every process has under DDP only.
             raise ValueError(
                 f"accelerate was launched with {self.accelerator.distributed_type.value}, which shards the network: "
-                "use DDP, for example --config_file scripts/accelerate/ddp.yaml."
+                "use DDP, for example --config_file scripts/launch/ddp.yaml."
             )
         main_process = self.accelerator.is_main_process
         with self.accelerator.main_process_first():  # the others find what the first one has downloaded
@@ -163,7 +163,8 @@ class Trainer:
             if config.overwrite_output_dir:
                 clear_run(self.output_dir, config.logging_dir)
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            write_text(self.output_dir / "training_config.json", json.dumps(asdict(config), indent=2) + "\n")
+            settings = json.dumps(asdict(config), indent=2) + "\n"
+            write_whole(self.output_dir / "training_config.json", lambda file: file.write_text(settings))
         accelerator.wait_for_everyone()
         self._prepare()
         self._log_start()
