@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 
 from ..likelihood import DEQUANTIZATIONS
+from ..metrics import FEATURES
 from ..options import check_options
 from ..options import option as _option
 
-FEATURES = ("classifier", "inception", "pixels")
 DEFAULT_SAMPLES = 5000
 
 

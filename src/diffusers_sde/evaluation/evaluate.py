@@ -30,22 +30,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..files import write_whole
-from ..generation import ImageSampler, Sampler, as_sde_pipeline, launched_processes
-from ..metrics import (
-    ClassifierFeatures,
-    InceptionFeatures,
-    PixelFeatures,
-    SampleQuality,
-    load_classifier,
-    nearest_neighbours,
-    train_classifier,
-)
-from ..metrics.features import FeatureExtractor
+from ..generation import ImageSampler, Sampler, as_sde_pipeline, draw_images, launched_processes
+from ..metrics import ClassifierFeatures, SampleQuality, make_extractor, nearest_neighbours
 from ..metrics.quality import spread
 from ..pipelines import ClassConditionalSDEPipeline, ProbabilityFlow
 from .codes import bits_per_dim, draw_codes
@@ -96,7 +87,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         if judge is not None:
             report |= {"features": judge.description, "baseline": judge.baseline(), "samplers": []}
         for sampler in samplers:
-            drawn, calls = _draw(sampler, config, process)
+            drawn, calls = draw_images(sampler, config.samples, config.batch_size, process, progress_bar=True)
             if judge is not None:
                 report["samplers"].append(judge(sampler, drawn, calls))
                 _write(config, report)  # what is known so far survives an interruption
@@ -140,22 +131,21 @@ def _is_conditional(pipe: Any) -> bool:
     return isinstance(pipe, ClassConditionalSDEPipeline)
 
 
-def _draw(sampler: ImageSampler, config: EvaluationConfig, process: PartialState) -> tuple[Tensor, float]:
-    """The samples of all processes in order, bytes of shape (N, C, H, W), and network calls per image."""
-    mine = range(config.samples)[process.process_index :: process.num_processes]
-    parts = list(sampler(mine, config.batch_size, process.is_main_process))
-    gathered = gather_object([(parts, sampler.calls)])
-    numbers = torch.tensor([number for parts, _ in gathered for batch, _ in parts for number in batch])
-    images = torch.cat([images for parts, _ in gathered for _, images in parts])
-    return images[numbers.argsort()], sum(calls for _, calls in gathered) / len(images)
-
-
 class _Judge:
     """Measures samples against the reference, on one process."""
 
     def __init__(self, config: EvaluationConfig, reference: Images, test: Images | None, process: PartialState) -> None:
         self._config, self._reference, self._test = config, reference, test
-        extractor = _extractor(config, reference, process)
+        path = None if config.output_dir is None else Path(config.output_dir) / "classifier.safetensors"
+        extractor = make_extractor(
+            config.features,
+            reference.pixels,
+            reference.labels,
+            path if config.classifier is None else Path(config.classifier),
+            config.classifier_steps,
+            config.seed,
+            process.device,
+        )
         self._has_classes = isinstance(extractor, ClassifierFeatures)
         self._quality = SampleQuality(reference.pixels, extractor, progress_bar=True)
         self.description: dict[str, Any] = {"name": extractor.name, "dimensions": self._quality.dimensions}
@@ -207,26 +197,6 @@ class _Judge:
             "metrics": metrics,
             "nearest": self._nearest(distances[:, 0]),
         }
-
-
-def _extractor(config: EvaluationConfig, reference: Images, process: PartialState) -> FeatureExtractor:
-    name = config.features or ("pixels" if reference.labels is None else "classifier")
-    if name == "pixels":
-        return PixelFeatures()
-    if name == "inception":
-        return InceptionFeatures(process.device)
-    if reference.labels is None:
-        raise ValueError("features 'classifier' need data with classes: take 'pixels' or 'inception'.")
-    path = None if config.output_dir is None else Path(config.output_dir) / "classifier.safetensors"
-    path = Path(config.classifier) if config.classifier is not None else path
-    if path is not None and path.exists():
-        return load_classifier(path, reference.pixels, reference.labels, process.device)
-    classifier = train_classifier(
-        reference.pixels, reference.labels, config.classifier_steps, config.seed, process.device, progress_bar=True
-    )
-    if path is not None:
-        classifier.save(path)
-    return classifier
 
 
 def _write(config: EvaluationConfig, report: dict[str, Any]) -> None:

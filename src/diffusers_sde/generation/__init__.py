@@ -7,6 +7,15 @@ Needs the extra ``training``: ``pip install diffusers-sde[training]``.
 """
 
 from .cli import SamplingConfig, generate, main
-from .samplers import ImageSampler, Sampler, as_sde_pipeline, launched_processes
+from .samplers import ImageSampler, Sampler, as_sde_pipeline, draw_images, launched_processes
 
-__all__ = ["ImageSampler", "Sampler", "SamplingConfig", "as_sde_pipeline", "generate", "launched_processes", "main"]
+__all__ = [
+    "ImageSampler",
+    "Sampler",
+    "SamplingConfig",
+    "as_sde_pipeline",
+    "draw_images",
+    "generate",
+    "launched_processes",
+    "main",
+]

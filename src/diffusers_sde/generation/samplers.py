@@ -16,7 +16,7 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 from diffusers import DiffusionPipeline, UNet2DModel
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -219,6 +219,22 @@ class ImageSampler:
             arguments["class_labels"] = classes
         images = self.pipe(latents=latents, generator=generators, output_type="pt", return_dict=False, **arguments)[0]
         return images
+
+
+def draw_images(
+    sampler: ImageSampler, count: int, batch_size: int, process: PartialState, progress_bar: bool = False
+) -> tuple[Tensor, float]:
+    """Images 0 to ``count`` - 1, drawn by all processes together; to be called on all.
+
+    Returns:
+        The images on every process, bytes of shape (count, C, H, W), and network calls per image.
+    """
+    mine = range(count)[process.process_index :: process.num_processes]
+    parts = list(sampler(mine, batch_size, progress_bar and process.is_main_process))
+    gathered = gather_object([(parts, sampler.calls)])
+    numbers = torch.tensor([number for parts, _ in gathered for batch, _ in parts for number in batch])
+    images = torch.cat([images for parts, _ in gathered for _, images in parts])
+    return images[numbers.argsort()], sum(calls for _, calls in gathered) / count
 
 
 def generator_of(seed: int, number: int) -> torch.Generator:

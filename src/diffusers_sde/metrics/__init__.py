@@ -9,10 +9,12 @@ Needs the extra ``training``: ``pip install diffusers-sde[training]``.
 
 from .classifier import ClassifierFeatures, load_classifier, train_classifier
 from .distances import frechet_distance, inception_score, kernel_distance, nearest_neighbours, precision_recall
+from .extractors import FEATURES, make_extractor
 from .features import InceptionFeatures, PixelFeatures
 from .quality import SampleQuality
 
 __all__ = [
+    "FEATURES",
     "ClassifierFeatures",
     "InceptionFeatures",
     "PixelFeatures",
@@ -21,6 +23,7 @@ __all__ = [
     "inception_score",
     "kernel_distance",
     "load_classifier",
+    "make_extractor",
     "nearest_neighbours",
     "precision_recall",
     "train_classifier",

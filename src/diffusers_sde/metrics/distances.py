@@ -1,7 +1,7 @@
 """Distances between sets of feature vectors.
 
 What torchmetrics has is torchmetrics'; it is given the features themselves. Nothing here touches torch's
-global random state.
+global random state, or other processes: whoever calls has gathered the vectors (``sync_on_compute=False``).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     with _torchmetrics():
-        metric = FrechetInceptionDistance(_AsTheyAre(features.shape[1])).set_dtype(torch.float64)
+        metric = FrechetInceptionDistance(_AsTheyAre(features.shape[1]), sync_on_compute=False).set_dtype(torch.float64)
         metric.update(reference.double(), real=True)
         metric.update(features.double(), real=False)
         return float(metric.compute())
@@ -66,7 +66,9 @@ def kernel_distance(features: Tensor, reference: Tensor) -> tuple[float, float]:
 
     with _torchmetrics():
         size = min(1000, len(features), len(reference))
-        metric = KernelInceptionDistance(_AsTheyAre(features.shape[1]), subset_size=size).set_dtype(torch.float64)
+        metric = KernelInceptionDistance(
+            _AsTheyAre(features.shape[1]), subset_size=size, sync_on_compute=False
+        ).set_dtype(torch.float64)
         metric.update(reference.double(), real=True)
         metric.update(features.double(), real=False)
         mean, deviation = metric.compute()
@@ -85,7 +87,7 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
     from torchmetrics.image.inception import InceptionScore
 
     with _torchmetrics():
-        metric = InceptionScore(_AsTheyAre(logits.shape[1]), splits=min(10, len(logits)))
+        metric = InceptionScore(_AsTheyAre(logits.shape[1]), splits=min(10, len(logits)), sync_on_compute=False)
         metric.update(logits)
         mean, deviation = metric.compute()
         return float(mean), float(deviation)

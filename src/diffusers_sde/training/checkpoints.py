@@ -24,7 +24,16 @@ EMA_FILE = "ema.safetensors"
 UNFINISHED = ".unfinished-checkpoint"
 DISCARDED = ".discarded-checkpoint"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_FILES_OF_A_RUN = ("model_index.json", "training_config.json", "unet", "scheduler", "samples", UNFINISHED, DISCARDED)
+_FILES_OF_A_RUN = (
+    "model_index.json",
+    "training_config.json",
+    "unet",
+    "scheduler",
+    "samples",
+    "classifier.safetensors",
+    UNFINISHED,
+    DISCARDED,
+)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..losses import TIME_SAMPLINGS, WEIGHTINGS
+from ..metrics import FEATURES
 from ..options import check_options
 from ..options import option as _option
 from ..parametrizations import PREDICTION_TYPES, TIME_CONDITIONINGS
@@ -228,6 +229,16 @@ class TrainingConfig:
         100, "Noise levels used to sample them.", least=1, aliases=["ddpm_num_inference_steps"]
     )
     eval_batch_size: int = _option(64, "Images sampled at a time.", least=1)
+    eval_every: int | None = _option(
+        0, "Draw and measure num_eval_images samples every so many optimiser steps, and at the end; 0: never.", least=0
+    )
+    num_eval_images: int = _option(512, "Samples to measure; only numbers of equally many compare.", least=5)
+    eval_features: str | None = _option(
+        None,
+        "What is compared with the data: features of a small classifier of its own classes, of Inception, or pixels. "
+        "Default: classifier where the data have classes, pixels elsewhere.",
+        choices=FEATURES,
+    )
     save_model_epochs: int | None = _option(
         None, "Save the pipeline every so many epochs. It is always saved at the end.", least=1
     )

@@ -49,6 +49,7 @@ from .models import (
     default_weighting,
     training_sde,
 )
+from .progress import ProgressOfSamples
 from .signals import EXIT_CODE, StopSignal
 
 logger = logging.getLogger(__name__)
@@ -167,6 +168,7 @@ class Trainer:
             write_whole(self.output_dir / "training_config.json", lambda file: file.write_text(settings))
         accelerator.wait_for_everyone()
         self._prepare()
+        self._progress = ProgressOfSamples(config, self.source) if config.eval_every else None
         self._log_start()
 
         strata = self.global_batch_size if config.stratified_times else 1
@@ -299,6 +301,12 @@ class Trainer:
                     raise SystemExit(EXIT_CODE)
             if _due(self.step, self.sample_every, last):
                 self._save_samples()
+                since = time.perf_counter()
+            if self._progress is not None and _due(self.step, config.eval_every, last):
+                with self._averaged_weights() as unet:
+                    values = {f"eval/{name}": value for name, value in self._progress(self._pipeline(unet)).items()}
+                logger.info("Step %d: %s", self.step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+                accelerator.log(values, step=self.step)
                 since = time.perf_counter()
             if _due(self.step, self.save_every, False):
                 self._save_pipeline()
