@@ -1,0 +1,217 @@
+"""Model cards: what a person who meets a model on the Hub needs to know, from the pipeline and from measurements.
+
+``results`` is a dictionary, read from one or several JSON files by ``scripts/push_to_hub.py``. All keys are optional:
+
+    license            of the weights, such as "apache-2.0"
+    description        what the model draws; default: one sentence
+    dataset            {"name": "Fashion-MNIST", "id": "zalando-datasets/fashion_mnist", "split": "train"}
+    training_command   one line of shell
+    metrics            [{"name": "FID, 5000 images", "type": "fid", "value": 12.3, "on": "20 calls, test split"}]
+    recipes            [{"options": {"predictor": "heun"}, "num_inference_steps": 20, "metrics": {"FID": 12.3}}]
+    pictures           {"Samples": "path/to/samples.png"}; copied into the repository
+    limitations        what the model cannot do; default: a sentence
+    images, bits_per_dim   as scripts/evaluate.py writes them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .schedulers import SDEScheduler
+from .version import __version__
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+KEYS = (
+    *("license", "description", "dataset", "training_command", "metrics", "recipes", "pictures", "limitations"),
+    *("images", "bits_per_dim"),
+    *("model", "sde", "figure"),  # also in what scripts/evaluate.py writes; the pipeline itself is asked
+)
+PICTURES = "images"
+RECIPES: Sequence[Mapping[str, Any]] = (
+    {"options": {}, "num_inference_steps": 20},
+    {"options": {"predictor": "reverse_diffusion", "corrector": "langevin"}, "num_inference_steps": 100},
+    {"options": {"predictor": "heun", "corrector": None, "probability_flow": True}, "num_inference_steps": 10},
+)
+LIMITATIONS = (
+    "The model draws what is like its training data, biases included, and knows nothing else. Nothing is filtered. "
+    "It has not been tested for any use beyond research and teaching."
+)
+STOCK_PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+# Per class: tag, description, and how to call it in a line or a few that run as they stand.
+PIPELINES = {
+    "SDEPipeline": (
+        "unconditional-image-generation",
+        "Draws images from noise.",
+        "image = pipe(num_inference_steps=20).images[0]",
+    ),
+    "ClassConditionalSDEPipeline": (
+        "class-conditional-image-generation",
+        "Draws images of a class that you name.",
+        "image = pipe(class_labels={label}, num_inference_steps=20).images[0]",
+    ),
+    "InpaintSDEPipeline": (
+        "image-to-image",
+        "Fills holes in images.",
+        "from PIL import Image\n\n"
+        'picture = Image.new("{mode}", ({width}, {height}), "grey")  # yours\n'
+        'mask = Image.new("L", picture.size)\n'
+        "mask.paste(255, (0, 0, {width} // 2, {height}))  # white: to be painted\n"
+        "image = pipe(picture, mask, num_inference_steps=20).images[0]",
+    ),
+    "RestorationSDEPipeline": (
+        "image-to-image",
+        "Restores images from incomplete or noisy measurements.",
+        "import torch\n\n"
+        'operator = pipe.operators["Downsampling"](2, pipe.sample_shape)\n'
+        "small = torch.zeros(1, *operator.measurement_shape)  # yours, in the network's range\n"
+        "image = pipe(small, operator, noise_std=0.05, num_inference_steps=20).images[0]",
+    ),
+}
+
+
+def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None) -> ModelCard:
+    """The card of a pipeline.
+
+    Args:
+        pipe: A pipeline of this package.
+        repo_id: Where it will be, ``user/name``.
+        results: What the pipeline does not know about itself; see above. ``pictures`` name files inside ``images``
+            of the repository.
+
+    Raises:
+        ValueError: ``results`` hold something unknown, or a recipe that the scheduler refuses.
+    """
+    results = dict(results or {})
+    unknown = sorted(set(results) - set(KEYS))
+    if unknown:
+        raise ValueError(f"results: unknown keys {', '.join(unknown)}; known are {', '.join(KEYS)}.")
+    task, description, call = PIPELINES[type(pipe).__name__]
+    channels, height, width = pipe.sample_shape
+    label = min(pipe.labels, key=pipe.labels.__getitem__, default=0) if hasattr(pipe, "labels") else 0
+    dataset = results.get("dataset", {})
+    metrics = _metrics(results)
+    recipes, measures = _recipes(pipe.scheduler, results.get("recipes") or RECIPES)
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=task if task != "class-conditional-image-generation" else "unconditional-image-generation",
+        license=results.get("license"),
+        datasets=[dataset["id"]] if "id" in dataset else None,
+        tags=["diffusers", "diffusers_sde", "score-based-generative-modeling", "sde", task],
+        model_name=repo_id.split("/")[-1] if metrics else None,
+        eval_results=[
+            EvalResult(
+                task_type="unconditional-image-generation",
+                dataset_type=dataset.get("id", "unknown"),
+                dataset_name=dataset.get("name", "unknown"),
+                dataset_split=dataset.get("split"),
+                metric_type=metric["type"],
+                metric_name=metric["name"],
+                metric_value=metric["value"],
+            )
+            for metric in metrics
+        ]
+        or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        title=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        version=f"diffusers_sde {__version__}",
+        description=results.get("description") or f"{description} A score model trained on {_name(dataset)}.",
+        pictures=[{"title": t, "path": f"{PICTURES}/{Path(p).name}"} for t, p in results.get("pictures", {}).items()],
+        call=call.format(label=repr(label), mode="L" if channels == 1 else "RGB", width=width, height=height),
+        stock=_stock(pipe),
+        recipes=_table(["scheduler", "levels", "calls", *measures], recipes),
+        example=recipes[-1][0].strip("`"),
+        facts=_table(["", ""], _facts(pipe, dataset)),
+        measured=bool(metrics),
+        metrics=_table(["metric", "value", "on"], [[m["name"], m["text"], m.get("on", "")] for m in metrics]),
+        training_command=results.get("training_command"),
+        limitations=results.get("limitations") or LIMITATIONS,
+    )
+
+
+def _name(dataset: Mapping[str, Any]) -> str:
+    return str(dataset.get("name") or dataset.get("id") or "images that this card does not name")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _facts(pipe: Any, dataset: Mapping[str, Any]) -> list[list[str]]:
+    scheduler, unet = pipe.scheduler, pipe.unet
+    channels, height, width = pipe.sample_shape
+    rows = []
+    if isinstance(scheduler, SDEScheduler):
+        sde = repr(scheduler.sde)
+        rows += [
+            ["SDE", f"`{sde if len(sde) < 200 else type(scheduler.sde).__name__}`"],
+            ["the network predicts", f"`{scheduler.config.prediction_type}`"],
+            ["it is fed", f"`{scheduler.config.time_conditioning}` time"],
+        ]
+    parameters = sum(p.numel() for p in unet.parameters())
+    return [
+        *rows,
+        ["network", f"`{type(unet).__name__}`, {parameters / 1e6:.2f} million parameters"],
+        ["images", f"{channels} x {height} x {width}"],
+        ["range of the data", f"[{pipe.config.data_min:g}, {pipe.config.data_max:g}]"],
+        ["training data", _name(dataset)],
+    ]
+
+
+def _recipes(scheduler: Any, recipes: Sequence[Mapping[str, Any]]) -> tuple[list[list[str]], list[str]]:
+    """Rows of the table, with the calls counted by laying each sampler out, and the names of its measures."""
+    measures = list(dict.fromkeys(name for recipe in recipes for name in recipe.get("metrics", {})))
+    rows = []
+    for recipe in recipes:
+        options, levels = recipe.get("options", {}), recipe["num_inference_steps"]
+        sampler = type(scheduler).from_config(scheduler.config, **options)
+        sampler.set_timesteps(levels)
+        text = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        values = [recipe.get("metrics", {}).get(name, "") for name in measures]
+        rows.append([f"`{text}`" if text else "as it is", levels, len(sampler.timesteps), *values])
+    return rows, measures
+
+
+def _metrics(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    metrics = [{"text": f"{metric['value']:.4g}", **metric} for metric in results.get("metrics", [])]
+    bits = results.get("bits_per_dim")
+    if bits is not None:
+        metrics.append(
+            {
+                "name": "bits/dim",
+                "type": "bits_per_dim",
+                "value": bits["mean"],
+                "text": f"{bits['mean']:.4f} +- {bits['standard_error']:.4f}",
+                "on": f"{results.get('images', '?')} images, {bits['dequantization']} dequantisation, t = "
+                f"{bits['t_min']:g}, rtol {bits['rtol']:g}",
+            }
+        )
+    return metrics
+
+
+def _stock(pipe: Any) -> str | None:
+    """A remark for users of stock diffusers, or None if it cannot run this model."""
+    config = pipe.scheduler.config
+    if (
+        type(pipe.scheduler).__name__ != "VPSDEScheduler"
+        or config.prediction_type not in STOCK_PREDICTIONS
+        or config.time_conditioning not in ("discrete", "continuous", "score_sde")
+        or (pipe.config.data_min, pipe.config.data_max) != (-1.0, 1.0)
+        or type(pipe).__name__ == "ClassConditionalSDEPipeline"
+    ):
+        return None
+    if config.time_conditioning == "discrete":
+        return " The table of noise levels is the one it was trained on."
+    return (
+        " The stock scheduler steps through the discrete table next to its SDE, and feeds the network a time that is a "
+        "thousandth off."
+    )
