@@ -11,12 +11,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from diffusers import DDPMPipeline, DiffusionPipeline
 from hub_models import fingerprint, tiny_pipeline, use_hub
 from loopback_hub import TOKEN, LoopbackHub
 
 import diffusers_sde
+from diffusers_sde import SDEPipeline, VPSDEScheduler
+from diffusers_sde.flattening import self_contained_source
+from diffusers_sde.pipelines.sharing import own_index
+from diffusers_sde.publishing import upload
 
 RESULTS = {
     "license": "apache-2.0",
@@ -191,3 +197,134 @@ def test_the_code_of_the_cards_runs_as_it_stands(with_package, without_package):
     assert with_package[1]["cards"] == {kind: [8, 8] for kind in KINDS}
     assert without_package[1]["cards"] == {kind: [8, 8] for kind in KINDS}
     assert without_package[1]["stock"] == [8, 8]
+
+
+def test_an_unchanged_push_makes_no_commit(pushed):
+    titles = pushed.titles("user/ve")
+    tiny_pipeline("ve").push_to_hub("user/ve", results=RESULTS)
+    assert pushed.titles("user/ve") == titles
+
+
+def test_a_card_edited_on_the_hub_stays(pushed):
+    tiny_pipeline().push_to_hub("edited")
+    huggingface_hub.HfApi().upload_file(
+        path_or_fileobj=b"---\nlicense: mit\n---\nMine.", path_in_repo="README.md", repo_id="user/edited"
+    )
+    pipe = tiny_pipeline()
+    pipe.scheduler = VPSDEScheduler()
+    pipe.push_to_hub("edited")
+    assert pushed.files("user/edited")["README.md"].endswith(b"Mine.")
+    assert b'"corrector": null' in pushed.files("user/edited")["scheduler/scheduler_config.json"]
+
+
+def test_saving_pushes_too(hub, tmp_path):
+    tiny_pipeline("ve").save_pretrained(str(tmp_path / "model"), push_to_hub=True, repo_id="user/saved")
+    assert "diffusers_sde_pipeline.py" in hub.files("user/saved")
+    assert b"## Samplers" in hub.files("user/saved")["README.md"]
+
+
+def test_the_shards_of_an_earlier_push_are_deleted(hub):
+    tiny_pipeline().push_to_hub("shrinking", max_shard_size="20KB")
+    tiny_pipeline().to(dtype=torch.bfloat16).push_to_hub("shrinking", variant="bf16")
+    tiny_pipeline().push_to_hub("shrinking")
+    weights = {name for name in hub.files("user/shrinking") if name.startswith("unet/diffusion")}
+    assert weights == {f"unet/diffusion_pytorch_model{infix}.safetensors" for infix in ("", ".bf16")}
+
+
+def test_no_path_of_this_machine_is_pushed(hub, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "somewhere")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "somewhere")
+    loaded.push_to_hub("clean")
+    for name, data in hub.files("user/clean").items():
+        assert b"somewhere" not in data, name
+        assert str(Path.home()).encode() not in data or str(Path.home()) == "/", name
+        assert b"_name_or_path" not in data or name.endswith(".py"), name
+
+
+# ---------------------------------------------------------------------- what goes wrong
+
+
+def test_a_wrong_token_is_named_and_not_shown(hub):
+    with pytest.raises(OSError, match=r"token is not valid.*hf auth login") as error:
+        tiny_pipeline().push_to_hub("user/nothing", token="hf_wrong_secret")
+    assert "hf_wrong_secret" not in str(error.value)
+
+
+def test_a_missing_token_is_named(hub, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(OSError, match="hf auth login"):
+        tiny_pipeline().push_to_hub("user/nothing")
+
+
+def test_a_missing_repository_is_named(hub, tmp_path):
+    with pytest.raises(OSError, match=r"user/absent.*check the name"):
+        upload(tmp_path, "user/absent")
+
+
+def test_an_interrupted_upload_can_be_repeated(hub):
+    hub.failures.append(re.compile("POST .*/commit/"))
+    pipe = tiny_pipeline()
+    with pytest.raises(OSError, match=r"user/interrupted: .*try again"):
+        pipe.push_to_hub("interrupted")
+    assert len(hub.titles("user/interrupted")) == 1  # nothing half done
+    sent = len([r for r in hub.requests if r[0] == "PUT"])
+    pipe.push_to_hub("interrupted")
+    assert len([r for r in hub.requests if r[0] == "PUT"]) == sent  # the weights were there already
+    assert "model_index.json" in hub.files("user/interrupted")
+
+
+def test_an_unreachable_hub_is_named(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match="cannot be reached"):
+        tiny_pipeline().push_to_hub("user/nothing")
+
+
+def test_damaged_weights_are_named(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(OSError, match=r"diffusion_pytorch_model.safetensors.*force_download=True"):
+        SDEPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["scheduler/scheduler_config.json", "model_index.json"])
+def test_the_config_of_a_newer_version_asks_for_an_upgrade(tmp_path, file):
+    tiny_pipeline().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / file).read_text())
+    config["colour_of_noise"] = "pink"
+    (tmp_path / file).write_text(json.dumps(config))
+    DiffusionPipeline.from_pretrained(tmp_path)  # of this version: diffusers' business
+    (tmp_path / file).write_text(json.dumps({**config, "_diffusers_sde_version": "99.0"}))
+    with pytest.raises(ValueError, match=r"diffusers_sde 99.0 with colour_of_noise.*pip install -U"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_a_class_of_a_newer_version_asks_for_an_upgrade():
+    with pytest.raises(ValueError, match=r"Tomorrow.*99.0.*pip install -U"):
+        own_index({"_class_name": ["diffusers_sde_pipeline", "Tomorrow"], "_diffusers_sde_version": "99.0"})
+
+
+def test_a_newer_version_that_adds_nothing_is_welcome(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    for file in ("scheduler/scheduler_config.json", "model_index.json"):
+        config = json.loads((tmp_path / file).read_text())
+        # A key of a stock scheduler that was swapped out is not a new one of ours.
+        extra = {"steps_offset": 1, "set_alpha_to_one": True} if "scheduler" in file else {}
+        (tmp_path / file).write_text(json.dumps({**config, **extra, "_diffusers_sde_version": "99.0"}))
+    DiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_the_index_of_others_is_left_alone():
+    index = {"_class_name": ["pipeline", "SDEPipeline"], "unet": ["diffusers", "UNet2DModel"]}
+    assert own_index(index) == index
+
+
+# ---------------------------------------------------------------------- stock pipelines with our scheduler
+
+
+def test_a_stock_pipeline_with_our_scheduler_carries_its_code(tmp_path):
+    pipe = DDPMPipeline(tiny_pipeline().unet, VPSDEScheduler(clip_sample=True))
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "scheduler" / "diffusers_sde.py").read_text() == self_contained_source("schedulers")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path).scheduler) is VPSDEScheduler

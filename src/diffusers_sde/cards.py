@@ -15,6 +15,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,8 +82,7 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
     Args:
         pipe: A pipeline of this package.
         repo_id: Where it will be, ``user/name``.
-        results: What the pipeline does not know about itself; see above. ``pictures`` name files inside ``images``
-            of the repository.
+        results: What the pipeline does not know about itself; see above.
 
     Raises:
         ValueError: ``results`` hold something unknown, or a recipe that the scheduler refuses.
@@ -135,6 +136,20 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
         training_command=results.get("training_command"),
         limitations=results.get("limitations") or LIMITATIONS,
     )
+
+
+def add_card(folder: str | os.PathLike, pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None) -> None:
+    """Write the card of a pipeline, README.md, into its folder, and copy its pictures there; see ``model_card``.
+
+    Raises:
+        ValueError: See ``model_card``, or a picture is missing.
+    """
+    model_card(pipe, repo_id, results).save(Path(folder) / "README.md")
+    for picture in (results or {}).get("pictures", {}).values():
+        if not Path(picture).is_file():
+            raise ValueError(f"pictures: there is no file {str(picture)!r}.")
+        (Path(folder) / PICTURES).mkdir(exist_ok=True)
+        shutil.copyfile(picture, Path(folder) / PICTURES / Path(picture).name)
 
 
 def _name(dataset: Mapping[str, Any]) -> str:

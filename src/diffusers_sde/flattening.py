@@ -28,10 +28,11 @@ _SOURCE = Path(__file__).read_text(encoding="utf-8")  # now: another repository'
 
 def self_contained_source(*entries: str) -> str:
     return _SOURCE""",
-    "cards": """def model_card(pipe, repo_id, results=None):
-    return ModelCard(f"---\\nlibrary_name: diffusers\\n---\\n\\n# {repo_id}\\n\\nA `{type(pipe).__name__}`.\\n")""",
+    "cards": """def add_card(folder, pipe, repo_id, results=None):
+    text = f"---\\nlibrary_name: diffusers\\n---\\n\\n# {repo_id}\\n\\nA `{type(pipe).__name__}`.\\n"
+    (Path(folder) / "README.md").write_text(text, encoding="utf-8")""",
 }
-SUBSTITUTE_IMPORTS = {"flattening": ["from pathlib import Path"], "cards": ["from huggingface_hub import ModelCard"]}
+SUBSTITUTE_IMPORTS = {"flattening": ["from pathlib import Path"]}
 
 HEADER = f'''"""{{title}} of {LIBRARY} {__version__} in one file, which loads without the package.
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 
 CARD = "README.md"
 
@@ -26,22 +25,22 @@ def create_repository(repo_id: str, private: bool | None = None, token: str | No
 def upload(
     folder: str | os.PathLike,
     repo_id: str,
-    card: ModelCard | None = None,
     token: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
     variant: str | None = None,
+    replace_card: bool = False,
 ) -> str:
     """Upload a pipeline's folder in one commit; files that are there already are not uploaded again.
 
     Args:
-        folder: What ``save_pretrained`` wrote, and pictures of the card.
+        folder: What ``save_pretrained`` wrote, with a card and its pictures.
         repo_id: An existing repository, ``user/name``.
-        card: Goes up as README.md where the repository has none: what people wrote on the Hub stays.
         token: Access token; that of ``hf auth login`` or HF_TOKEN if None.
         commit_message: Title of the commit.
         create_pr: Open a pull request instead of committing.
         variant: Of the weights in ``folder``. Shards that an earlier upload of it left over are deleted.
+        replace_card: Upload README.md although the repository has one; otherwise what people wrote on the Hub stays.
 
     Returns:
         Address of the repository, or of the pull request.
@@ -49,18 +48,16 @@ def upload(
     Raises:
         OSError: The Hub refuses or cannot be reached; the message says what to do.
     """
-    api, path = HfApi(token=token), Path(folder) / CARD
+    api = HfApi(token=token)
     infix = f".{variant}" if variant else ""
     with explained(repo_id, token):
-        if api.file_exists(repo_id, CARD):
-            path.unlink(missing_ok=True)
-        elif card is not None:
-            card.save(path)
+        keeps_card = not replace_card and api.file_exists(repo_id, CARD)
         info = api.upload_folder(
             repo_id=repo_id,
             folder_path=str(folder),
             commit_message=commit_message or "Upload a diffusers_sde pipeline",
             create_pr=create_pr,
+            ignore_patterns=[CARD] if keeps_card else None,
             delete_patterns=[
                 f"*/diffusion_pytorch_model{infix}.safetensors",
                 f"*/diffusion_pytorch_model{infix}-?????-of-?????.safetensors",

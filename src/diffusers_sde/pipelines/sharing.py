@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from diffusers import DiffusionPipeline
 
-from ..cards import model_card
+from ..cards import add_card
 from ..flattening import LIBRARY
 from ..publishing import create_repository, upload
 from ..schedulers import SCHEDULERS
@@ -67,6 +67,27 @@ class SharedPipeline(ShipsItsCode, DiffusionPipeline):
 
     _source_file = f"{PIPELINE_MODULE}.py"
     _source_entries = ("pipelines",)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Load a pipeline from a folder or from the Hub.
+
+        Args:
+            pretrained_model_name_or_path: The folder, or ``user/name``. One of another class, a stock ``DDPMPipeline``
+                included, loads as this one if its parts fit.
+            **kwargs: As in diffusers' ``DiffusionPipeline.from_pretrained``.
+
+        Raises:
+            OSError: There is no such pipeline, or a weight file is damaged.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            if "Unable to load weights" not in str(error):
+                raise
+            raise OSError(
+                f"{error} It is damaged or incomplete: download it again with force_download=True, or copy it again."
+            ) from error
 
     @classmethod
     def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -134,9 +155,8 @@ class SharedPipeline(ShipsItsCode, DiffusionPipeline):
         repo_id = create_repository(repo_id, private, token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
-            return upload(
-                folder, repo_id, model_card(self, repo_id, results), token, commit_message, create_pr, variant
-            )
+            add_card(folder, self, repo_id, results)
+            return upload(folder, repo_id, token, commit_message, create_pr, variant)
 
     def _upload_folder(  # what diffusers' save_pretrained(..., push_to_hub=True) ends in
         self,
@@ -147,4 +167,5 @@ class SharedPipeline(ShipsItsCode, DiffusionPipeline):
         create_pr: bool = False,
         subfolder: str | None = None,
     ) -> str:
-        return upload(working_dir, repo_id, model_card(self, repo_id), token, commit_message, create_pr)
+        add_card(working_dir, self, repo_id)
+        return upload(working_dir, repo_id, token, commit_message, create_pr)
