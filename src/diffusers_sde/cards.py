@@ -10,7 +10,8 @@
     recipes            [{"options": {"predictor": "heun"}, "num_inference_steps": 20, "metrics": {"FID": 12.3}}]
     pictures           {"Samples": "path/to/samples.png"}; copied into the repository
     limitations        what the model cannot do; default: a sentence
-    images, bits_per_dim   as scripts/evaluate.py writes them
+
+and what ``scripts/evaluate.py`` writes: its ``samplers`` become recipes, its numbers entries of the model-index.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ from .schedulers import SDEScheduler
 from .version import __version__
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-KEYS = (
-    *("license", "description", "dataset", "training_command", "metrics", "recipes", "pictures", "limitations"),
-    *("images", "bits_per_dim"),
-    *("model", "sde", "figure"),  # also in what scripts/evaluate.py writes; the pipeline itself is asked
+KEYS = ("license", "description", "dataset", "training_command", "metrics", "recipes", "pictures", "limitations")
+EVALUATION_KEYS = (
+    *("samplers", "data", "num_samples", "features", "baseline", "bits_per_dim", "images"),
+    *("model", "sde", "seed", "figure"),  # of no use here: the pipeline itself is asked
 )
+TASK = "unconditional-image-generation"
+# Options of a sampler in an evaluation that are the pipeline's, not the scheduler's.
+CALL_OPTIONS = ("num_inference_steps", "method", "rtol", "atol", "guidance_scale", "scheduler")
 PICTURES = "images"
 RECIPES: Sequence[Mapping[str, Any]] = (
     {"options": {}, "num_inference_steps": 20},
@@ -88,25 +92,26 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
         ValueError: ``results`` hold something unknown, or a recipe that the scheduler refuses.
     """
     results = dict(results or {})
-    unknown = sorted(set(results) - set(KEYS))
+    unknown = sorted(set(results).difference(KEYS, EVALUATION_KEYS))
     if unknown:
-        raise ValueError(f"results: unknown keys {', '.join(unknown)}; known are {', '.join(KEYS)}.")
+        raise ValueError(f"results: unknown keys {', '.join(unknown)}; known are {', '.join(KEYS + EVALUATION_KEYS)}.")
     task, description, call = PIPELINES[type(pipe).__name__]
     channels, height, width = pipe.sample_shape
     label = min(pipe.labels, key=pipe.labels.__getitem__, default=0) if hasattr(pipe, "labels") else 0
-    dataset = results.get("dataset", {})
+    dataset = {**results.get("data", {}), **results.get("dataset", {})}
     metrics = _metrics(results)
-    recipes, measures = _recipes(pipe.scheduler, results.get("recipes") or RECIPES)
+    entries = [*metrics, *_sampler_metrics(results)]
+    recipes = [*results.get("recipes", []), *map(_recipe, results.get("samplers", []))] or RECIPES
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag=task if task != "class-conditional-image-generation" else "unconditional-image-generation",
+        pipeline_tag=TASK if task.endswith("conditional-image-generation") else task,
         license=results.get("license"),
         datasets=[dataset["id"]] if "id" in dataset else None,
         tags=["diffusers", "diffusers_sde", "score-based-generative-modeling", "sde", task],
-        model_name=repo_id.split("/")[-1] if metrics else None,
+        model_name=repo_id.split("/")[-1] if entries else None,
         eval_results=[
             EvalResult(
-                task_type="unconditional-image-generation",
+                task_type=TASK,
                 dataset_type=dataset.get("id", "unknown"),
                 dataset_name=dataset.get("name", "unknown"),
                 dataset_split=dataset.get("split"),
@@ -114,7 +119,7 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
                 metric_name=metric["name"],
                 metric_value=metric["value"],
             )
-            for metric in metrics
+            for metric in entries
         ]
         or None,
     )
@@ -128,8 +133,9 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
         pictures=[{"title": t, "path": f"{PICTURES}/{Path(p).name}"} for t, p in results.get("pictures", {}).items()],
         call=call.format(label=repr(label), mode="L" if channels == 1 else "RGB", width=width, height=height),
         stock=_stock(pipe),
-        recipes=_table(["scheduler", "levels", "calls", *measures], recipes),
-        example=recipes[-1][0].strip("`"),
+        features=_features(results),
+        recipes=_recipe_table(pipe.scheduler, recipes),
+        example=next((_text(recipe["options"]) for recipe in recipes if recipe.get("options")), "solver_order=2"),
         facts=_table(["", ""], _facts(pipe, dataset)),
         measured=bool(metrics),
         metrics=_table(["metric", "value", "on"], [[m["name"], m["text"], m.get("on", "")] for m in metrics]),
@@ -182,35 +188,82 @@ def _facts(pipe: Any, dataset: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def _recipes(scheduler: Any, recipes: Sequence[Mapping[str, Any]]) -> tuple[list[list[str]], list[str]]:
-    """Rows of the table, with the calls counted by laying each sampler out, and the names of its measures."""
+def _recipe(sampler: Mapping[str, Any]) -> dict[str, Any]:
+    """A sampler of an evaluation as a recipe."""
+    options = sampler["options"]
+    return {
+        "label": ", ".join(f"{key}={options[key]!r}" for key in CALL_OPTIONS[1:] if key in options),
+        "options": {key: value for key, value in options.items() if key not in CALL_OPTIONS},
+        "num_inference_steps": options.get("num_inference_steps", ""),
+        "calls": f"{sampler['calls_per_image']:g}",
+        "metrics": {k: f"{v:.4g}" for k, v in sampler["metrics"].items() if not k.endswith("_std")},
+    }
+
+
+def _text(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in options.items())
+
+
+def _recipe_table(scheduler: Any, recipes: Sequence[Mapping[str, Any]]) -> str:
+    """The table of samplers, with their calls counted by laying each out where nobody has counted them."""
     measures = list(dict.fromkeys(name for recipe in recipes for name in recipe.get("metrics", {})))
     rows = []
     for recipe in recipes:
-        options, levels = recipe.get("options", {}), recipe["num_inference_steps"]
-        sampler = type(scheduler).from_config(scheduler.config, **options)
-        sampler.set_timesteps(levels)
-        text = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        options, levels, calls = recipe.get("options", {}), recipe["num_inference_steps"], recipe.get("calls")
+        if calls is None:
+            sampler = type(scheduler).from_config(scheduler.config, **options)
+            sampler.set_timesteps(levels)
+            calls = len(sampler.timesteps)
+        text = ", ".join(filter(None, [_text(options), recipe.get("label")]))
         values = [recipe.get("metrics", {}).get(name, "") for name in measures]
-        rows.append([f"`{text}`" if text else "as it is", levels, len(sampler.timesteps), *values])
-    return rows, measures
+        rows.append([f"`{text}`" if text else "as it is", levels, calls, *values])
+    return _table(["scheduler", "levels", "calls", *measures], rows)
+
+
+def _features(results: Mapping[str, Any]) -> str | None:
+    """What the numbers of samplers were measured on."""
+    if not results.get("samplers"):
+        return None
+    features, data = results["features"], results["data"]
+    return (
+        f"{results['num_samples']} samples of each against {data['images']} images of {data['name']} "
+        f"({data['split']}); features: {features['name']}, {features['dimensions']} dimensions. Such numbers compare "
+        "with each other only."
+    )
 
 
 def _metrics(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Numbers about the model as a whole."""
     metrics = [{"text": f"{metric['value']:.4g}", **metric} for metric in results.get("metrics", [])]
     bits = results.get("bits_per_dim")
     if bits is not None:
+        images = bits.get("images", results.get("images", "?"))
         metrics.append(
             {
                 "name": "bits/dim",
                 "type": "bits_per_dim",
                 "value": bits["mean"],
                 "text": f"{bits['mean']:.4f} +- {bits['standard_error']:.4f}",
-                "on": f"{results.get('images', '?')} images, {bits['dequantization']} dequantisation, t = "
-                f"{bits['t_min']:g}, rtol {bits['rtol']:g}",
+                "on": f"{images} images, {bits['dequantization']} dequantisation, t = {bits['t_min']:g}, rtol "
+                f"{bits['rtol']:g}",
             }
         )
     return metrics
+
+
+def _sampler_metrics(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Numbers about samplers, which the table of samplers shows already."""
+    return [
+        {
+            "name": f"{name} ({sampler['label']}, {sampler['calls_per_image']:g} calls, {results.get('num_samples')} "
+            "samples)",
+            "type": name,
+            "value": value,
+        }
+        for sampler in results.get("samplers", [])
+        for name, value in sampler["metrics"].items()
+        if not name.endswith("_std")
+    ]
 
 
 def _stock(pipe: Any) -> str | None:

@@ -47,6 +47,7 @@ from __future__ import annotations
 # name may be left that stands for a class, since diffusers counts the pipelines of a file by their names.
 FOOTER = f'''
 
+_class = None
 for _class in [_value for _value in globals().values() if isinstance(_value, type) and _value.__module__ == __name__]:
     if issubclass(_class, ConfigMixin):
         _class.__module__ = "{LIBRARY}"

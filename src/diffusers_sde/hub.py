@@ -76,10 +76,11 @@ def export(config: ExportConfig, token: str | None = None) -> str:
         OSError: The upload failed; the message says what to do.
     """
     loader = PIPELINES.get(config.pipeline or "", DiffusionPipeline)
-    dtype = VARIANTS.get(config.variant or "", torch.float32)
-    pipe = loader.from_pretrained(config.model, torch_dtype=dtype)
+    pipe = loader.from_pretrained(config.model)
     if not isinstance(pipe, SDEPipeline):
         raise ValueError(f"{config.model!r} is a {type(pipe).__name__}: convert it first, by scripts/convert.py.")
+    if config.variant is not None:
+        pipe.to(dtype=VARIANTS[config.variant])
     results = _results(config)
     if config.output_dir is not None:
         _write(pipe, config.output_dir, config.hub_model_id, results, config)
