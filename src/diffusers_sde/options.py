@@ -22,7 +22,7 @@ def option(
 ) -> Any:
     """A field that knows its help text, its command-line aliases and which values it accepts (None always).
 
-    A ``default`` of ``dataclasses.MISSING`` makes it required. A ``secret`` one is left out of the dataclass's ``repr``.
+    A ``default`` of ``dataclasses.MISSING`` makes it required. A ``secret`` one is left out of ``repr``.
     """
     metadata = {"help": help, "choices": choices, "least": least, "above": above, "most": most, "aliases": aliases}
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)

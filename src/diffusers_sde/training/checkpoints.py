@@ -18,12 +18,17 @@ from safetensors.torch import load_file, save_file
 
 logger = logging.getLogger(__name__)
 
+from ..pipelines.sharing import PIPELINE_MODULE
+
 STATE_FILE = "training_state.json"
 EMA_FILE = "ema.safetensors"
 UNFINISHED = ".unfinished-checkpoint"
 DISCARDED = ".discarded-checkpoint"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_FILES_OF_A_RUN = ("model_index.json", "training_config.json", "unet", "scheduler", "samples", UNFINISHED, DISCARDED)
+_FILES_OF_A_RUN = (
+    *("model_index.json", f"{PIPELINE_MODULE}.py", "training_config.json", "unet", "scheduler", "samples"),
+    *(UNFINISHED, DISCARDED),
+)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
