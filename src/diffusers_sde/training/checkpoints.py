@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-logger = logging.getLogger(__name__)
-
 from ..pipelines.sharing import PIPELINE_MODULE
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
 EMA_FILE = "ema.safetensors"
