@@ -11,11 +11,12 @@ import diffusers_sde
 ROOT = Path(next(iter(diffusers_sde.__path__)))
 
 LAYERS = [
-    {"sdes", "parametrizations", "time_grids"},
+    {"version", "sdes", "parametrizations", "time_grids"},
     {"predictors", "correctors", "plans", "noise"},
     {"adaptive", "sampling", "denoisers", "losses", "ode", "likelihood", "guidance", "operators"},
-    {"schedulers", "options", "files", "generation", "metrics", "training", "evaluation", "pipelines", "diagnostics"},
-    {"hub"},
+    {"schedulers", "options", "files", "generation", "metrics", "training", "evaluation", "pipelines", "diagnostics"}
+    | {"flattening", "shipping", "cards", "publishing"},
+    {"hub", "convert"},
 ]
 LAYER_OF = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 

@@ -11,9 +11,10 @@ Importing the package also lets ``DiffusionPipeline.from_pretrained`` find its c
 """
 
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import diffusers
+from diffusers import DiffusionPipeline
 
 from .diagnostics import Diagnosis, diagnose
 from .likelihood import BitsPerDim, LogProb, Quantization, TraceOptions, bits_per_dim, log_prob
@@ -25,6 +26,7 @@ from .pipelines import (
     RestorationSDEPipeline,
     SDEPipeline,
 )
+from .pipelines.sharing import own_index
 from .plans import Plan, Row, make_plan
 from .sampling import sample
 from .schedulers import FlowSDEScheduler, SDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
@@ -39,11 +41,7 @@ from .sdes import (
     RectifiedFlowSDE,
     SubVPSDE,
 )
-
-try:
-    __version__ = version("diffusers-sde")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+from .version import __version__
 
 __all__ = [
     "EDMSDE",
@@ -73,6 +71,7 @@ __all__ = [
     "TraceOptions",
     "VESDEScheduler",
     "VPSDEScheduler",
+    "__version__",
     "bits_per_dim",
     "diagnose",
     "log_prob",
@@ -87,6 +86,9 @@ def _register_with_diffusers() -> None:
     diffusers has no registry for plug-ins. It writes a component's module into model_index.json and looks it up as an
     attribute of ``diffusers.pipelines``, and it looks pipeline classes, and the class that wrote a config, up as
     attributes of ``diffusers``. So the classes name this package as their module, and both lookups are given an answer.
+
+    A repository of ours also carries code, for those without the package, and says so in its index. Whoever has the
+    package needs none of it: ``DiffusionPipeline`` reads such an index as one of installed classes.
     """
     setattr(diffusers.pipelines, __name__, sys.modules[__name__])
     pipelines = (SDEPipeline, ClassConditionalSDEPipeline, InpaintSDEPipeline, RestorationSDEPipeline)
@@ -94,6 +96,13 @@ def _register_with_diffusers() -> None:
     for cls in pipelines + schedulers:
         cls.__module__ = __name__
         setattr(diffusers, cls.__name__, cls)
+
+    read = DiffusionPipeline._dict_from_json_file.__func__
+
+    def _dict_from_json_file(cls: type, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return own_index(read(cls, *args, **kwargs))
+
+    DiffusionPipeline._dict_from_json_file = classmethod(_dict_from_json_file)
 
 
 _register_with_diffusers()

@@ -7,12 +7,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from .schedulers import FlowSDEScheduler, SDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
+from .schedulers import SCHEDULERS, FlowSDEScheduler, SDEScheduler
 from .schedulers.conversion import FAMILY_NAMES, config_family, with_stock_defaults
 
-SCHEDULERS: dict[str, type[SDEScheduler]] = {
-    cls.__name__: cls for cls in (VPSDEScheduler, VESDEScheduler, FlowSDEScheduler, SubVPSDEScheduler)
-}
 PREDICTIONS = {
     "epsilon": "the noise (epsilon)",
     "sample": "the data (sample)",

@@ -18,13 +18,14 @@ def option(
     above: float | None = None,
     most: float | None = None,
     aliases: Sequence[str] = (),
+    secret: bool = False,
 ) -> Any:
     """A field that knows its help text, its command-line aliases and which values it accepts (None always).
 
-    A ``default`` of ``dataclasses.MISSING`` makes it required.
+    A ``default`` of ``dataclasses.MISSING`` makes it required. A ``secret`` one is left out of ``repr``.
     """
     metadata = {"help": help, "choices": choices, "least": least, "above": above, "most": most, "aliases": aliases}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 def check_options(config: Any) -> None:

@@ -28,7 +28,7 @@ from .execution import (
 )
 from .pipeline_restoration import RestorationSDEPipeline
 
-METHODS = ("replacement", "repaint", "mmps", "pigdm", "dps")
+INPAINTING_METHODS = ("replacement", "repaint", "mmps", "pigdm", "dps")
 
 
 class InpaintSDEPipeline(RestorationSDEPipeline):
@@ -96,7 +96,7 @@ class InpaintSDEPipeline(RestorationSDEPipeline):
         Raises:
             ValueError: An argument is out of range or shapes do not fit; nothing has been computed then.
         """
-        scheduler = check_run(self, output_type, method, METHODS)
+        scheduler = check_run(self, output_type, method, INPAINTING_METHODS)
         check_count("num_samples", num_samples)
         known = data_tensor(self, image, "image")
         if known.shape[1] != self.unet.config.in_channels:

@@ -12,7 +12,16 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..guidance import POSTERIOR_METHODS, posterior_denoiser, smc_sample
-from ..operators import LinearOperator, Mask, check_noise_std
+from ..operators import (
+    ChannelMixture,
+    Downsampling,
+    GaussianBlur,
+    Grayscale,
+    LinearMap,
+    LinearOperator,
+    Mask,
+    check_noise_std,
+)
 from ..plans import Plan, make_plan
 from ..predictors import PredictorOptions
 from ..schedulers import SDEScheduler
@@ -48,7 +57,12 @@ class RestorationSDEPipeline(SDEPipeline):
         operator = Downsampling(4, pipe.sample_shape)
         images = pipe(small_image, operator, noise_std=0.05, num_samples=4).images
         ```
+
+    Attributes:
+        operators: The operators by name, for where the pipeline was loaded without the package.
     """
+
+    operators = {cls.__name__: cls for cls in (ChannelMixture, Downsampling, GaussianBlur, Grayscale, LinearMap, Mask)}
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]

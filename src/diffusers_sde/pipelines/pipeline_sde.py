@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..likelihood import BitsPerDim, Generators, LogProb, TraceOptions
 from .probability_flow import ProbabilityFlow
+from .sharing import SharedPipeline, adopted
 
 logger = logging.get_logger(__name__)
 
@@ -22,7 +23,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 METHODS = ("scheduler", "ode")
 
 
-class SDEPipeline(DiffusionPipeline):
+class SDEPipeline(SharedPipeline):
     """Draw images from a score model: start from the prior of the scheduler's SDE and execute its sampler.
 
     Unlike diffusers' ``DDPMPipeline`` it starts at ``scheduler.init_noise_sigma`` and scales the model input, so that
@@ -54,7 +55,7 @@ class SDEPipeline(DiffusionPipeline):
         super().__init__()
         if not data_min < data_max:
             raise ValueError(f"data_min must lie below data_max, got {data_min!r} and {data_max!r}.")
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=adopted(scheduler))
         self.register_to_config(data_min=float(data_min), data_max=float(data_max))
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .. import schedulers
 from ..likelihood import (
     BitsPerDim,
     Generators,
@@ -23,7 +22,7 @@ from ..likelihood import (
 )
 from ..ode import FlowSolution, ODEOptions, decode, edit, encode, interpolate, sample_flow
 from ..parametrizations import Epsilon, Score
-from ..schedulers import SDEScheduler
+from ..schedulers import SCHEDULERS, SDEScheduler
 from ..schedulers.conversion import FITTING_SCHEDULER, config_family, with_stock_defaults
 
 
@@ -378,8 +377,7 @@ def _fitting_scheduler(scheduler: Any) -> SDEScheduler:
     family = config_family(config)
     if family is None:
         raise ValueError(f"{type(scheduler).__name__} describes no SDE that is known here.")
-    cls = getattr(schedulers, FITTING_SCHEDULER[family])
-    fitting: SDEScheduler = cls.from_config(scheduler.config)
+    fitting: SDEScheduler = SCHEDULERS[FITTING_SCHEDULER[family]].from_config(scheduler.config)
     return fitting
 
 

@@ -82,6 +82,12 @@ def with_stock_defaults(config: dict[str, Any]) -> dict[str, Any]:
     return {**{p.name: p.default for p in parameters if p.default is not p.empty}, **config}
 
 
+def stock_keys() -> frozenset[str]:
+    """Arguments of diffusers' own schedulers, which a swapped config may hold."""
+    classes = [getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler") and name not in _OWN]
+    return frozenset(key for cls in classes for key in inspect.signature(cls.__init__).parameters)
+
+
 def translate_config(
     config: dict[str, Any], target: str, families: tuple[str, ...], known: Collection[str]
 ) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -21,8 +21,9 @@ from ..parametrizations import Parametrization, TimeConditioning, get_parametriz
 from ..plans import Plan, Row, advance, make_plan, memorise, squared_norm_ratio
 from ..predictors import PredictorOptions, get_predictor
 from ..sdes import SDE, expand_like
+from ..shipping import ShipsItsCode, refuse_newer
 from ..time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid
-from .conversion import translate_config, with_stock_defaults
+from .conversion import stock_keys, translate_config, with_stock_defaults
 
 LANGEVIN_NORMS = ("sample", "batch")
 # What UniPC's and DEIS's configs hold under the same key. They name exact weights too, and stay in the config as they
@@ -111,7 +112,7 @@ class _StepResult(tuple):
         return tuple, (self._resolve(),)
 
 
-class SDEScheduler(SchedulerMixin, ConfigMixin):
+class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     """Base of the SDE schedulers. Not constructed itself: a subclass names an SDE and its config arguments.
 
     ``set_timesteps`` lays the sampler out as a plan, one row of numbers per model call; ``step`` executes the next row.
@@ -122,6 +123,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
     _families: tuple[str, ...] = ()
+    _source_entries = ("schedulers",)
     order = 1
 
     sde: SDE
@@ -192,6 +194,7 @@ class SDEScheduler(SchedulerMixin, ConfigMixin):
             close = {name: difflib.get_close_matches(name, known, 1) for name in unknown}
             hints = "; ".join(f"{name!r}" + (f" (did you mean {c[0]!r}?)" if c else "") for name, c in close.items())
             raise ValueError(f"{cls.__name__} has no argument {hints}. It takes {', '.join(sorted(known))}.")
+        refuse_newer(config, lambda: known | stock_keys(), cls.__name__)
         config = with_stock_defaults(config)
         given = {k: v for k, v in config.items() if k in known}
         implied = translate_config(config, cls.__name__, cls._families, known)

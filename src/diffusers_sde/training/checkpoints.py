@@ -17,6 +17,8 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
+from ..pipelines.sharing import PIPELINE_MODULE
+
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "training_state.json"
@@ -26,6 +28,7 @@ DISCARDED = ".discarded-checkpoint"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FILES_OF_A_RUN = (
     "model_index.json",
+    f"{PIPELINE_MODULE}.py",
     "training_config.json",
     "unet",
     "scheduler",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from ..losses import TIME_SAMPLINGS, WEIGHTINGS
@@ -18,6 +19,8 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 LOGGERS = ("tensorboard", "wandb", "none")
 TIME_EMBEDDINGS = ("positional", "fourier")
 EMBEDDED_DATASETS = ("digits",)
+_HUB = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token")
+_LOCAL = (*("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir", "logging_dir"), *_HUB)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +256,18 @@ class TrainingConfig:
     )
     logger: str = _option("tensorboard", "Tracker.", choices=LOGGERS)
     logging_dir: str = _option("logs", "Folder for the tracker inside output_dir.")
+    push_to_hub: bool = _option(
+        False,
+        "Upload the pipeline, with its code and a model card, at every checkpoint and at the end. Training goes on "
+        "meanwhile, and what fails to go up can be sent later by scripts/push_to_hub.py.",
+    )
+    hub_model_id: str | None = _option(
+        None, "Repository for it, user/name; created if it does not exist. Default: the name of output_dir."
+    )
+    hub_private_repo: bool = _option(False, "Make a new repository private.")
+    hub_token: str | None = _option(
+        None, "Access token, kept out of files and logs. Default: that of 'hf auth login' or HF_TOKEN.", secret=True
+    )
     logging_steps: int = _option(10, "Log loss, learning rate and speed every so many optimiser steps.", least=1)
 
     def __post_init__(self) -> None:
@@ -290,6 +305,30 @@ class TrainingConfig:
             )
         if not self.output_dir:
             raise ValueError("output_dir must not be empty.")
+        idle = [name for name in _HUB[1:] if getattr(self, name) and not self.push_to_hub]
+        if idle:
+            raise ValueError(f"{', '.join(idle)} has no effect without push_to_hub.")
+
+    def command(self) -> str:
+        """The command line of this run, without what concerns one machine or account only."""
+        words = ["accelerate launch scripts/train.py"]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value == f.default or f.name in _LOCAL:
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{f.name}" if value else f"--no-{f.name}")
+                continue
+            if f.name in ("train_data_dir", "model_config_name_or_path") and Path(str(value)).exists():
+                value = f"path/to/{Path(str(value)).name}"
+            words.append(f"--{f.name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
+        return " ".join(words)
+
+    def public(self) -> dict[str, Any]:
+        """All options as a dictionary for files and logs; the token is not among them."""
+        options = asdict(self)
+        del options["hub_token"]
+        return options
 
     @classmethod
     def from_recipe(cls, recipe: str | None = None, **options: Any) -> TrainingConfig:

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from .checkpoints import (
 )
 from .configuration import TrainingConfig
 from .data import ImageSource, TrainingSamples, batches, load_images, to_network
+from .hub import Publisher
 from .models import (
     build_scheduler,
     build_unet,
@@ -142,6 +142,7 @@ class Trainer:
                     state["processes"],
                     self.accelerator.num_processes,
                 )
+        self.publisher = Publisher(config) if config.push_to_hub and main_process else None
 
     def _steps(self, epochs: int | None) -> int | None:
         return None if epochs is None else max(1, round(epochs * len(self.source) / self.global_batch_size))
@@ -164,7 +165,7 @@ class Trainer:
             if config.overwrite_output_dir:
                 clear_run(self.output_dir, config.logging_dir)
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            settings = json.dumps(asdict(config), indent=2) + "\n"
+            settings = json.dumps(config.public(), indent=2) + "\n"
             write_whole(self.output_dir / "training_config.json", lambda file: file.write_text(settings))
         accelerator.wait_for_everyone()
         self._prepare()
@@ -190,6 +191,8 @@ class Trainer:
         with StopSignal(accelerator) as stop:
             self._loop(stop)
         pipeline = self._save_pipeline()
+        if self.publisher is not None:
+            self.publisher.finish(pipeline)
         accelerator.end_training()
         return pipeline
 
@@ -232,7 +235,7 @@ class Trainer:
         )
         self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
         if config.logger != "none":
-            plain = {k: v for k, v in asdict(config).items() if isinstance(v, (bool, int, float, str))}
+            plain = {k: v for k, v in config.public().items() if isinstance(v, (bool, int, float, str))}
             accelerator.init_trackers("diffusers-sde", config=plain)
 
     def _loop(self, stop: StopSignal) -> None:
@@ -289,6 +292,9 @@ class Trainer:
                 steps_summed, since = 0, now
             if checkpoint_due:
                 checkpoint = self._save_checkpoint()
+                if self.publisher is not None and not last and not stopped:
+                    with self._averaged_weights() as unet:
+                        self.publisher.start(self._pipeline(unet), f"Step {self.step}")
                 since = time.perf_counter()
                 if stopped:
                     progress.close()

@@ -1,0 +1,59 @@
+"""Components whose code travels with their files, so that a saved pipeline loads without this package."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from packaging.version import Version
+
+from .flattening import LIBRARY, self_contained_source
+from .version import __version__
+
+VERSION_KEY = f"_{LIBRARY}_version"
+
+
+def refuse_newer(config: Mapping[str, Any], known: Callable[[], Collection[str]], what: str) -> None:
+    """Raise a ValueError if a newer version wrote the config, with keys that are not among the ``known`` ones."""
+    written = config.get(VERSION_KEY)
+    if written is None or Version(written) <= Version(__version__):
+        return
+    unknown = {key for key in config if not key.startswith("_")}.difference(known())
+    if unknown:
+        raise ValueError(
+            f"{what} was saved by {LIBRARY} {written} with {', '.join(sorted(unknown))}, which {__version__} does not "
+            "know: upgrade by 'pip install -U diffusers-sde'."
+        )
+
+
+class ShipsItsCode:
+    """Mixin, before diffusers' own base classes: saving writes the class's code beside its config.
+
+    The config states the version that wrote it, and no path of the machine it was loaded on.
+    """
+
+    _source_file = f"{LIBRARY}.py"  # diffusers looks for a component's code under the library's name
+    _source_entries: tuple[str, ...]
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write the config, and the code that it belongs to; ``save_pretrained`` calls this.
+
+        Args:
+            save_directory: The folder, created if it does not exist.
+            push_to_hub: Whether to upload it; see diffusers.
+            **kwargs: Arguments of the upload.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / self._source_file).write_text(self_contained_source(*self._source_entries), encoding="utf-8")
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
+
+    def to_json_string(self) -> str:
+        """The config as it is written."""
+        config = json.loads(super().to_json_string())  # type: ignore[misc]
+        config.pop("_name_or_path", None)
+        config[VERSION_KEY] = __version__
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -1,0 +1,68 @@
+"""Tiny pipelines, and a client whose Hub is a loopback one."""
+
+import hashlib
+
+import huggingface_hub
+import torch
+from diffusers import UNet2DModel
+
+from diffusers_sde import (
+    ClassConditionalSDEPipeline,
+    InpaintSDEPipeline,
+    RestorationSDEPipeline,
+    SDEPipeline,
+    VESDEScheduler,
+    VPSDEScheduler,
+)
+
+
+def tiny_unet(**arguments):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            **arguments,
+        ).eval()
+
+
+def tiny_pipeline(kind="vp"):
+    if kind == "vp":
+        pipe = SDEPipeline(tiny_unet(), VPSDEScheduler(predictor="reverse_diffusion", corrector="langevin", snr=0.1))
+    elif kind == "ve":
+        pipe = SDEPipeline(tiny_unet(), VESDEScheduler(sigma_max=20.0), data_min=0.0)
+    elif kind == "classes":
+        names = {0: "zero", 1: "one"}
+        pipe = ClassConditionalSDEPipeline(
+            tiny_unet(num_class_embeds=3), VPSDEScheduler(), id2label=names, null_class=2
+        )
+    elif kind == "inpaint":
+        pipe = InpaintSDEPipeline(tiny_unet(), VPSDEScheduler(continuous=True))
+    else:
+        pipe = RestorationSDEPipeline(tiny_unet(), VPSDEScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def fingerprint(pipe, **arguments):
+    """Of two samples with a fixed seed."""
+    pipe.set_progress_bar_config(disable=True)
+    x = pipe(**{"batch_size": 2, **arguments}, num_inference_steps=4, generator=torch.manual_seed(1), output_type="pt")
+    return hashlib.sha256(x.images.numpy().tobytes()).hexdigest()
+
+
+def use_hub(monkeypatch, hub, token):
+    """Point this process's client at the loopback Hub."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
