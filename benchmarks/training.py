@@ -169,6 +169,10 @@ def main() -> None:
             for name, pipe in pipes.items():
                 pipe.send("go")
                 results[name].append(pipe.recv())
+                wall, cpu, mib, losses = results[name][-1]
+                tqdm.write(
+                    f"{name:9s} {wall:.3f} s, {cpu:.3f} processor s a step; {mib:.0f} MiB; loss {losses[-1]:.3f}"
+                )
 
     summary: dict[str, Any] = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
     for name, turns in results.items():

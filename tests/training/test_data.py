@@ -127,6 +127,9 @@ def _raw(values):
         def __getitem__(self, i):
             return {"image": values[i]}
 
+        def select_columns(self, names):
+            return self
+
     return Raw()
 
 
