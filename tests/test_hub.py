@@ -328,3 +328,14 @@ def test_a_stock_pipeline_with_our_scheduler_carries_its_code(tmp_path):
     pipe.save_pretrained(tmp_path)
     assert (tmp_path / "scheduler" / "diffusers_sde.py").read_text() == self_contained_source("schedulers")
     assert type(DiffusionPipeline.from_pretrained(tmp_path).scheduler) is VPSDEScheduler
+
+
+class OwnPipeline(SDEPipeline):
+    pass
+
+
+def test_a_class_derived_from_ours_is_saved_without_our_code(tmp_path):
+    OwnPipeline(tiny_pipeline().unet, VPSDEScheduler()).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "OwnPipeline"
+    assert not list(tmp_path.glob("*.py"))
+    assert type(OwnPipeline.from_pretrained(tmp_path)) is OwnPipeline

@@ -95,7 +95,7 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
     unknown = sorted(set(results).difference(KEYS, EVALUATION_KEYS))
     if unknown:
         raise ValueError(f"results: unknown keys {', '.join(unknown)}; known are {', '.join(KEYS + EVALUATION_KEYS)}.")
-    task, description, call = PIPELINES[type(pipe).__name__]
+    task, description, call = next(PIPELINES[c.__name__] for c in type(pipe).__mro__ if c.__name__ in PIPELINES)
     channels, height, width = pipe.sample_shape
     label = min(pipe.labels, key=pipe.labels.__getitem__, default=0) if hasattr(pipe, "labels") else 0
     dataset = {**results.get("data", {}), **results.get("dataset", {})}

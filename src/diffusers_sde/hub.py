@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +100,7 @@ def _results(config: ExportConfig) -> dict[str, Any]:
     results: dict[str, Any] = {}
     recorded = Path(config.model) / "training_config.json"
     if recorded.is_file():
-        from .training import TrainingConfig  # with the extra that the run needed
-
-        results["training_command"] = TrainingConfig(**json.loads(recorded.read_text(encoding="utf-8"))).command()
+        results["training_command"] = _training_command(json.loads(recorded.read_text(encoding="utf-8")))
     for name in config.results:
         try:
             more = json.loads(Path(name).read_text(encoding="utf-8"))
@@ -115,6 +113,15 @@ def _results(config: ExportConfig) -> dict[str, Any]:
     if config.license is not None:
         results["license"] = config.license
     return results
+
+
+def _training_command(recorded: Mapping[str, Any]) -> str | None:
+    try:
+        from .training import TrainingConfig
+    except ImportError:  # without the extra that training needs: the card goes without it
+        return None
+    names = {f.name for f in fields(TrainingConfig)}
+    return TrainingConfig(**{key: value for key, value in recorded.items() if key in names}).command()
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[ExportConfig, str | None]:

@@ -32,11 +32,16 @@ def refuse_newer(config: Mapping[str, Any], known: Callable[[], Collection[str]]
 class ShipsItsCode:
     """Mixin, before diffusers' own base classes: saving writes the class's code beside its config.
 
-    The config states the version that wrote it, and no path of the machine it was loaded on.
+    The config states the version that wrote it, and no path of the machine it was loaded on. Classes that others derive
+    from ours are saved without code, which is theirs.
     """
 
     _source_file = f"{LIBRARY}.py"  # diffusers looks for a component's code under the library's name
     _source_entries: tuple[str, ...]
+
+    @property
+    def _is_ours(self) -> bool:
+        return type(self).__module__ == LIBRARY
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write the config, and the code that it belongs to; ``save_pretrained`` calls this.
@@ -48,7 +53,8 @@ class ShipsItsCode:
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / self._source_file).write_text(self_contained_source(*self._source_entries), encoding="utf-8")
+        if self._is_ours:
+            (folder / self._source_file).write_text(self_contained_source(*self._source_entries), encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
 
     def to_json_string(self) -> str:

@@ -107,7 +107,8 @@ class SharedPipeline(ShipsItsCode, DiffusionPipeline):
     def to_json_string(self) -> str:
         """The index as it is written: the class is named with the file that holds it."""
         index = json.loads(super().to_json_string())
-        index["_class_name"] = [PIPELINE_MODULE, type(self).__name__]
+        if self._is_ours:
+            index["_class_name"] = [PIPELINE_MODULE, type(self).__name__]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:

@@ -1,0 +1,45 @@
+"""What pip installs is the whole package, built from the source archive as pip builds it."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build(kind, source, target):
+    command = [sys.executable, "-m", "hatchling", "build", "--target", kind, "--directory", str(target)]
+    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=120)
+    return next(path for path in target.iterdir() if path.suffix in (".gz", ".whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("build")
+    with tarfile.open(build("sdist", ROOT, folder / "sdist")) as archive:
+        archive.extractall(folder, filter="data")
+    source = next(folder.glob("diffusers_sde-*"))
+    with zipfile.ZipFile(build("wheel", source, folder / "wheel")) as archive:
+        yield {name: archive.read(name).decode() for name in archive.namelist()}
+
+
+def test_the_wheel_holds_the_package(wheel):
+    source = ROOT / "src"
+    expected = {
+        str(path.relative_to(source)): path.read_text()
+        for path in source.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {name: text for name, text in wheel.items() if ".dist-info" not in name} == expected
+
+
+def test_the_metadata_says_what_it_is(wheel):
+    metadata = next(text for name, text in wheel.items() if name.endswith("METADATA"))
+    head, _, description = metadata.partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in head
+    assert "Requires-Dist: jinja2" in head
+    assert description == (ROOT / "README.md").read_text()
