@@ -139,8 +139,8 @@ def test_wrong_classes(pipe, conditional):
         ImageSampler(pipe, Sampler("x", {}), class_labels=[1])
     with pytest.raises(ValueError, match="class_labels"):
         ImageSampler(conditional, Sampler("x", {}), class_labels=["d"])
-    with pytest.raises(ValueError, match="guidance_scale must be 1 for method"):
-        ImageSampler(conditional, Sampler("x", {"method": "ode", "guidance_scale": 2}))
+    with pytest.raises(ValueError, match="needs a pipeline with a classifier"):
+        ImageSampler(conditional, Sampler("x", {"classifier_guidance_scale": 2}))
 
 
 def test_pipelines_of_diffusers_are_taken():

@@ -15,7 +15,7 @@ LAYERS = [
     {"predictors", "correctors", "plans", "noise"},
     {"adaptive", "sampling", "denoisers", "losses", "ode", "likelihood", "guidance", "operators"},
     {"schedulers", "options", "files", "generation", "metrics", "training", "evaluation", "pipelines", "diagnostics"}
-    | {"flattening", "shipping", "cards", "publishing"},
+    | {"classifiers", "flattening", "shipping", "cards", "publishing"},
     {"hub", "convert"},
 ]
 LAYER_OF = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 
+from .classifiers import NoiseConditionalClassifier
 from .diagnostics import Diagnosis, diagnose
 from .likelihood import BitsPerDim, LogProb, Quantization, TraceOptions, bits_per_dim, log_prob
 from .ode import ODEOptions
@@ -57,6 +58,7 @@ __all__ = [
     "FlowSDEScheduler",
     "InpaintSDEPipeline",
     "LogProb",
+    "NoiseConditionalClassifier",
     "ODEOptions",
     "Plan",
     "ProbabilityFlow",
@@ -93,7 +95,7 @@ def _register_with_diffusers() -> None:
     setattr(diffusers.pipelines, __name__, sys.modules[__name__])
     pipelines = (SDEPipeline, ClassConditionalSDEPipeline, InpaintSDEPipeline, RestorationSDEPipeline)
     schedulers = (FlowSDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler)
-    for cls in pipelines + schedulers:
+    for cls in (*pipelines, *schedulers, NoiseConditionalClassifier):
         cls.__module__ = __name__
         setattr(diffusers, cls.__name__, cls)
 

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,16 +68,19 @@ def classifier_guidance(
     Reference:
         Song et al. 2021, eq. 14 and appendix I.1; scale: Dhariwal & Nichol 2021, arXiv:2105.05233, section 4.
     """
-    _check_scale("scale", scale)
+    check_scale("scale", scale)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         t, alpha, sigma = _path(sde, t, x)
         x0_hat = denoiser(x, t)
         if scale == 0.0:
             return x0_hat
-        with torch.inference_mode(False), torch.enable_grad():
-            at = x.detach().clone().requires_grad_()
-            gradient = torch.autograd.grad(log_prob(at, t).sum(), at)[0]
+        # The likelihood differentiates this once more, which fused attention kernels cannot.
+        again = torch.is_grad_enabled() and x.requires_grad
+        kernels = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if again else nullcontext()
+        with torch.inference_mode(False), torch.enable_grad(), kernels:
+            at = x if again else x.detach().clone().requires_grad_()
+            gradient = torch.autograd.grad(log_prob(at, t).sum(), at, create_graph=again)[0]
         return x0_hat + scale * sigma**2 / alpha * gradient
 
     return denoise
@@ -102,7 +106,7 @@ def classifier_free_guidance(
     Reference:
         Ho & Salimans 2022, arXiv:2207.12598, eq. 6, with scale = 1 + w.
     """
-    _check_scale("scale", scale)
+    check_scale("scale", scale)
     null_condition = torch.as_tensor(null_condition).to(condition).expand_as(condition)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -130,11 +134,10 @@ def guidance_interval(inside: Denoiser, outside: Denoiser, sde: SDE, interval: t
     Reference:
         Kynkäänniemi et al. 2024, arXiv:2404.07724.
     """
+    check_interval(interval)
     if interval is None:
         return inside
     low, high = interval
-    if not 0.0 <= low < high:
-        raise ValueError(f"guidance_interval must be two increasing numbers >= 0 (sigma/alpha), got {interval!r}.")
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         ratio = torch.exp(-0.5 * sde.log_snr(t))
@@ -176,9 +179,9 @@ def dps(
         chunk_size: Samples per backward pass; None for all.
 
     Reference:
-        Chung et al. 2023, arXiv:2209.14687, eq. 16 and algorithm 1.
+        Chung et al. 2023, arXiv:2209.14687, algorithm 1.
     """
-    _check_scale("scale", scale)
+    check_scale("scale", scale)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         t, _, sigma = _path(sde, t, x)
@@ -213,10 +216,10 @@ def pigdm(
         chunk_size: Samples per backward pass; None for all.
 
     Reference:
-        Song et al. 2023, "Pseudoinverse-guided diffusion models for inverse problems", with r_t^2 = v.
+        Song et al. 2023 (ICLR), "Pseudoinverse-guided diffusion models for inverse problems", with r_t^2 = v.
     """
     check_noise_std(noise_std)
-    _check_scale("data_std", data_std, positive=True)
+    check_scale("data_std", data_std, positive=True)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         t, alpha, sigma = _path(sde, t, x)
@@ -454,7 +457,7 @@ def resampled(rows: Sequence[Row], resamplings: int, jump_length: int = 1) -> It
         ValueError: Bad numbers, or rows that look back.
 
     Reference:
-        Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1 and appendix B.
+        Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1; jumps of several levels are its appendix's.
     """
     for name, value in {"resamplings": resamplings, "jump_length": jump_length}.items():
         if isinstance(value, bool) or value != int(value) or value < 1:
@@ -604,7 +607,7 @@ def smc_sample(
     check_noise_std(noise_std)
     if noise_std == 0.0:
         raise ValueError("noise_std must be positive for smc_sample, got 0: without noise no particle has any weight.")
-    _check_scale("data_std", data_std, positive=True)
+    check_scale("data_std", data_std, positive=True)
     if isinstance(particles, bool) or particles != int(particles) or particles < 1:
         raise ValueError(f"particles must be an integer >= 1, got {particles!r}.")
     if not 0.0 <= resample_below <= 1.0:
@@ -692,6 +695,13 @@ def _isotropic_variance(alpha: Tensor, sigma: Tensor, data_std: float) -> Tensor
     return sigma**2 * data_std**2 / (sigma**2 + alpha**2 * data_std**2)
 
 
-def _check_scale(name: str, value: float, positive: bool = False) -> None:
+def check_interval(interval: tuple[float, float] | None) -> None:
+    """Raise a ValueError unless this is an interval of noise-to-signal ratios, or None."""
+    if interval is not None and not (len(interval) == 2 and 0.0 <= interval[0] < interval[1]):
+        raise ValueError(f"guidance_interval must be two increasing numbers >= 0 (sigma/alpha), got {interval!r}.")
+
+
+def check_scale(name: str, value: float, positive: bool = False) -> None:
+    """Raise a ValueError unless the value is finite and >= 0, or > 0 where it has to be positive."""
     if not (math.isfinite(value) and value >= 0.0 and not (positive and value == 0.0)):
         raise ValueError(f"{name} must be a {'positive number' if positive else 'number >= 0'}, got {value!r}.")

@@ -277,7 +277,7 @@ class Grayscale(ChannelMixture):
         weights: Weight of each channel; None for 1 / sqrt(C), of unit length.
 
     Reference:
-        Song et al. 2021, appendix I.2.
+        Song et al. 2021, appendix I.3.
     """
 
     def __init__(self, data_shape: Sequence[int], weights: Sequence[float] | None = None) -> None:

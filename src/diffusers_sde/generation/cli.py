@@ -65,6 +65,7 @@ class SamplingConfig:
     rtol: float | None = option(None, "Relative tolerance of --method ode.", above=0.0)
     atol: float | None = option(None, "Absolute tolerance of --method ode.", above=0.0)
     guidance_scale: float | None = option(None, "Classifier-free guidance; 1 is none.", least=0.0)
+    classifier_guidance_scale: float | None = option(None, "Guidance by the pipeline's classifier.", least=0.0)
     sampler: str | None = option(
         None, "Any further argument of the scheduler: 'key=value,key=value', such as 'rho=5,denoise_final=false'."
     )

@@ -22,10 +22,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import schedulers
-from ..pipelines import ClassConditionalSDEPipeline, ProbabilityFlow, SDEPipeline
+from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
 from ..pipelines.pipeline_sde import METHODS
 
-CALL_OPTIONS = ("num_inference_steps", "method", "rtol", "atol", "guidance_scale")
+CALL_OPTIONS = ("num_inference_steps", "method", "rtol", "atol", "guidance_scale", "classifier_guidance_scale")
+GUIDANCE = (("guidance_scale", 1.0), ("classifier_guidance_scale", None))
 _CONSTANTS = {"none": None, "true": True, "false": False}
 
 
@@ -130,20 +131,15 @@ class ImageSampler:
         arguments = {name: options.pop(name) for name in CALL_OPTIONS if name in options}
         accepted = inspect.signature(self.pipe.__call__).parameters
         for name, value in arguments.items():
-            if name not in (*accepted, "method", "rtol", "atol"):
+            if name not in accepted:
                 raise ValueError(f"{type(self.pipe).__name__} takes no {name}.")
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if name in ("rtol", "atol") and not (is_number and value > 0):
                 raise ValueError(f"{name} must be a number > 0, got {value!r}.")
-            if name == "guidance_scale" and not (is_number and value >= 0):
-                raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
         if arguments.get("method", "scheduler") not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {arguments['method']!r}.")
-        if self._classes is not None and self.pipe.config.null_class is None:
-            if arguments.get("guidance_scale", 1) != 1:
-                raise ValueError("guidance_scale must be 1 for a network that was trained without label dropout.")
-        if arguments.get("method") == "ode" and arguments.get("guidance_scale", 1) != 1:
-            raise ValueError("guidance_scale must be 1 for method 'ode'.")
+        if self._classes is not None:
+            self.pipe.denoiser(*(arguments.get(name, d) for name, d in GUIDANCE))  # refuses what it cannot do
         if "predictor" in options and options["predictor"] is None:
             options["predictor"] = "none"
         own = self.pipe.scheduler
@@ -211,11 +207,6 @@ class ImageSampler:
         """Images in [0, 1], shape (B, C, H, W)."""
         arguments = dict(self._arguments)
         if classes is not None:
-            method, rtol, atol = (arguments.pop(k, d) for k, d in (("method", None), ("rtol", 1e-2), ("atol", 1e-2)))
-            if method == "ode":  # the class-conditional pipeline has no such method
-                flow, end = ProbabilityFlow(self.pipe), self._scheduler.config.denoise_final
-                solution = flow.sample(latents, flow.options(rtol, atol), end, conditioning={"class_labels": classes})
-                return self.pipe.postprocess(solution.sample, "pt")
             arguments["class_labels"] = classes
         images = self.pipe(latents=latents, generator=generators, output_type="pt", return_dict=False, **arguments)[0]
         return images
@@ -251,4 +242,4 @@ def _classes(pipe: SDEPipeline, class_labels: Iterable[int | str] | None) -> lis
     if class_labels is not None:
         names = pipe.labels  # "3" is a number, unless it is a name
         return pipe._numbers([x if x in names or not isinstance(x, str) else parse_value(x) for x in class_labels])
-    return [n for n in range(pipe.unet.config.num_class_embeds) if n != pipe.config.null_class]
+    return [n for n in range(pipe.num_classes) if n != pipe.config.null_class]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..denoisers import call_network
 from ..guidance import Denoiser, Generators, Replacement, renoise, resampled
+from ..ode import FlowDenoiser
 from ..schedulers import SDEScheduler
-from .probability_flow import as_tensor
+from .probability_flow import ProbabilityFlow, as_tensor
 
 if TYPE_CHECKING:
     from .pipeline_sde import SDEPipeline
@@ -22,16 +23,21 @@ Model = Callable[[Tensor, int, Tensor], Tensor]
 """(x_t, index of the row, timestep) -> network output."""
 
 
-def check_run(pipe: SDEPipeline, output_type: str, method: str, methods: Sequence[str]) -> SDEScheduler:
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise a ValueError unless the value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+
+
+def check_run(pipe: SDEPipeline, output_type: str, sampler: str, callback: Callback | None) -> SDEScheduler:
     """The pipeline's scheduler, after a look at what every call takes.
 
     Raises:
-        ValueError: An unknown output type or method, or a scheduler of another package.
+        ValueError: An unknown output type, a callback for the adaptive ODE, or a foreign scheduler.
     """
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
-    if method not in methods:
-        raise ValueError(f"method must be one of {', '.join(methods)}, got {method!r}.")
+    check_choice("output_type", output_type, OUTPUT_TYPES)
+    if sampler == "ode" and callback is not None:
+        raise ValueError("callback_on_step_end does not exist for the adaptive ODE: images have steps of their own.")
     if not isinstance(pipe.scheduler, SDEScheduler):
         raise ValueError(
             f"scheduler must be one of this package's, got {type(pipe.scheduler).__name__}: convert it by from_config, "
@@ -91,17 +97,18 @@ def network_output(pipe: SDEPipeline, scheduler: SDEScheduler) -> Model:
 
     def model(x: Tensor, index: int, timestep: Tensor) -> Tensor:
         fed = scheduler.scale_model_input(x, timestep).to(pipe.unet.dtype)
-        output: Tensor = pipe.unet(fed, timestep, return_dict=False)[0]
+        output: Tensor = pipe.unet(fed, timestep, **pipe.unconditional(len(x)), return_dict=False)[0]
         return output.to(x.dtype)
 
     return model
 
 
 def unet_denoiser(pipe: SDEPipeline, scheduler: SDEScheduler, **arguments: Any) -> Denoiser:
-    """(x_t, SDE time) -> x0_hat of the network, in the precision of x_t; ``arguments`` go to the network."""
+    """(x_t, SDE time) -> x0_hat of the network, in the precision of x_t; unconditional without ``arguments``."""
 
-    def network(x: Tensor, timestep: Tensor, **kwargs: Any) -> Tensor:
-        return call_network(pipe.unet, x.to(pipe.unet.dtype), timestep.float(), **kwargs).to(x.dtype)
+    def network(x: Tensor, timestep: Tensor, **arguments: Any) -> Tensor:
+        arguments = arguments or pipe.unconditional(len(x))
+        return call_network(pipe.unet, x.to(pipe.unet.dtype), timestep.float(), **arguments).to(x.dtype)
 
     return scheduler.denoiser(network, **arguments)
 
@@ -111,11 +118,44 @@ def guided_output(scheduler: SDEScheduler, denoiser: Denoiser) -> Model:
 
     def model(x: Tensor, index: int, timestep: Tensor) -> Tensor:
         precise = torch.float32 if x.device.type == "mps" else torch.float64
-        t = torch.tensor(scheduler._rows[index].t, dtype=precise, device=x.device)
+        t = torch.tensor(scheduler.rows[index].t, dtype=precise, device=x.device)
         x0_hat = denoiser(x, t)
         return scheduler.parametrization.from_x0(x0_hat, x, scheduler.sde.alpha(t), scheduler.sde.sigma(t))
 
     return model
+
+
+def execute_ode(
+    pipe: SDEPipeline,
+    latents: Tensor,
+    rtol: float,
+    atol: float,
+    denoiser: FlowDenoiser | None = None,
+    conditioning: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Integrate the probability-flow ODE from unit noise, each image with adaptive steps of its own.
+
+    Args:
+        pipe: The pipeline; its ``calls`` tell what each image cost.
+        latents: Unit noise, shape (B, C, H, W).
+        rtol: Relative tolerance.
+        atol: Absolute tolerance, in standard deviations of the state.
+        denoiser: (x_t, t, **conditioning) -> x0_hat, instead of the network.
+        conditioning: Its arguments with one row per image.
+
+    Returns:
+        The sample in the data's range.
+    """
+    flow = ProbabilityFlow(pipe, denoiser=denoiser)
+    solution = flow.sample(
+        latents.to(device=pipe._execution_device, dtype=torch.float32),
+        flow.options(rtol, atol),
+        flow.scheduler.config.denoise_final,
+        conditioning=conditioning,
+        progress_bar=pipe._shows_progress,
+    )
+    pipe._calls, pipe._num_timesteps = solution.calls, int(solution.calls.max())
+    return solution.sample
 
 
 def execute(
@@ -149,7 +189,7 @@ def execute(
     """
     scheduler.set_timesteps(num_inference_steps, device=latents.device)
     scheduler.set_begin_index(0)
-    rows, timesteps = scheduler._rows, scheduler.timesteps
+    rows, timesteps = scheduler.rows, scheduler.timesteps
     order = list(resampled(rows, resamplings, jump_length))
     x = latents * scheduler.init_noise_sigma
     if replacement is not None:
@@ -158,7 +198,7 @@ def execute(
     with pipe.progress_bar(total=len(order)) as progress_bar:
         for call, (i, back_to) in enumerate(order):
             if call and i != order[call - 1][0] + 1:
-                scheduler._step_index = i
+                scheduler.jump_to(i)
             output = model(x, i, timesteps[i])
             x = scheduler.step(output, timesteps[i], x, generator=generator, return_dict=False)[0]
             s = rows[i].s

@@ -1,8 +1,9 @@
-"""Generation by class, with classifier-free guidance."""
+"""Generation by class: classifier-free guidance, and guidance by a classifier of noisy images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,34 +11,61 @@ from diffusers import ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..guidance import classifier_free_guidance, guidance_interval
-from .execution import Callback, check_latents, check_run, execute, guided_output, unet_denoiser
-from .pipeline_sde import SDEPipeline
+from ..classifiers import NoiseConditionalClassifier
+from ..guidance import (
+    check_interval,
+    check_scale,
+    classifier_free_guidance,
+    classifier_guidance,
+    guidance_interval,
+)
+from .execution import (
+    Callback,
+    check_choice,
+    check_latents,
+    check_run,
+    execute,
+    execute_ode,
+    guided_output,
+    unet_denoiser,
+)
+from .pipeline_sde import METHODS, SDEPipeline
+from .probability_flow import ProbabilityFlow
 
 
 class ClassConditionalSDEPipeline(SDEPipeline):
-    """Draw images of given classes from a network with ``num_class_embeds``.
+    """Draw images of given classes, from a network that knows them or by a classifier, or both.
 
     A network trained with label dropout has one more class, the null class, which stands for "any". With it,
-    classifier-free guidance (Ho & Salimans 2022) sharpens the class; both halves are one batched call. Correctors take
-    the guided score, which for a scale other than 1 is not the score of any marginal.
+    classifier-free guidance (Ho & Salimans 2022) sharpens the class; both halves are one batched call. A
+    ``NoiseConditionalClassifier`` guides every network, with classes or without (Song et al. 2021, section 5).
+    Correctors take the guided score, which for a scale other than 1 is not the score of any marginal.
 
     Args:
-        unet: The network, called as ``unet(sample, timestep, class_labels)``.
+        unet: The network, called as ``unet(sample, timestep, class_labels)``, or without labels if it knows no classes.
         scheduler: One of this package's schedulers.
         data_min: As in ``SDEPipeline``.
         data_max: Likewise.
-        id2label: Name of each class, by its number. JSON turns the numbers into strings; both are understood.
+        id2label: Name of each class, by its number; the classifier's names if None. JSON turns the numbers into
+            strings; both are understood.
         null_class: Number of the null class; None for a network without one, which allows ``guidance_scale`` 1 only.
+        classifier: Classifier of noisy images; optional for a network that knows classes.
 
     Example:
         ```py
-        from diffusers_sde import ClassConditionalSDEPipeline
+        from diffusers_sde import ClassConditionalSDEPipeline, NoiseConditionalClassifier
 
         pipe = ClassConditionalSDEPipeline.from_pretrained("outputs/digits")
         images = pipe(class_labels=[3, "seven"], guidance_scale=2.0).images
+
+        classifier = NoiseConditionalClassifier.from_pretrained("outputs/digits-classifier")
+        pipe = ClassConditionalSDEPipeline.from_pretrained("outputs/unconditional", classifier=classifier)
+        images = pipe(class_labels=[3, "seven"], classifier_guidance_scale=2.0).images
         ```
     """
+
+    _optional_components = ["classifier"]
+    _exclude_from_cpu_offload = ["classifier"]  # it takes turns with the network at every step
 
     def __init__(
         self,
@@ -47,25 +75,30 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         data_max: float = 1.0,
         id2label: Mapping | None = None,  # bare: diffusers compares types, and JSON makes its keys strings
         null_class: int | None = None,
+        classifier: NoiseConditionalClassifier | None = None,
     ) -> None:
-        super().__init__(unet, scheduler, data_min, data_max)
-        embeds = unet.config.num_class_embeds
-        if embeds is None:
-            raise ValueError("unet has no num_class_embeds: it knows no classes. Use SDEPipeline.")
-        if null_class is not None and not 0 <= null_class < embeds:
-            raise ValueError(f"null_class must lie in [0, {embeds}), the classes of the network, got {null_class!r}.")
+        super().__init__(unet, scheduler, data_min, data_max, null_class)
+        if unet.config.num_class_embeds is None and classifier is None:
+            raise ValueError("unet has no num_class_embeds: it knows no classes. Pass a classifier or use SDEPipeline.")
+        self.register_modules(classifier=classifier)
         names = {str(number): str(name) for number, name in (id2label or {}).items()}
-        bad = [number for number in names if not number.isdecimal() or int(number) >= embeds]
+        bad = [number for number in names if not number.isdecimal() or int(number) >= self.num_classes]
         if bad:
-            raise ValueError(f"id2label must name classes in [0, {embeds}), got {bad}.")
+            raise ValueError(f"id2label must name classes in [0, {self.num_classes}), got {bad}.")
         if len(set(names.values())) < len(names):
             raise ValueError("id2label must give every class a name of its own.")
-        self.register_to_config(id2label=names or None, null_class=null_class)
+        self.register_to_config(id2label=names or None)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that ``class_labels`` may hold, a null class included."""
+        return int(self.unet.config.num_class_embeds or self.classifier.config.num_classes)
 
     @property
     def labels(self) -> dict[str, int]:
         """Number of each class by its name; empty where the classes have no names."""
-        return {name: int(number) for number, name in (self.config.id2label or {}).items()}
+        names = self.config.id2label or (self.classifier.config.id2label if self.classifier is not None else None)
+        return {name: int(number) for number, name in (names or {}).items()}
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
@@ -79,21 +112,31 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         latents: Tensor | None = None,
         callback_on_step_end: Callback | None = None,
         return_dict: bool = True,
+        classifier_guidance_scale: float | None = None,
+        method: str = "scheduler",
+        rtol: float = 1e-2,
+        atol: float = 1e-2,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate one image for each label.
 
         Args:
             class_labels: Numbers or names.
-            guidance_scale: 1 is the class as it is, larger values sharpen it at the expense of variety, 0 ignores it.
-                Other values than 0 and 1 double the batch.
-            guidance_interval: Noise-to-signal ratios sigma/alpha between which to guide; outside the scale is 1, at the
-                cost of one half. None guides everywhere. (0.2, 3.0) is a common choice.
+            guidance_scale: Of classifier-free guidance. 1 is the class as the network knows it, larger values sharpen
+                it at the expense of variety, 0 ignores it. Other values than 0 and 1 double the batch.
+            guidance_interval: Noise-to-signal ratios sigma/alpha between which to guide; outside ``guidance_scale`` is
+                1 and the classifier silent. None guides everywhere. (0.2, 3.0) is a common choice.
             num_inference_steps: Noise levels; each costs ``scheduler.order`` network calls.
             generator: One generator, or a list with one for each image.
             output_type: As in ``SDEPipeline``.
             latents: Unit noise to start from, shape (B, C, H, W).
             callback_on_step_end: As in ``SDEPipeline``.
             return_dict: Whether to return an ``ImagePipelineOutput`` instead of a tuple.
+            classifier_guidance_scale: Of the classifier's gradient, which is added to the network's estimate: 1 is
+                Bayes' rule for a network without classes (or with ``guidance_scale`` 0), larger values sharpen. None is
+                1 for a network without classes and 0 for one that knows them.
+            method: As in ``SDEPipeline``.
+            rtol: Relative tolerance of ``ode``.
+            atol: Absolute tolerance of ``ode``, in standard deviations of the state.
 
         Returns:
             The images.
@@ -101,43 +144,96 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         Raises:
             ValueError: A label out of range or unknown, or another bad argument; nothing has been computed then.
         """
-        scheduler = check_run(self, output_type, "class", ("class",))
+        check_choice("method", method, METHODS)
+        scheduler = check_run(self, output_type, method, callback_on_step_end)
         device = self._execution_device
+        denoiser = self.denoiser(guidance_scale, classifier_guidance_scale, guidance_interval)
         labels = torch.tensor(self._numbers(class_labels), dtype=torch.int64, device=device)
-        null_class = self.config.null_class
-        if null_class is None and guidance_scale != 1.0:
-            raise ValueError(
-                f"guidance_scale must be 1 for a network without a null class, got {guidance_scale!r}: train with "
-                "label dropout, and name the class that stood for dropped labels in null_class."
-            )
-        shape = (len(labels), *self.sample_shape)
-        denoiser = self._denoiser(labels, guidance_scale, guidance_interval)
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device)
+            latents = randn_tensor((len(labels), *self.sample_shape), generator=generator, device=device)
         check_latents(latents, (len(labels), self.unet.config.in_channels, *latents.shape[2:]))
-        x = execute(
-            self,
-            scheduler,
-            guided_output(scheduler, denoiser),
-            latents.to(device=device, dtype=torch.float32),
-            num_inference_steps,
-            generator,
-            callback=callback_on_step_end,
-        )
+        latents = latents.to(device=device, dtype=torch.float32)
+        if method == "ode":
+            x = execute_ode(self, latents, rtol, atol, denoiser, {"class_labels": labels})
+        else:
+            model = guided_output(scheduler, partial(denoiser, class_labels=labels))
+            x = execute(self, scheduler, model, latents, num_inference_steps, generator, callback=callback_on_step_end)
         images = self.postprocess(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _denoiser(self, labels: Tensor, scale: float, interval: tuple[float, float] | None) -> Any:
-        scheduler = self.scheduler
+    def denoiser(
+        self,
+        guidance_scale: float = 1.0,
+        classifier_guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> Callable[..., Tensor]:
+        """The guided estimate, (x_t, t, class_labels) -> x0_hat, with labels as int64 of shape (B,).
 
-        def conditional(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-            return unet_denoiser(self, scheduler, class_labels=condition)(x, t)
+        It goes wherever a denoiser goes: ``sample``, ``log_prob``, ``ode``. Arguments are those of the call.
 
-        null = labels if self.config.null_class is None else torch.full_like(labels, self.config.null_class)
-        inside = classifier_free_guidance(conditional, labels, null, scale)
-        outside = classifier_free_guidance(conditional, labels, null, 1.0)
-        return guidance_interval(inside, outside, scheduler.sde, interval)
+        Raises:
+            ValueError: Scales that the network and the classifier cannot serve.
+        """
+        check_scale("guidance_scale", guidance_scale)
+        check_interval(guidance_interval)
+        config, knows_classes = self.config, self.unet.config.num_class_embeds is not None
+        if classifier_guidance_scale is None:
+            classifier_guidance_scale = 0.0 if knows_classes else 1.0
+        check_scale("classifier_guidance_scale", classifier_guidance_scale)
+        if guidance_scale != 1.0 and config.null_class is None:
+            raise ValueError(
+                f"guidance_scale must be 1 for a network without {'a null class' if knows_classes else 'classes'}, got "
+                f"{guidance_scale!r}: train with label dropout and name the class that stood for dropped labels in "
+                "null_class, or use classifier_guidance_scale."
+            )
+        if classifier_guidance_scale:
+            if self.classifier is None:
+                raise ValueError("classifier_guidance_scale needs a pipeline with a classifier, this one has none.")
+            self.classifier.check_fits(self.scheduler.sde, self.sample_shape, config.data_min, config.data_max)
+        return partial(self._denoise, guidance_scale, classifier_guidance_scale, guidance_interval)
+
+    def _denoise(
+        self,
+        scale: float,
+        by_classifier: float,
+        interval: tuple[float, float] | None,
+        x: Tensor,
+        t: Tensor,
+        class_labels: Tensor,
+    ) -> Tensor:
+        sde, null_class = self.scheduler.sde, self.config.null_class
+        null = class_labels if null_class is None else torch.full_like(class_labels, null_class)
+        guided = classifier_free_guidance(self._conditional, class_labels, null, scale)
+        if by_classifier:
+            log_prob = self.classifier.log_prob(sde, class_labels)
+            guided = classifier_guidance(guided, sde, log_prob, by_classifier)
+        as_it_is = classifier_free_guidance(self._conditional, class_labels, null, 1.0)
+        return guidance_interval(guided, as_it_is, sde, interval)(x, t)
+
+    def _conditional(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        arguments = {} if self.unet.config.num_class_embeds is None else {"class_labels": labels}
+        return unet_denoiser(self, self.scheduler, **arguments)(x, t)
+
+    def probability_flow(
+        self,
+        guidance_scale: float = 1.0,
+        classifier_guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> ProbabilityFlow:
+        """The guided flow, for the likelihoods and codes of images given their classes.
+
+        Pass ``conditioning={"class_labels": labels}`` to its methods. At scale 1 it is that of log p(x | class); at
+        others it is a density too, but of no diffusion. Arguments are those of the call.
+
+        Example:
+            ```py
+            flow = pipe.probability_flow(classifier_guidance_scale=1.0)
+            flow.bits_per_dim(images, conditioning={"class_labels": labels}).mean
+            ```
+        """
+        denoiser = self.denoiser(guidance_scale, classifier_guidance_scale, guidance_interval)
+        return ProbabilityFlow(self, denoiser=denoiser)
 
     def _numbers(self, class_labels: Any) -> list[int]:
         if isinstance(class_labels, Tensor):
@@ -146,7 +242,7 @@ class ClassConditionalSDEPipeline(SDEPipeline):
             class_labels = [class_labels]
         if not isinstance(class_labels, Sequence) or not class_labels:
             raise ValueError(f"class_labels must be numbers or names, at least one, got {class_labels!r}.")
-        names, embeds = self.labels, self.unet.config.num_class_embeds
+        names, classes = self.labels, self.num_classes
         numbers = []
         for label in class_labels:
             if isinstance(label, str):
@@ -154,7 +250,7 @@ class ClassConditionalSDEPipeline(SDEPipeline):
                     known = ", ".join(names) if names else "none: this pipeline's classes have no names"
                     raise ValueError(f"class_labels holds {label!r}, but the names are {known}.")
                 label = names[label]
-            if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < embeds:
-                raise ValueError(f"class_labels must be integers in [0, {embeds}) or names, got {label!r}.")
+            if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < classes:
+                raise ValueError(f"class_labels must be integers in [0, {classes}) or names, got {label!r}.")
             numbers.append(label)
         return numbers

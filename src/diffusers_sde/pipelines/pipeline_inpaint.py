@@ -11,22 +11,22 @@ from diffusers import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..guidance import Replacement, posterior_denoiser
+from ..guidance import Replacement
 from ..operators import Mask
 from ..schedulers import SDEScheduler
 from .execution import (
     Callback,
+    check_choice,
     check_count,
     check_latents,
     check_run,
     data_tensor,
     execute,
     fork,
-    guided_output,
     network_output,
-    unet_denoiser,
 )
 from .pipeline_restoration import RestorationSDEPipeline
+from .pipeline_sde import METHODS
 
 INPAINTING_METHODS = ("replacement", "repaint", "mmps", "pigdm", "dps")
 
@@ -34,11 +34,11 @@ INPAINTING_METHODS = ("replacement", "repaint", "mmps", "pigdm", "dps")
 class InpaintSDEPipeline(RestorationSDEPipeline):
     """Fill holes in images with an unconditional network, by any scheduler of this package.
 
-    ``replacement`` is the paper's method (Song et al. 2021, appendix I.2): fast, and blind to what the hole and its
-    surroundings have to agree on. ``repaint`` goes back and forth between noise levels until they agree, at
-    ``resamplings`` times the cost (Lugmayr et al. 2022). ``pigdm`` and ``dps`` follow the gradient of the misfit, at
-    about twice the cost per step, ``mmps`` with its 3 iterations at about five times; the memory is that of a training
-    step, and ``chunk_size`` bounds it.
+    ``pigdm``, the default, and ``dps`` follow the gradient of the misfit, at about three times the cost per step,
+    ``mmps`` with its 3 iterations at about seven times; the memory is that of a training step, and ``chunk_size``
+    bounds it. ``replacement`` is the paper's method (Song et al. 2021, appendix I.2): fast, without gradients, and
+    blind to what the hole and its surroundings have to agree on. ``repaint`` goes back and forth between noise levels
+    until they agree, at ``resamplings`` times the cost (Lugmayr et al. 2022).
 
     Example:
         ```py
@@ -54,7 +54,7 @@ class InpaintSDEPipeline(RestorationSDEPipeline):
         self,
         image: Any,
         mask_image: Any,
-        method: str = "replacement",
+        method: str = "pigdm",
         num_samples: int = 1,
         num_inference_steps: int = 100,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -66,6 +66,9 @@ class InpaintSDEPipeline(RestorationSDEPipeline):
         latents: Tensor | None = None,
         callback_on_step_end: Callback | None = None,
         return_dict: bool = True,
+        sampler: str = "scheduler",
+        rtol: float = 1e-2,
+        atol: float = 1e-2,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Inpaint.
 
@@ -89,6 +92,9 @@ class InpaintSDEPipeline(RestorationSDEPipeline):
             latents: Unit noise to start from, shape (B * num_samples, C, H, W).
             callback_on_step_end: As in ``SDEPipeline``.
             return_dict: Whether to return an ``ImagePipelineOutput`` instead of a tuple.
+            sampler: As in ``RestorationSDEPipeline``, for the same methods.
+            rtol: Likewise.
+            atol: Likewise.
 
         Returns:
             The images.
@@ -96,7 +102,9 @@ class InpaintSDEPipeline(RestorationSDEPipeline):
         Raises:
             ValueError: An argument is out of range or shapes do not fit; nothing has been computed then.
         """
-        scheduler = check_run(self, output_type, method, INPAINTING_METHODS)
+        check_choice("method", method, INPAINTING_METHODS)
+        check_choice("sampler", sampler, METHODS)
+        scheduler = check_run(self, output_type, sampler, callback_on_step_end)
         check_count("num_samples", num_samples)
         known = data_tensor(self, image, "image")
         if known.shape[1] != self.unet.config.in_channels:
@@ -111,6 +119,8 @@ class InpaintSDEPipeline(RestorationSDEPipeline):
         if not {len(known), len(hole)} <= {1, images}:
             raise ValueError(f"mask_image must be one, or one for each image: got {len(hole)} for {len(known)} images.")
         is_posterior = method not in ("replacement", "repaint")
+        if sampler == "ode" and not is_posterior:
+            raise ValueError(f"sampler 'ode' needs method mmps, pigdm or dps, got {method!r}: it has no levels.")
         if method_options and not is_posterior:
             raise ValueError(f"method {method!r} takes no method_options, got {sorted(method_options)}.")
         options = self._method_options(method, method_options) if is_posterior else {}
@@ -128,10 +138,9 @@ class InpaintSDEPipeline(RestorationSDEPipeline):
         replacement = Replacement(scheduler.sde, known, mask, own)
         if is_posterior:
             operator = Mask(mask, tuple(known.shape[1:]))
-            prior = unet_denoiser(self, scheduler)
-            denoiser = posterior_denoiser(prior, scheduler.sde, operator, known, 0.0, method, **options)
-            model = guided_output(scheduler, denoiser)
-            x = execute(self, scheduler, model, latents, num_inference_steps, generator, callback=callback_on_step_end)
+            run = (num_inference_steps, generator, callback_on_step_end)
+            tolerances = (rtol, atol) if sampler == "ode" else None
+            x = self._posterior_sample(operator, known, 0.0, method, options, latents, run, tolerances)
         else:
             repeats = resamplings if method == "repaint" and bool(mask.any()) else 1
             scheduler = _without_memory(scheduler) if repeats > 1 else scheduler

@@ -27,15 +27,17 @@ from ..predictors import PredictorOptions
 from ..schedulers import SDEScheduler
 from .execution import (
     Callback,
+    check_choice,
     check_count,
     check_latents,
     check_run,
     data_tensor,
     execute,
+    execute_ode,
     guided_output,
     unet_denoiser,
 )
-from .pipeline_sde import SDEPipeline
+from .pipeline_sde import METHODS, SDEPipeline
 
 SMC_OPTIONS = ("particles", "data_std", "resample_below", "chunk_size")
 
@@ -79,6 +81,9 @@ class RestorationSDEPipeline(SDEPipeline):
         latents: Tensor | None = None,
         callback_on_step_end: Callback | None = None,
         return_dict: bool = True,
+        sampler: str = "scheduler",
+        rtol: float = 1e-2,
+        atol: float = 1e-2,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Restore images.
 
@@ -98,6 +103,10 @@ class RestorationSDEPipeline(SDEPipeline):
             latents: Unit noise to start from, shape (B * num_samples, C, H, W).
             callback_on_step_end: As in ``SDEPipeline``.
             return_dict: Whether to return an ``ImagePipelineOutput`` instead of a tuple.
+            sampler: ``scheduler``, or ``ode`` for the probability flow of the posterior with adaptive steps: what
+                ``method`` says in ``SDEPipeline``. Not with ``smc``.
+            rtol: Relative tolerance of ``ode``.
+            atol: Absolute tolerance of ``ode``, in standard deviations of the state.
 
         Returns:
             The images.
@@ -105,7 +114,9 @@ class RestorationSDEPipeline(SDEPipeline):
         Raises:
             ValueError: An argument is out of range or shapes do not fit; nothing has been computed then.
         """
-        scheduler = check_run(self, output_type, method, (*POSTERIOR_METHODS, "smc"))
+        check_choice("method", method, (*POSTERIOR_METHODS, "smc"))
+        check_choice("sampler", sampler, METHODS)
+        scheduler = check_run(self, output_type, sampler, callback_on_step_end)
         check_count("num_samples", num_samples)
         check_noise_std(noise_std)
         y = self._measurement(measurement, operator)
@@ -114,31 +125,52 @@ class RestorationSDEPipeline(SDEPipeline):
         shape = (len(index), *operator.data_shape)
         device = self._execution_device
         operator, y = operator.select(index), y[index.to(y.device)]
-        prior = unet_denoiser(self, scheduler)
         if method == "smc":
-            if latents is not None or callback_on_step_end is not None or isinstance(generator, list):
-                raise ValueError("method 'smc' takes no latents, no callback_on_step_end and no list of generators.")
+            given = (latents, callback_on_step_end, None if sampler == "scheduler" else sampler)
+            if any(v is not None for v in given) or isinstance(generator, list):
+                raise ValueError(
+                    "method 'smc' takes no latents, no callback_on_step_end, no list of generators, no sampler 'ode'."
+                )
             plan = _particle_plan(scheduler, num_inference_steps)
             self._num_timesteps = len(plan.rows)
+            prior = unet_denoiser(self, scheduler)
             particles = smc_sample(plan, prior, scheduler.sde, operator, y, noise_std, generator=generator, **options)
             x = particles.draw(generator)
         else:
             if latents is None:
                 latents = randn_tensor(shape, generator=generator, device=device)
             check_latents(latents, shape)
-            denoiser = posterior_denoiser(prior, scheduler.sde, operator, y, noise_std, method, **options)
-            x = execute(
-                self,
-                scheduler,
-                guided_output(scheduler, denoiser),
-                latents.to(device=device, dtype=torch.float32),
-                num_inference_steps,
-                generator,
-                callback=callback_on_step_end,
-            )
+            latents = latents.to(device=device, dtype=torch.float32)
+            run = (num_inference_steps, generator, callback_on_step_end)
+            tolerances = (rtol, atol) if sampler == "ode" else None
+            x = self._posterior_sample(operator, y, noise_std, method, options, latents, run, tolerances)
         images = self.postprocess(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _posterior_sample(
+        self,
+        operator: LinearOperator,
+        y: Tensor,
+        noise_std: float,
+        method: str,
+        options: Mapping[str, Any],
+        latents: Tensor,
+        run: tuple[int, Any, Callback | None],
+        tolerances: tuple[float, float] | None,
+    ) -> Tensor:
+        """By the scheduler, or by the adaptive ODE where there are tolerances."""
+        scheduler, prior = self.scheduler, unet_denoiser(self, self.scheduler)
+
+        def denoiser(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
+            own = operator.select(index)
+            return posterior_denoiser(prior, scheduler.sde, own, y[index], noise_std, method, **options)(x, t)
+
+        if tolerances is not None:
+            return execute_ode(self, latents, *tolerances, denoiser, {"index": torch.arange(len(y), device=y.device)})
+        guided = posterior_denoiser(prior, scheduler.sde, operator, y, noise_std, method, **options)
+        steps, generator, callback = run
+        return execute(self, scheduler, guided_output(scheduler, guided), latents, steps, generator, callback=callback)
 
     def _measurement(self, measurement: Any, operator: LinearOperator) -> Tensor:
         channels = self.unet.config.in_channels
@@ -172,5 +204,5 @@ class RestorationSDEPipeline(SDEPipeline):
 def _particle_plan(scheduler: SDEScheduler, num_inference_steps: int) -> Plan:
     """The reverse SDE by first-order exponential steps, on the scheduler's grid and ending with the data."""
     check_count("num_inference_steps", num_inference_steps)
-    times = scheduler._times(int(num_inference_steps))
+    times = scheduler.level_times(int(num_inference_steps))
     return make_plan(scheduler.sde, times, options=PredictorOptions(1, solver_correction=False))

@@ -14,12 +14,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..likelihood import BitsPerDim, Generators, LogProb, TraceOptions
+from .execution import OUTPUT_TYPES, check_choice, execute_ode
 from .probability_flow import ProbabilityFlow
 from .sharing import SharedPipeline, adopted
 
 logger = logging.get_logger(__name__)
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 METHODS = ("scheduler", "ode")
 
 
@@ -35,6 +35,8 @@ class SDEPipeline(SharedPipeline):
         scheduler: One of this package's schedulers, or a stock one that fits the network.
         data_min: Value of black in the data the network was trained on: -1, or 0 for the paper's VE models.
         data_max: Value of white.
+        null_class: For a network with classes: the number of the class that stands for "any", which makes it an
+            unconditional one.
 
     Example:
         ```py
@@ -50,13 +52,21 @@ class SDEPipeline(SharedPipeline):
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
-        self, unet: UNet2DModel, scheduler: SchedulerMixin, data_min: float = -1.0, data_max: float = 1.0
+        self,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        data_min: float = -1.0,
+        data_max: float = 1.0,
+        null_class: int | None = None,
     ) -> None:
         super().__init__()
         if not data_min < data_max:
             raise ValueError(f"data_min must lie below data_max, got {data_min!r} and {data_max!r}.")
+        classes = unet.config.get("num_class_embeds") or 0
+        if null_class is not None and not 0 <= null_class < classes:
+            raise ValueError(f"null_class must lie in [0, {classes}), the classes of the network, got {null_class!r}.")
         self.register_modules(unet=unet, scheduler=adopted(scheduler))
-        self.register_to_config(data_min=float(data_min), data_max=float(data_max))
+        self.register_to_config(data_min=float(data_min), data_max=float(data_max), null_class=null_class)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
 
     @property
@@ -67,6 +77,19 @@ class SDEPipeline(SharedPipeline):
             raise ValueError("The network's config has no sample_size: pass latents of the shape you want.")
         height, width = (size, size) if isinstance(size, int) else size
         return (self.unet.config.in_channels, height, width)
+
+    def unconditional(self, batch_size: int) -> dict[str, Tensor]:
+        """Arguments with which the network is unconditional: none, or the null class of one with classes.
+
+        Raises:
+            ValueError: A network with classes and no null class.
+        """
+        if self.unet.config.get("num_class_embeds") is None:
+            return {}
+        if self.config.null_class is None:
+            raise ValueError("unet knows classes and has no null_class: use ClassConditionalSDEPipeline.")
+        labels = torch.full((batch_size,), self.config.null_class, device=self._execution_device)
+        return {"class_labels": labels}
 
     @property
     def num_timesteps(self) -> int:
@@ -118,12 +141,10 @@ class SDEPipeline(SharedPipeline):
         Raises:
             ValueError: An argument is out of range; nothing has been computed then.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         if latents is None and (isinstance(batch_size, bool) or batch_size != int(batch_size) or batch_size < 1):
             raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}.")
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+        check_choice("method", method, METHODS)
         if method == "ode" and callback_on_step_end is not None:
             raise ValueError("callback_on_step_end does not exist for method='ode': images have steps of their own.")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
@@ -142,15 +163,7 @@ class SDEPipeline(SharedPipeline):
             raise ValueError(f"generator is a list of {len(generator)}, but there are {len(latents)} latents.")
 
         if method == "ode":
-            flow = ProbabilityFlow(self)
-            solution = flow.sample(
-                latents.to(device=device, dtype=torch.float32),
-                flow.options(rtol, atol),
-                flow.scheduler.config.denoise_final,
-                progress_bar=self._shows_progress,
-            )
-            self._calls, self._num_timesteps = solution.calls, int(solution.calls.max())
-            images = self.postprocess(solution.sample, output_type)
+            images = self.postprocess(execute_ode(self, latents, rtol, atol), output_type)
             self.maybe_free_model_hooks()
             return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -160,13 +173,14 @@ class SDEPipeline(SharedPipeline):
         x = latents.to(device=device, dtype=torch.float32) * self.scheduler.init_noise_sigma
         accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_arguments: dict[str, Any] = {"generator": generator} if accepts_generator else {}
+        unconditional = self.unconditional(len(x))
 
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 model_input = self.scheduler.scale_model_input(x, t).to(self.unet.dtype)
-                output = self.unet(model_input, t, return_dict=False)[0].to(x.dtype)
+                output = self.unet(model_input, t, **unconditional, return_dict=False)[0].to(x.dtype)
                 x = self.scheduler.step(output, t, x, **step_arguments, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     replaced = callback_on_step_end(self, i, t, {"latents": x})

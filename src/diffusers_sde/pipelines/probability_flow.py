@@ -20,7 +20,7 @@ from ..likelihood import (
     bits_per_dim,
     log_prob,
 )
-from ..ode import FlowSolution, ODEOptions, decode, edit, encode, interpolate, sample_flow
+from ..ode import FlowDenoiser, FlowSolution, ODEOptions, decode, edit, encode, interpolate, sample_flow
 from ..parametrizations import Epsilon, Score
 from ..schedulers import SCHEDULERS, SDEScheduler
 from ..schedulers.conversion import FITTING_SCHEDULER, config_family, with_stock_defaults
@@ -39,6 +39,8 @@ class ProbabilityFlow:
         data_max: Value of white; likewise, else 1.
         t_min: Smallest SDE time the network is evaluated at; if None the SDE's own, or the first entry of the table
             for networks that know only the times of a DDPM table.
+        denoiser: (x_t, t, **conditioning) -> x0_hat, such as a guided one, instead of the network. A network with
+            classes and a null class is unconditional unless ``conditioning`` says otherwise.
 
     Attributes:
         sde: The SDE.
@@ -56,7 +58,12 @@ class ProbabilityFlow:
     """
 
     def __init__(
-        self, pipe: Any, data_min: float | None = None, data_max: float | None = None, t_min: float | None = None
+        self,
+        pipe: Any,
+        data_min: float | None = None,
+        data_max: float | None = None,
+        t_min: float | None = None,
+        denoiser: FlowDenoiser | None = None,
     ) -> None:
         network = getattr(pipe, "unet", None)
         network = getattr(pipe, "transformer", None) if network is None else network
@@ -70,6 +77,7 @@ class ProbabilityFlow:
             )
         _check_deterministic(network)
         self.network, self.scheduler = network, _fitting_scheduler(pipe.scheduler)
+        self._guided, self._unconditional = denoiser, getattr(pipe, "unconditional", None)
         self.sde = self.scheduler.sde
         self.is_latent = any(getattr(pipe, name, None) is not None for name in ("vae", "vqvae", "movq"))
         self.data_min = float(getattr(pipe.config, "data_min", -1.0) if data_min is None else data_min)
@@ -94,6 +102,10 @@ class ProbabilityFlow:
 
     def denoiser(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
         """x0_hat of the network, in the precision of ``x``; see ``SDEScheduler.denoiser``."""
+        if self._guided is not None:
+            return self._guided(x, t, **conditioning)
+        if not conditioning and self._unconditional is not None:
+            conditioning = self._unconditional(len(x))
         dtype = getattr(self.network, "dtype", x.dtype)
 
         def network(x: Tensor, timestep: Tensor, **kwargs: Any) -> Tensor:

@@ -111,8 +111,9 @@ class FlowSDEScheduler(SDEScheduler):
         self._mu = mu
         super().set_timesteps(num_inference_steps, device, timesteps, sigmas)
 
-    def _times(self, num_inference_steps: int) -> Tensor:
-        return self._shifted(super()._times(num_inference_steps))
+    def level_times(self, num_inference_steps: int) -> Tensor:
+        """As in ``SDEScheduler``, shifted."""
+        return self._shifted(super().level_times(num_inference_steps))
 
     def _times_of_sigmas(self, sigmas: Sequence[float] | Tensor) -> Tensor:
         # Flow-matching pipelines call sigma what is t here, not the ratio sigma/alpha.

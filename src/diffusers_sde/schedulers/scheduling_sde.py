@@ -237,8 +237,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
 
     # ------------------------------------------------------------------ the time grid
 
-    def _times(self, num_inference_steps: int) -> Tensor:
-        """The SDE times of ``num_inference_steps`` noise levels, decreasing, float64."""
+    def level_times(self, num_inference_steps: int) -> Tensor:
+        """The SDE times of ``num_inference_steps`` noise levels on the configured grid, decreasing, float64."""
         config, sde = self.config, self.sde
         points = num_inference_steps + (0 if config.denoise_final else 1)
         if config.time_grid is None:
@@ -285,7 +285,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
                 raise ValueError(f"num_inference_steps must be an integer, got {num_inference_steps!r}.")
             if num_inference_steps < 1:
                 raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps!r}.")
-            times = self._times(int(num_inference_steps))
+            times = self.level_times(int(num_inference_steps))
         else:
             raise ValueError("Pass num_inference_steps, timesteps or sigmas.")
         levels = len(times) if self.config.denoise_final else len(times) - 1
@@ -362,6 +362,11 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     # ------------------------------------------------------------------ position in the plan
 
     @property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows of the plan, one for each entry of ``timesteps``: SDE times and coefficients."""
+        return self._rows
+
+    @property
     def step_index(self) -> int | None:
         """Index of the next row; None before the first step."""
         return self._step_index
@@ -374,6 +379,12 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at this index of ``timesteps`` (image-to-image starts in the middle)."""
         self._begin_index = int(begin_index)
+
+    def jump_to(self, index: int) -> None:
+        """Let ``step`` go on with row ``index``, forgetting earlier estimates: for samplers that go back and forth."""
+        if not 0 <= index < len(self._rows):
+            raise ValueError(f"index must lie in [0, {len(self._rows)}), the rows of the plan, got {index!r}.")
+        self._step_index, self._memory = index, []
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
         """First index whose timestep is nearest to ``timestep`` and at which sampling can start.
