@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, get_args, get_type_hints
 
 
@@ -61,17 +61,20 @@ def _check(name: str, value: Any, allowed: Any) -> None:
         raise ValueError(f"{name} must be {wanted}, got {value!r}.")
 
 
-def parser_of(config: type, **arguments: Any) -> argparse.ArgumentParser:
+def parser_of(config: type, exclude: Collection[str] = (), **arguments: Any) -> argparse.ArgumentParser:
     """A parser with one option per field of a dataclass of options, with its help text and default.
 
     Args:
         config: The dataclass.
+        exclude: Fields that are no options.
         **arguments: Of ``argparse.ArgumentParser``, such as ``prog`` and ``description``; ``argument_default`` stands
             for all defaults, and SUPPRESS leaves out what is not given.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False, **arguments)
     hints = get_type_hints(config)
     for f in dataclasses.fields(config):
+        if f.name in exclude:
+            continue
         types = [t for t in get_args(hints[f.name]) if t is not type(None)] or [hints[f.name]]
         required = f.default is dataclasses.MISSING
         default = None if required else f.default

@@ -26,8 +26,10 @@ EMA_FILE = "ema.safetensors"
 UNFINISHED = ".unfinished-checkpoint"
 DISCARDED = ".discarded-checkpoint"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_RESULTS = ("model_index.json", "diffusion_pytorch_model.safetensors")  # of a pipeline, of a classifier
 _FILES_OF_A_RUN = (
-    "model_index.json",
+    *_RESULTS,
+    "config.json",
     f"{PIPELINE_MODULE}.py",
     "training_config.json",
     "unet",
@@ -106,7 +108,7 @@ def find_checkpoint(output_dir: Path, wanted: str | None, overwrite: bool, loggi
                 logger.warning("%s Trying the checkpoint before it.", error)
         if saved:
             raise ValueError(f"resume_from_checkpoint: no checkpoint in {str(output_dir)!r} is whole.")
-        if not (output_dir / "model_index.json").exists():
+        if not any((output_dir / name).exists() for name in _RESULTS):
             return None  # a run that was stopped before its first checkpoint has nothing to lose: it starts again
     elif wanted is not None:
         checkpoint = Path(wanted)

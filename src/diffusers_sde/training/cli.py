@@ -13,22 +13,30 @@ from .configuration import TrainingConfig
 from .recipes import RECIPES
 from .trainer import Trainer
 
+DESCRIPTION = "Train a UNet2DModel by denoising score matching for a VE, VP, sub-VP or rectified-flow SDE."
 
-def build_parser() -> argparse.ArgumentParser:
-    """One option per field of ``TrainingConfig``, with its help text and default."""
+
+def build_parser(
+    prog: str = "train.py", description: str = DESCRIPTION, config_class: type[TrainingConfig] = TrainingConfig
+) -> argparse.ArgumentParser:
+    """One option per field of the configuration class, with its help text and default."""
     parser = parser_of(
-        TrainingConfig,
+        config_class,
+        config_class.excluded_options,
         argument_default=argparse.SUPPRESS,  # what is not given comes from the recipe or the configuration's defaults
-        prog="train.py",
-        description="Train a UNet2DModel by denoising score matching for a VE, VP, sub-VP or rectified-flow SDE.",
+        prog=prog,
+        description=description,
         epilog="A step is an optimiser step: train_batch_size x processes x gradient_accumulation_steps images. "
-        "Launch: 'accelerate launch scripts/train.py ...'; several processes without a GPU: 'ACCELERATE_USE_CPU=true "
-        "accelerate launch --multi_gpu --num_processes 2 scripts/train.py ...' (accelerate's --cpu starts only one). "
+        f"Launch: 'accelerate launch scripts/{prog} ...'; several processes without a GPU: 'ACCELERATE_USE_CPU=true "
+        f"accelerate launch --multi_gpu --num_processes 2 scripts/{prog} ...' (accelerate's --cpu starts only one). "
         "On a CPU accelerate gives a process one thread: --num_cpu_threads_per_process changes that.",
     )
-    parser.add_argument(
-        "--recipe", choices=sorted(RECIPES), help="Settings of the paper for CIFAR-10, which other options override."
-    )
+    if config_class is TrainingConfig:
+        parser.add_argument(
+            "--recipe",
+            choices=sorted(RECIPES),
+            help="Settings of the paper for CIFAR-10, which other options override.",
+        )
     return parser
 
 
@@ -46,6 +54,16 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainingConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Train a denoiser as the command line says; see ``run_command_line``."""
+    run_command_line(build_parser(), TrainingConfig, Trainer, argv)
+
+
+def run_command_line(
+    parser: argparse.ArgumentParser,
+    config_class: type[TrainingConfig],
+    trainer_class: type[Trainer],
+    argv: Sequence[str] | None,
+) -> None:
     """Train as the command line says. Mistakes that are found before training end in one line and exit code 2."""
     main_process = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(
@@ -54,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for chatty in ("httpx", "accelerate.checkpointing", "accelerate.accelerator"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        trainer = Trainer(parse_args(argv))
+        trainer = trainer_class(config_class.from_recipe(**vars(parser.parse_args(argv))))
     except (ValueError, OSError) as error:
         if main_process:
-            print(f"train.py: error: {error}", file=sys.stderr)
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     trainer.run()

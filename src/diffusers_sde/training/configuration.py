@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..losses import TIME_SAMPLINGS, WEIGHTINGS
 from ..metrics import FEATURES
@@ -33,6 +33,8 @@ class TrainingConfig:
     Raises:
         ValueError: A value out of range, an unknown name, or options that contradict each other.
     """
+
+    excluded_options: ClassVar[frozenset[str]] = frozenset()  # of a subclass: what it inherits and does not take
 
     # ------------------------------------------------------------------ data
     dataset_name: str | None = _option(
@@ -352,3 +354,34 @@ class TrainingConfig:
     def describe(cls) -> str:
         """All options, one per paragraph, with their defaults."""
         return "\n".join(f"{f.name} ({f.default!r}): {f.metadata['help']}" for f in fields(cls))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierTrainingConfig(TrainingConfig):
+    """What the training of a classifier is told: the options of ``TrainingConfig`` that concern it, and two of its own.
+
+    Raises:
+        ValueError: See ``TrainingConfig``; or an option that only a denoiser has.
+    """
+
+    class_conditional: bool = _option(True, "Fixed.")
+    label_dropout: float = _option(0.0, "Fixed.")
+    sample_every: int | None = _option(0, "Fixed.")
+    learning_rate: float = _option(3e-4, "Learning rate after warm-up.", above=0.0)
+    output_dir: str = _option("outputs/classifier", "Where checkpoints, logs and the classifier go.")
+    test_split: str | None = _option(
+        None, "Split on which the accuracy is measured at the end; of the embedded digits a slice like 'train[1500:]'."
+    )
+
+    excluded_options: ClassVar[frozenset[str]] = frozenset(
+        "class_conditional label_dropout prediction_type time_conditioning weighting min_snr_gamma sampling_eps "
+        "sigma_data time_embedding_type sample_every save_images_epochs num_sample_images num_inference_steps "
+        "eval_batch_size eval_every num_eval_images eval_features push_to_hub hub_model_id hub_private_repo "
+        "hub_token".split()
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for f in fields(self):
+            if f.name in self.excluded_options and getattr(self, f.name) != f.default:
+                raise ValueError(f"{f.name} is an option of a denoiser's training, not of a classifier's.")

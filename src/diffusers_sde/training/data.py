@@ -39,7 +39,14 @@ def load_images(config: TrainingConfig) -> datasets.Dataset:
         return _load_local(Path(config.train_data_dir), config)
     name = config.dataset_name or "digits"
     if name in EMBEDDED_DATASETS:
-        return load_digits()
+        digits = load_digits()
+        try:  # datasets' own slices, such as train[:1500]
+            (part,) = datasets.ReadInstruction.from_spec(config.dataset_split).to_absolute({"train": len(digits)})
+        except ValueError as error:
+            raise ValueError(
+                f"dataset_split of the digits must be train or a slice of it, got {config.dataset_split!r}."
+            ) from error
+        return digits.select(range(part.from_, part.to))
     return datasets.load_dataset(
         name, config.dataset_config_name, split=config.dataset_split, cache_dir=config.cache_dir
     )

@@ -118,7 +118,7 @@ class Trainer:
             self.sde, self.scheduler.parametrization, self.weighting, self.discrete_steps, config.time_sampling
         )
         set_seed(config.seed)
-        self.unet: UNet2DModel = build_unet(config, self.source)
+        self.unet = self._build_network()
 
         if main_process:
             weights = sum(p.numel() * p.element_size() for p in self.unet.parameters())
@@ -143,6 +143,9 @@ class Trainer:
                     self.accelerator.num_processes,
                 )
         self.publisher = Publisher(config) if config.push_to_hub and main_process else None
+
+    def _build_network(self) -> Any:
+        return build_unet(self.config, self.source)
 
     def _steps(self, epochs: int | None) -> int | None:
         return None if epochs is None else max(1, round(epochs * len(self.source) / self.global_batch_size))
@@ -321,18 +324,14 @@ class Trainer:
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Denoising score-matching loss of each sample of a batch from ``TrainingSamples``, shape (B,)."""
-        config, device = self.config, self.accelerator.device
-        x0 = to_network(batch["images"].to(device, non_blocking=True), config.data_min)
-        eps = batch["noise"].to(device, non_blocking=True)
-        # Times and their coefficients are float64 on the host, whatever the device and the precision of the network.
-        log_normal = (config.log_normal_mean, config.log_normal_std)
-        t = times_from_uniform(self.sde, batch["u"], self.discrete_steps, config.time_sampling, log_normal)
+        config = self.config
+        x0, eps, t = self._inputs(batch)
         conditioning = self.scheduler.conditioning
         arguments: dict[str, Tensor] = {}
         if config.class_conditional:
             hidden = batch["label_draw"] < config.label_dropout
             labels = torch.where(hidden, len(self.source.class_names), batch["labels"])
-            arguments["class_labels"] = labels.to(device, non_blocking=True)
+            arguments["class_labels"] = labels.to(x0.device, non_blocking=True)
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             return call_network(self.model, x, conditioning.timestep(self.sde, t), **arguments)
@@ -340,6 +339,15 @@ class Trainer:
         parametrization = self.scheduler.parametrization
         loss = denoising_loss(self.sde, parametrization, network, x0, t, eps, self.weighting, config.min_snr_gamma)
         return loss * importance_ratio(self.sde, t).to(loss) if config.time_sampling == "importance" else loss
+
+    def _inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Data in the network's range and unit noise on the device, and SDE times."""
+        config, device = self.config, self.accelerator.device
+        x0 = to_network(batch["images"].to(device, non_blocking=True), config.data_min)
+        eps = batch["noise"].to(device, non_blocking=True)
+        # Times and their coefficients are float64 on the host, whatever the device and the precision of the network.
+        log_normal = (config.log_normal_mean, config.log_normal_std)
+        return x0, eps, times_from_uniform(self.sde, batch["u"], self.discrete_steps, config.time_sampling, log_normal)
 
     def _mean_loss(self, loss_sum: Tensor, steps: int) -> float:
         mean = float(self.accelerator.reduce(loss_sum, reduction="mean")) / steps
@@ -458,17 +466,17 @@ class Trainer:
         }
 
     def _check_resumable(self, state: dict[str, Any]) -> None:
-        saved = state.get("identity", {})
-        for name, value in self._identity().items():
-            if saved.get(name) != value:
+        saved, own = state.get("identity", {}), self._identity()
+        for name in {**own, **saved}:
+            if saved.get(name) != own.get(name):
                 raise ValueError(
                     f"resume_from_checkpoint: the checkpoint was trained with {name}={saved.get(name)!r}, this run "
-                    f"has {value!r}."
+                    f"has {own.get(name)!r}."
                 )
 
     def _log_start(self) -> None:
         parameters = sum(p.numel() for p in self.unet.parameters())
-        source, config = self.source, self.scheduler.config
+        source = self.source
         logger.info(
             "Data: %d images, %d channel(s), %dx%d pixels, %d classes.",
             len(source),
@@ -478,11 +486,10 @@ class Trainer:
             len(source.class_names),
         )
         logger.info(
-            "Network: %.2f million parameters, channels %s; predicts %s, is fed %s time.",
+            "Network: %.2f million parameters, channels %s; %s.",
             parameters / 1e6,
             tuple(self.unet.config.block_out_channels),
-            config.prediction_type,
-            config.time_conditioning,
+            self._task(),
         )
         logger.info(
             "Training: %s, %s weighting, precision %s, steps %d to %d of %d images (%d process(es)).",
@@ -494,6 +501,10 @@ class Trainer:
             self.global_batch_size,
             self.accelerator.num_processes,
         )
+
+    def _task(self) -> str:
+        config = self.scheduler.config
+        return f"predicts {config.prediction_type}, is fed {config.time_conditioning} time"
 
 
 def image_grid(images: list[Image.Image]) -> Image.Image:
