@@ -1,7 +1,8 @@
-"""`make demo`: train a score model on real handwritten digits, then sample the same network in three ways.
+"""`make demo`: train a score model on real handwritten digits, then sample the same network in many ways.
 
 Leaves in outputs/demo: the saved pipeline, samples.png (real digits, reverse SDE, predictor-corrector, probability-flow
-ODE) and trajectories.png (the paper's Figure 2).
+ODE, and by class), conditional.png (digits that the network has not seen, inpainted and super-resolved) and
+trajectories.png (the paper's Figure 2).
 """
 
 from __future__ import annotations
@@ -18,15 +19,21 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 
-import diffusers_sde  # noqa: F401 - makes saved pipelines loadable by name
-from diffusers_sde import VPSDEScheduler
+from diffusers_sde import (
+    ClassConditionalSDEPipeline,
+    InpaintSDEPipeline,
+    RestorationSDEPipeline,
+    SDEPipeline,
+    VPSDEScheduler,
+)
+from diffusers_sde.operators import Downsampling
 from diffusers_sde.training.data import load_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = 20
+SEEN = 1700  # digits to train on, of 1797
 
 # The same network, three samplers: title, scheduler options, noise levels.
 SAMPLERS = (
@@ -51,7 +58,9 @@ def train(output: Path, steps: int) -> None:
     run(
         *("-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"),
         *("--mixed_precision", "no", "--num_cpu_threads_per_process", threads, "scripts/train.py"),
-        *("--dataset_name", "digits", "--sde", "vp", "--prediction_type", "v_prediction"),
+        *("--dataset_name", "digits", "--dataset_split", f"train[:{SEEN}]"),
+        # Half of the images without their class: one network for everything, with classes and without.
+        *("--sde", "vp", "--prediction_type", "v_prediction", "--class_conditional", "--label_dropout", "0.5"),
         *("--train_batch_size", "128", "--learning_rate", "2e-3", "--adam_beta2", "0.99"),
         *("--max_train_steps", str(steps), "--sample_every", "0", "--checkpointing_steps", str(steps)),
         *("--output_dir", str(output), "--overwrite_output_dir"),
@@ -64,29 +73,72 @@ def enlarge(image: np.ndarray, size: int = 64) -> np.ndarray:
     return np.asarray(picture) / 255.0
 
 
-def draw(output: Path) -> None:
-    """Sample the saved pipeline and draw the rows beside real digits."""
-    pipe = DiffusionPipeline.from_pretrained(output)
-    trained = pipe.scheduler.config
-    real = [np.asarray(image, dtype=np.float32)[..., None] / 255 for image in load_digits()["image"][:COLUMNS]]
-    rows = [("real digits", real)]
-    for title, options, levels in SAMPLERS:
-        pipe.scheduler = VPSDEScheduler.from_config(trained, **options)
-        pipe.set_progress_bar_config(desc=title)
-        # One generator per image: the rows start from the same noise, and no image depends on its batch mates.
-        generators = [torch.Generator().manual_seed(i) for i in range(COLUMNS)]
-        images = pipe(COLUMNS, levels, generators, output_type="np").images
-        rows.append((f"{title}, {pipe.num_timesteps} calls", images))
+def generators() -> list[torch.Generator]:
+    """One per image: rows start from the same noise, and no image depends on its batch mates."""
+    return [torch.Generator().manual_seed(i) for i in range(COLUMNS)]
 
+
+def as_arrays(images: list[Image.Image]) -> list[np.ndarray]:
+    """Grey pictures as numbers in [0, 1], shape (H, W, 1)."""
+    return [np.asarray(image, dtype=np.float32)[..., None] / 255 for image in images]
+
+
+def draw_rows(rows: list[tuple[str, list[np.ndarray]]], path: Path) -> None:
+    """Titled rows of small pictures, enlarged smoothly, since eight pixels are read more easily so."""
     figure, axes = plt.subplots(len(rows), 1, figsize=(12, 0.95 * len(rows) + 0.3), layout="constrained")
     for axis, (title, images) in zip(axes, rows, strict=True):
-        # Eight pixels are read more easily when enlarged smoothly, each in a frame of its own.
         strip = np.concatenate([np.pad(enlarge(image[..., 0]), 4, constant_values=0.35) for image in images], axis=1)
         axis.imshow(strip, cmap="gray", vmin=0, vmax=1)
         axis.set_title(title, fontsize=9, loc="left", pad=2)
         axis.axis("off")
-    figure.savefig(output / "samples.png", dpi=110)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_samples(output: Path) -> None:
+    """Sample the saved pipeline and draw the rows beside real digits."""
+    pipe = SDEPipeline.from_pretrained(output)
+    trained = pipe.scheduler.config
+    rows = [("real digits", as_arrays(load_digits()["image"][:COLUMNS]))]
+    for title, options, levels in SAMPLERS:
+        pipe.scheduler = VPSDEScheduler.from_config(trained, **options)
+        pipe.set_progress_bar_config(desc=title)
+        images = pipe(COLUMNS, levels, generators(), output_type="np").images
+        rows.append((f"{title}, {pipe.num_timesteps} calls", images))
+
+    by_class = ClassConditionalSDEPipeline.from_pretrained(output)
+    by_class.set_progress_bar_config(desc="by class")
+    labels = [i * 10 // COLUMNS for i in range(COLUMNS)]
+    images = by_class(
+        labels, guidance_scale=2.0, num_inference_steps=50, generator=generators(), output_type="np"
+    ).images
+    rows.append(("by class: 0, 0, 1, 1, ... with classifier-free guidance 2", images))
+    draw_rows(rows, output / "samples.png")
+
+
+def draw_conditional(output: Path) -> None:
+    """Digits that the network has not seen, with a part of each hidden: what it makes of the rest."""
+    digits, each = load_digits()["image"][SEEN : SEEN + 4], 8
+    inpaint, restore = (cls.from_pretrained(output) for cls in (InpaintSDEPipeline, RestorationSDEPipeline))
+    inpaint.set_progress_bar_config(desc="inpainting")
+    restore.set_progress_bar_config(desc="super-resolution")
+    run = {"num_samples": each, "num_inference_steps": 50, "output_type": "np"}
+    hole = np.zeros((8, 8), dtype=np.uint8)
+    hole[4:] = 255
+    painted = inpaint(digits, Image.fromarray(hole), generator=torch.manual_seed(0), **run).images
+    truth = np.stack(as_arrays(digits))
+    operator = Downsampling(2, restore.sample_shape)
+    small = operator.apply(2.0 * torch.from_numpy(truth).permute(0, 3, 1, 2) - 1.0)
+    restored = restore(small, operator, generator=torch.manual_seed(0), **run).images
+    coarse = 0.5 + 0.5 * small.permute(0, 2, 3, 1).numpy()
+    rows = []
+    for i, image in enumerate(truth):
+        mine, blank = slice(i * each, (i + 1) * each), np.ones_like(image)
+        visible = np.where(hole[..., None] > 0, 0.35, image)
+        rows.append(("", [image, visible, *painted[mine], blank, coarse[i], *restored[mine]]))
+    title = "digits that the network has not seen, their upper halves, completions; in 4 x 4 pixels, super-resolutions"
+    rows[0] = (title, rows[0][1])
+    draw_rows(rows, output / "conditional.png")
 
 
 def main() -> None:
@@ -97,9 +149,11 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output_dir.resolve()
     train(output, arguments.steps)
-    draw(output)
+    draw_samples(output)
+    draw_conditional(output)
     run("examples/trajectories.py", "--output", str(output / "trajectories.png"))
-    print(f"\nLook at {output / 'samples.png'} and {output / 'trajectories.png'}. The model:")
+    pictures = ", ".join(str(output / f"{name}.png") for name in ("samples", "conditional", "trajectories"))
+    print(f"\nLook at {pictures}. The model:")
     print(f'  import diffusers_sde; pipe = diffusers.DiffusionPipeline.from_pretrained("{output}")')
 
 
