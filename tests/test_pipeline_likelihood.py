@@ -138,10 +138,34 @@ def test_methods_of_the_pipeline():
     assert np.abs(difference).mean() < 1
     result = pipe.bits_per_dim(images(), rtol=1e-3, atol=1e-3, generator=torch.manual_seed(0))
     assert result.per_image.shape == (3,) and math.isfinite(result.standard_error)
-    with pytest.raises(ValueError, match="method must be one of scheduler, ode"):
+    with pytest.raises(ValueError, match="method must be one of scheduler, ode, sde"):
         pipe(method="rk45")
-    with pytest.raises(ValueError, match="callback_on_step_end"):
-        pipe(method="ode", callback_on_step_end=lambda *a: {})
+    for method in ("ode", "sde"):
+        with pytest.raises(ValueError, match="callback_on_step_end"):
+            pipe(method=method, callback_on_step_end=lambda *a: {})
+
+
+@pytest.mark.parametrize("scheduler", [VPSDEScheduler, VESDEScheduler, SubVPSDEScheduler, FlowSDEScheduler])
+def test_the_adaptive_reverse_sde_of_the_pipeline(scheduler):
+    """A network that is exact for N(0, 0.25): samples have that law, and an image has no batch mates."""
+    pipe = pipeline(SDEPipeline, scheduler(prediction_type="sample"))
+    sde = pipe.scheduler.sde
+
+    class Exact(type(pipe.unet)):
+        def forward(self, sample, timestep, **kwargs):
+            t = pipe.scheduler.conditioning.time(sde, timestep.double())
+            alpha, sigma = (f(t).to(sample)[:, None, None, None] for f in (sde.alpha, sde.sigma))
+            return (0.25 * alpha / (0.25 * alpha**2 + sigma**2) * sample,)
+
+    pipe.unet.__class__ = Exact
+    arguments = {"method": "sde", "rtol": 0.02, "atol": 0.02, "output_type": "latent"}
+    out = pipe(batch_size=200, generator=torch.manual_seed(0), **arguments).images
+    assert abs(float(out.mean())) < 0.04 and float(out.std()) == pytest.approx(0.5, rel=0.05)  # of 3200 pixels
+    assert pipe.calls.shape == (200,) and pipe.num_timesteps == pipe.calls.max() < 200
+    generators = lambda: [torch.Generator().manual_seed(i) for i in range(3)]  # noqa: E731
+    together = pipe(batch_size=3, generator=generators(), **arguments).images
+    alone = pipe(batch_size=1, generator=generators()[2:], **arguments).images
+    assert torch.allclose(together[2:], alone, atol=1e-5)
 
 
 def test_images_in_every_form_give_the_same_number():

@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 
+from .adaptive import sample_adaptive
 from .classifiers import NoiseConditionalClassifier
 from .diagnostics import Diagnosis, diagnose
 from .likelihood import BitsPerDim, LogProb, Quantization, TraceOptions, bits_per_dim, log_prob
@@ -28,7 +29,7 @@ from .pipelines import (
     SDEPipeline,
 )
 from .pipelines.sharing import own_index
-from .plans import Plan, Row, make_plan
+from .plans import Plan, Row, make_plan, restart_plan
 from .sampling import sample
 from .schedulers import FlowSDEScheduler, SDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
 from .sdes import (
@@ -78,7 +79,9 @@ __all__ = [
     "diagnose",
     "log_prob",
     "make_plan",
+    "restart_plan",
     "sample",
+    "sample_adaptive",
 ]
 
 

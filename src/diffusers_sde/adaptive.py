@@ -16,33 +16,18 @@ the shorter step draws B between the two known values (a Brownian bridge).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .noise import standard_normal_like
+from .ode import FlowDenoiser, FlowSolution
 from .sdes import SDE, expand_like
 from .time_grids import MIN_LOG_SNR
 
 MAX_STEP = 1.0  # in lambda; a rise of x0_hat is about two wide, and a longer step may jump over it unseen
 Generators = torch.Generator | Sequence[torch.Generator] | None
-
-
-@dataclass(frozen=True)
-class AdaptiveSamples:
-    """Result of ``sample_adaptive``.
-
-    Attributes:
-        sample: The samples, shape (B, ...).
-        calls: Denoiser calls of each sample, rejected steps included, shape (B,).
-        rejected: Rejected steps of each sample, shape (B,).
-    """
-
-    sample: Tensor
-    calls: Tensor
-    rejected: Tensor
 
 
 class _BrownianPath:
@@ -102,7 +87,7 @@ class _BrownianPath:
 @torch.no_grad()
 def sample_adaptive(
     sde: SDE,
-    denoiser: Callable[[Tensor, Tensor], Tensor],
+    denoiser: FlowDenoiser,
     x: Tensor,
     rtol: float = 0.02,
     atol: float = 0.01,
@@ -111,7 +96,9 @@ def sample_adaptive(
     t_end: float | None = None,
     denoise_final: bool = True,
     max_calls: int = 10_000,
-) -> AdaptiveSamples:
+    conditioning: Mapping[str, Tensor] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> FlowSolution:
     """Sample the reverse SDE with steps that each sample chooses by its own error.
 
     One call a step: x0_hat is extrapolated in lambda from the last two estimates, evaluated at the point reached, and
@@ -123,7 +110,8 @@ def sample_adaptive(
 
     Args:
         sde: The SDE.
-        denoiser: (x_t of shape (B, ...), t of shape (B,)) -> x0_hat. It is called on the samples that are not finished.
+        denoiser: (x_t of shape (B, ...), t of shape (B,), **conditioning) -> x0_hat. It is called on the samples
+            that are not finished.
         x: Start at t_max, drawn from the prior, shape (B, ...).
         rtol: Relative tolerance.
         atol: Absolute tolerance, in units of the data.
@@ -133,6 +121,8 @@ def sample_adaptive(
         t_end: Last time, the SDE's ``t_min`` if None.
         denoise_final: End with x0_hat at ``t_end``.
         max_calls: Limit of calls for one sample.
+        conditioning: Arguments of the denoiser with one row per sample, such as ``class_labels``.
+        progress: Called with the number of samples that have just arrived.
 
     Raises:
         ValueError: A tolerance that is not positive, or a stochasticity or end out of range.
@@ -151,7 +141,8 @@ def sample_adaptive(
 
     def evaluate(y: Tensor, lam: Tensor, active: Tensor, before: Tensor | None) -> Tensor:
         t = sde.time_of(2.0 * lam[active]).clamp(max=sde.t_max)
-        estimate = denoiser(y[active] * expand_like(sde.alpha(t), y[active]).to(y), t)
+        rows = {name: value[active] for name, value in (conditioning or {}).items()}
+        estimate = denoiser(y[active] * expand_like(sde.alpha(t), y[active]).to(y), t, **rows)
         result = torch.zeros_like(y) if before is None else before.clone()
         result[active] = estimate.to(y)
         return result
@@ -218,6 +209,8 @@ def sample_adaptive(
         factor = (0.9 * error.clamp(min=1e-10) ** (-2.0 / 3.0)).clamp(0.2, 3.0)
         step = torch.where(active, h * factor, step)
         active = active & ~done
+        if progress is not None:
+            progress(int(done.sum()))
 
     alpha = float(sde.alpha(t_end))
-    return AdaptiveSamples(estimate if denoise_final else y * alpha, calls, rejected)
+    return FlowSolution(estimate if denoise_final else y * alpha, calls, rejected)

@@ -61,9 +61,11 @@ class SamplingConfig:
     solver_order: int | None = option(None, "Order of the exponential predictor.", least=1, most=3)
     time_grid: str | None = option(None, "sech, log_snr, karras, uniform, or none for timestep_spacing.")
     sampling_eps: float | None = option(None, "Last SDE time.", above=0.0)
-    method: str | None = option(None, "'ode' integrates the probability flow with adaptive steps.", choices=METHODS)
-    rtol: float | None = option(None, "Relative tolerance of --method ode.", above=0.0)
-    atol: float | None = option(None, "Absolute tolerance of --method ode.", above=0.0)
+    method: str | None = option(
+        None, "'ode' or 'sde': the probability flow or the reverse SDE with adaptive steps.", choices=METHODS
+    )
+    rtol: float | None = option(None, "Relative tolerance of --method ode or sde.", above=0.0)
+    atol: float | None = option(None, "Absolute tolerance of --method ode or sde.", above=0.0)
     guidance_scale: float | None = option(None, "Classifier-free guidance; 1 is none.", least=0.0)
     classifier_guidance_scale: float | None = option(None, "Guidance by the pipeline's classifier.", least=0.0)
     sampler: str | None = option(

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..adaptive import sample_adaptive
 from ..denoisers import call_network
 from ..guidance import Denoiser, Generators, Replacement, renoise, resampled
 from ..ode import FlowDenoiser
 from ..schedulers import SDEScheduler
-from .probability_flow import ProbabilityFlow, as_tensor
+from .probability_flow import ProbabilityFlow, Progress, as_tensor
 
 if TYPE_CHECKING:
     from .pipeline_sde import SDEPipeline
@@ -33,11 +34,11 @@ def check_run(pipe: SDEPipeline, output_type: str, sampler: str, callback: Callb
     """The pipeline's scheduler, after a look at what every call takes.
 
     Raises:
-        ValueError: An unknown output type, a callback for the adaptive ODE, or a foreign scheduler.
+        ValueError: An unknown output type, a callback for an adaptive method, or a foreign scheduler.
     """
     check_choice("output_type", output_type, OUTPUT_TYPES)
-    if sampler == "ode" and callback is not None:
-        raise ValueError("callback_on_step_end does not exist for the adaptive ODE: images have steps of their own.")
+    if sampler != "scheduler" and callback is not None:
+        raise ValueError("callback_on_step_end does not exist for adaptive methods: images have steps of their own.")
     if not isinstance(pipe.scheduler, SDEScheduler):
         raise ValueError(
             f"scheduler must be one of this package's, got {type(pipe.scheduler).__name__}: convert it by from_config, "
@@ -125,21 +126,25 @@ def guided_output(scheduler: SDEScheduler, denoiser: Denoiser) -> Model:
     return model
 
 
-def execute_ode(
+def execute_adaptive(
     pipe: SDEPipeline,
+    method: str,
     latents: Tensor,
     rtol: float,
     atol: float,
+    generator: Generators = None,
     denoiser: FlowDenoiser | None = None,
     conditioning: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Integrate the probability-flow ODE from unit noise, each image with adaptive steps of its own.
+    """Integrate the probability-flow ODE or the reverse SDE from unit noise, each image with adaptive steps of its own.
 
     Args:
         pipe: The pipeline; its ``calls`` tell what each image cost.
+        method: ``ode`` or ``sde``, the latter with the scheduler's ``stochasticity`` and ``sampling_eps``.
         latents: Unit noise, shape (B, C, H, W).
         rtol: Relative tolerance.
-        atol: Absolute tolerance, in standard deviations of the state.
+        atol: Absolute tolerance; of ``ode`` in standard deviations of the state, of ``sde`` in units of the data.
+        generator: Noise of ``sde``.
         denoiser: (x_t, t, **conditioning) -> x0_hat, instead of the network.
         conditioning: Its arguments with one row per image.
 
@@ -147,13 +152,25 @@ def execute_ode(
         The sample in the data's range.
     """
     flow = ProbabilityFlow(pipe, denoiser=denoiser)
-    solution = flow.sample(
-        latents.to(device=pipe._execution_device, dtype=torch.float32),
-        flow.options(rtol, atol),
-        flow.scheduler.config.denoise_final,
-        conditioning=conditioning,
-        progress_bar=pipe._shows_progress,
-    )
+    latents, config = latents.to(device=pipe._execution_device, dtype=torch.float32), flow.scheduler.config
+    if method == "ode":
+        options, end = flow.options(rtol, atol), config.denoise_final
+        solution = flow.sample(latents, options, end, conditioning=conditioning, progress_bar=pipe._shows_progress)
+    else:
+        with Progress(pipe._shows_progress, len(latents), "reverse SDE") as progress:
+            solution = sample_adaptive(
+                flow.sde,
+                flow.denoiser,
+                latents * flow.sde.prior_std,
+                rtol,
+                atol,
+                generator,
+                config.stochasticity,
+                flow.scheduler.last_time(),
+                config.denoise_final,
+                conditioning=conditioning,
+                progress=progress,
+            )
     pipe._calls, pipe._num_timesteps = solution.calls, int(solution.calls.max())
     return solution.sample
 

@@ -25,7 +25,7 @@ from .execution import (
     check_latents,
     check_run,
     execute,
-    execute_ode,
+    execute_adaptive,
     guided_output,
     unet_denoiser,
 )
@@ -135,8 +135,8 @@ class ClassConditionalSDEPipeline(SDEPipeline):
                 Bayes' rule for a network without classes (or with ``guidance_scale`` 0), larger values sharpen. None is
                 1 for a network without classes and 0 for one that knows them.
             method: As in ``SDEPipeline``.
-            rtol: Relative tolerance of ``ode``.
-            atol: Absolute tolerance of ``ode``, in standard deviations of the state.
+            rtol: As in ``SDEPipeline``.
+            atol: As in ``SDEPipeline``.
 
         Returns:
             The images.
@@ -153,8 +153,8 @@ class ClassConditionalSDEPipeline(SDEPipeline):
             latents = randn_tensor((len(labels), *self.sample_shape), generator=generator, device=device)
         check_latents(latents, (len(labels), self.unet.config.in_channels, *latents.shape[2:]))
         latents = latents.to(device=device, dtype=torch.float32)
-        if method == "ode":
-            x = execute_ode(self, latents, rtol, atol, denoiser, {"class_labels": labels})
+        if method != "scheduler":
+            x = execute_adaptive(self, method, latents, rtol, atol, generator, denoiser, {"class_labels": labels})
         else:
             model = guided_output(scheduler, partial(denoiser, class_labels=labels))
             x = execute(self, scheduler, model, latents, num_inference_steps, generator, callback=callback_on_step_end)

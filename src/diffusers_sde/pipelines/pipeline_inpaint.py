@@ -119,8 +119,8 @@ class InpaintSDEPipeline(RestorationSDEPipeline):
         if not {len(known), len(hole)} <= {1, images}:
             raise ValueError(f"mask_image must be one, or one for each image: got {len(hole)} for {len(known)} images.")
         is_posterior = method not in ("replacement", "repaint")
-        if sampler == "ode" and not is_posterior:
-            raise ValueError(f"sampler 'ode' needs method mmps, pigdm or dps, got {method!r}: it has no levels.")
+        if sampler != "scheduler" and not is_posterior:
+            raise ValueError(f"sampler {sampler!r} needs method mmps, pigdm or dps, got {method!r}: it has no levels.")
         if method_options and not is_posterior:
             raise ValueError(f"method {method!r} takes no method_options, got {sorted(method_options)}.")
         options = self._method_options(method, method_options) if is_posterior else {}
@@ -139,8 +139,8 @@ class InpaintSDEPipeline(RestorationSDEPipeline):
         if is_posterior:
             operator = Mask(mask, tuple(known.shape[1:]))
             run = (num_inference_steps, generator, callback_on_step_end)
-            tolerances = (rtol, atol) if sampler == "ode" else None
-            x = self._posterior_sample(operator, known, 0.0, method, options, latents, run, tolerances)
+            adaptive = None if sampler == "scheduler" else (sampler, rtol, atol)
+            x = self._posterior_sample(operator, known, 0.0, method, options, latents, run, adaptive)
         else:
             repeats = resamplings if method == "repaint" and bool(mask.any()) else 1
             scheduler = _without_memory(scheduler) if repeats > 1 else scheduler

@@ -33,7 +33,7 @@ from .execution import (
     check_run,
     data_tensor,
     execute,
-    execute_ode,
+    execute_adaptive,
     guided_output,
     unet_denoiser,
 )
@@ -103,10 +103,10 @@ class RestorationSDEPipeline(SDEPipeline):
             latents: Unit noise to start from, shape (B * num_samples, C, H, W).
             callback_on_step_end: As in ``SDEPipeline``.
             return_dict: Whether to return an ``ImagePipelineOutput`` instead of a tuple.
-            sampler: ``scheduler``, or ``ode`` for the probability flow of the posterior with adaptive steps: what
-                ``method`` says in ``SDEPipeline``. Not with ``smc``.
-            rtol: Relative tolerance of ``ode``.
-            atol: Absolute tolerance of ``ode``, in standard deviations of the state.
+            sampler: ``scheduler``, or ``ode`` or ``sde`` for the probability flow or the reverse SDE of the posterior
+                with adaptive steps: what ``method`` says in ``SDEPipeline``. Not with ``smc``.
+            rtol: Relative tolerance of ``ode`` and ``sde``, as in ``SDEPipeline``.
+            atol: Absolute tolerance, likewise.
 
         Returns:
             The images.
@@ -129,7 +129,7 @@ class RestorationSDEPipeline(SDEPipeline):
             given = (latents, callback_on_step_end, None if sampler == "scheduler" else sampler)
             if any(v is not None for v in given) or isinstance(generator, list):
                 raise ValueError(
-                    "method 'smc' takes no latents, no callback_on_step_end, no list of generators, no sampler 'ode'."
+                    "method 'smc' takes no latents, no callback_on_step_end, no list of generators, no other sampler."
                 )
             plan = _particle_plan(scheduler, num_inference_steps)
             self._num_timesteps = len(plan.rows)
@@ -142,8 +142,8 @@ class RestorationSDEPipeline(SDEPipeline):
             check_latents(latents, shape)
             latents = latents.to(device=device, dtype=torch.float32)
             run = (num_inference_steps, generator, callback_on_step_end)
-            tolerances = (rtol, atol) if sampler == "ode" else None
-            x = self._posterior_sample(operator, y, noise_std, method, options, latents, run, tolerances)
+            adaptive = None if sampler == "scheduler" else (sampler, rtol, atol)
+            x = self._posterior_sample(operator, y, noise_std, method, options, latents, run, adaptive)
         images = self.postprocess(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -157,19 +157,20 @@ class RestorationSDEPipeline(SDEPipeline):
         options: Mapping[str, Any],
         latents: Tensor,
         run: tuple[int, Any, Callback | None],
-        tolerances: tuple[float, float] | None,
+        adaptive: tuple[str, float, float] | None,
     ) -> Tensor:
-        """By the scheduler, or by the adaptive ODE where there are tolerances."""
+        """By the scheduler, or with adaptive steps by (method, rtol, atol) where they are given."""
         scheduler, prior = self.scheduler, unet_denoiser(self, self.scheduler)
 
         def denoiser(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
             own = operator.select(index)
             return posterior_denoiser(prior, scheduler.sde, own, y[index], noise_std, method, **options)(x, t)
 
-        if tolerances is not None:
-            return execute_ode(self, latents, *tolerances, denoiser, {"index": torch.arange(len(y), device=y.device)})
-        guided = posterior_denoiser(prior, scheduler.sde, operator, y, noise_std, method, **options)
         steps, generator, callback = run
+        if adaptive is not None:
+            (sampler, rtol, atol), index = adaptive, torch.arange(len(y), device=y.device)
+            return execute_adaptive(self, sampler, latents, rtol, atol, generator, denoiser, {"index": index})
+        guided = posterior_denoiser(prior, scheduler.sde, operator, y, noise_std, method, **options)
         return execute(self, scheduler, guided_output(scheduler, guided), latents, steps, generator, callback=callback)
 
     def _measurement(self, measurement: Any, operator: LinearOperator) -> Tensor:

@@ -14,13 +14,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..likelihood import BitsPerDim, Generators, LogProb, TraceOptions
-from .execution import OUTPUT_TYPES, check_choice, execute_ode
+from .execution import OUTPUT_TYPES, check_choice, execute_adaptive
 from .probability_flow import ProbabilityFlow
 from .sharing import SharedPipeline, adopted
 
 logger = logging.get_logger(__name__)
 
-METHODS = ("scheduler", "ode")
+METHODS = ("scheduler", "ode", "sde")
 
 
 class SDEPipeline(SharedPipeline):
@@ -98,7 +98,7 @@ class SDEPipeline(SharedPipeline):
 
     @property
     def calls(self) -> Tensor:
-        """Network calls of each image of the last run by ``method="ode"``, shape (B,)."""
+        """Network calls of each image of the last run by ``method="ode"`` or ``"sde"``, shape (B,)."""
         return self._calls
 
     @torch.no_grad()
@@ -130,10 +130,11 @@ class SDEPipeline(SharedPipeline):
                 return replacements.
             callback_on_step_end_tensor_inputs: What the callback gets; only ``latents`` exists.
             return_dict: Whether to return an ``ImagePipelineOutput`` instead of a tuple.
-            method: ``scheduler`` executes the scheduler's sampler; ``ode`` integrates the probability-flow ODE with
-                adaptive steps, each image with its own, and leaves ``num_inference_steps`` aside.
-            rtol: Relative tolerance of ``ode``.
-            atol: Absolute tolerance of ``ode``, in standard deviations of the state.
+            method: ``scheduler`` executes the scheduler's sampler; ``ode`` integrates the probability-flow ODE and
+                ``sde`` the reverse SDE with adaptive steps, each image with its own, and ``num_inference_steps`` is
+                left aside.
+            rtol: Relative tolerance of ``ode`` and ``sde``.
+            atol: Absolute tolerance, of ``ode`` in standard deviations of the state, of ``sde`` in units of the data.
 
         Returns:
             The images.
@@ -145,8 +146,10 @@ class SDEPipeline(SharedPipeline):
         if latents is None and (isinstance(batch_size, bool) or batch_size != int(batch_size) or batch_size < 1):
             raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}.")
         check_choice("method", method, METHODS)
-        if method == "ode" and callback_on_step_end is not None:
-            raise ValueError("callback_on_step_end does not exist for method='ode': images have steps of their own.")
+        if method != "scheduler" and callback_on_step_end is not None:
+            raise ValueError(
+                f"callback_on_step_end does not exist for method={method!r}: images have steps of their own."
+            )
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
@@ -162,8 +165,8 @@ class SDEPipeline(SharedPipeline):
         elif isinstance(generator, list) and len(generator) != len(latents):
             raise ValueError(f"generator is a list of {len(generator)}, but there are {len(latents)} latents.")
 
-        if method == "ode":
-            images = self.postprocess(execute_ode(self, latents, rtol, atol), output_type)
+        if method != "scheduler":
+            images = self.postprocess(execute_adaptive(self, method, latents, rtol, atol, generator), output_type)
             self.maybe_free_model_hooks()
             return ImagePipelineOutput(images=images) if return_dict else (images,)
 

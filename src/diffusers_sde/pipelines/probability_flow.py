@@ -161,7 +161,7 @@ class ProbabilityFlow:
             RuntimeError: The solver gives up.
         """
         x = self._state(x)
-        with _Progress(progress_bar, len(x), "log-density") as progress:
+        with Progress(progress_bar, len(x), "log-density") as progress:
             return log_prob(
                 self.denoiser,
                 self.sde,
@@ -218,7 +218,7 @@ class ProbabilityFlow:
             )
         quantization = Quantization(self.data_min, self.data_max, bit_depth, grid)
         images = as_tensor(images).to(self.device)
-        with _Progress(progress_bar, len(images) * importance_samples, "bits/dim") as progress:
+        with Progress(progress_bar, len(images) * importance_samples, "bits/dim") as progress:
             return bits_per_dim(
                 self.denoiser,
                 self.sde,
@@ -246,7 +246,7 @@ class ProbabilityFlow:
     ) -> FlowSolution:
         """Latent codes of images or latents, unit noise of shape (B, C, H, W); see ``ode.encode``."""
         x = self._state(x)
-        with _Progress(progress_bar, len(x), "encode") as progress:
+        with Progress(progress_bar, len(x), "encode") as progress:
             return encode(
                 self.denoiser,
                 self.sde,
@@ -266,7 +266,7 @@ class ProbabilityFlow:
         progress_bar: bool = False,
     ) -> FlowSolution:
         """Data of latent codes, in the network's range; see ``ode.decode``."""
-        with _Progress(progress_bar, len(latents), "decode") as progress:
+        with Progress(progress_bar, len(latents), "decode") as progress:
             return decode(
                 self.denoiser,
                 self.sde,
@@ -293,7 +293,7 @@ class ProbabilityFlow:
         Stops at the scheduler's ``sampling_eps`` unless ``t_min`` is given.
         """
         t_min = max(float(self.scheduler.config.sampling_eps), self.t_min) if t_min is None else t_min
-        with _Progress(progress_bar, len(latents), "sample") as progress:
+        with Progress(progress_bar, len(latents), "sample") as progress:
             return sample_flow(
                 self.denoiser,
                 self.sde,
@@ -311,7 +311,7 @@ class ProbabilityFlow:
     ) -> FlowSolution:
         """Between images or latents ``a`` and ``b``, shape (B, num, C, H, W); see ``ode.interpolate``."""
         a, b = self._state(a), self._state(b)
-        with _Progress(progress_bar, len(a) * (2 + num), "interpolate") as progress:
+        with Progress(progress_bar, len(a) * (2 + num), "interpolate") as progress:
             return interpolate(self.denoiser, self.sde, a, b, num, self._or_default(options), self.t_min, progress)
 
     def edit(
@@ -393,7 +393,7 @@ def _fitting_scheduler(scheduler: Any) -> SDEScheduler:
     return fitting
 
 
-class _Progress:
+class Progress:
     """A bar that counts samples, or nothing."""
 
     def __init__(self, show: bool, total: int, description: str) -> None:

@@ -123,7 +123,8 @@ class FlowSDEScheduler(SDEScheduler):
             raise ValueError(f"sigmas of a flow must lie in (0, 1] (a final 0 is allowed), got {values.tolist()}.")
         return self._shifted(values)
 
-    def _last_time(self) -> float:
+    def last_time(self) -> float:
+        """As in ``SDEScheduler``, shifted."""
         # FlowMatchEulerDiscreteScheduler shifts the end of its grid once at construction and once more with the grid.
         eps = float(self.config.sampling_eps)
         return (

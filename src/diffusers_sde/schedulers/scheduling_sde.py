@@ -251,9 +251,10 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         start = sde.t_max
         if not get_predictor(config.predictor).finite_at_zero_snr and math.isinf(float(sde.log_snr(start))):
             start = float(sde.time_of(MIN_LOG_SNR))
-        return get_time_grid(config.time_grid, sde, points, start, self._last_time(), config.rho)
+        return get_time_grid(config.time_grid, sde, points, start, self.last_time(), config.rho)
 
-    def _last_time(self) -> float:
+    def last_time(self) -> float:
+        """SDE time at which sampling ends."""
         return float(self.config.sampling_eps)
 
     def set_timesteps(
