@@ -69,7 +69,7 @@ def run_command_line(
     logging.basicConfig(
         format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO if main_process else logging.ERROR
     )
-    for chatty in ("httpx", "accelerate.checkpointing", "accelerate.accelerator"):
+    for chatty in ("httpx", "httpx2", "accelerate.checkpointing", "accelerate.accelerator"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         trainer = trainer_class(config_class.from_recipe(**vars(parser.parse_args(argv))))
