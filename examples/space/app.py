@@ -34,8 +34,8 @@ def describe(model: Model) -> str:
     channels, height, width = model.shape
     classes = f", {len(model.classes)} classes" if model.classes else ""
     return (
-        f"**{model.name}**: {height} x {width} pixels, {'grey' if channels == 1 else 'colour'}{classes}; trained on the "
-        f"{model.sde} SDE; predicts {found.prediction_type}."
+        f"**{model.name}**: {height} x {width} pixels, {'grey' if channels == 1 else 'colour'}{classes}; trained on "
+        f"the {model.sde} SDE; predicts {found.prediction_type}."
     )
 
 

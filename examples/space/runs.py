@@ -350,7 +350,7 @@ def painted(layers: Sequence[Image.Image], shape: Sequence[int]) -> Image.Image:
 
 
 def zoom(image: Image.Image, width: int, smooth: bool = False) -> Image.Image:
-    """Enlarged by a whole number to at most ``width`` pixels: each pixel a square, or smoothly, which is easier to read."""
+    """Enlarged by a whole number to at most ``width`` pixels: in squares, or smoothly, which is easier to read."""
     factor = max(1, width // image.width)
     resampling = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     return image.resize((image.width * factor, image.height * factor), resampling)
