@@ -130,8 +130,9 @@ def build(model: Model) -> gr.Blocks:
                 position = gr.Slider(
                     0, 100, 100, step=1, label="Position on the trajectory: 0 noise, 100 image", elem_id="position"
                 )
+                gr.Markdown("How the first image forms:")
                 strip = gr.Image(
-                    label="How the first image forms", type="pil", format="png", elem_id="strip", interactive=False
+                    show_label=False, buttons=[], type="pil", format="png", elem_id="strip", interactive=False
                 )
         trajectory = gr.State([])
         generated = gr.State(None)
