@@ -104,9 +104,9 @@ def build(model: Model) -> gr.Blocks:
                     editor = gr.ImageEditor(
                         type="pil",
                         format="png",
-                        label="White: to be drawn anew",
+                        label="Orange: to be drawn anew",
                         elem_id="editor",
-                        brush=gr.Brush(default_size=48, colors=["#ffffff"], color_mode="fixed"),
+                        brush=gr.Brush(default_size=48, colors=["#ff8c00"], color_mode="fixed"),
                         sources=("upload", "clipboard"),
                         transforms=(),
                         layers=False,
