@@ -39,14 +39,14 @@ def karras(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0) -> 
     return _with_ends(sde.time_of(-2.0 * rho * ramp.log()), t_start, t_end)
 
 
-# The middle, width and floor of the density of ``sech``, in lambda = log(alpha/sigma). Measured, not fitted: see
-# benchmarks/quality.py. Noise-to-signal exp(-1) is about the standard deviation of images in [-1, 1] and of latents.
-SECH_MIDDLE, SECH_WIDTH, SECH_FLOOR = 1.0, 1.5, 0.15
+# The middle, width and floor of the density of ``sech``, in lambda = log(alpha/sigma). Measured with benchmarks/quality.py
+# on digits and on patches of photographs, whose few strong directions show at far more noise than the many weak ones.
+SECH_MIDDLE, SECH_WIDTH, SECH_FLOOR = 0.5, 2.5, 0.15
 SECH_START = -5.0  # sigma/alpha = 150, where the paper's VP SDE starts, for paths that start at infinity
 
 
 def sech(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0) -> Tensor:
-    """Points where the estimate changes: density sech((lambda - 1)/1.5) + 0.15 in lambda = log(alpha/sigma).
+    """Points where the estimate changes: density sech((lambda - 0.5)/2.5) + 0.15 in lambda = log(alpha/sigma).
 
     For Gaussian data of standard deviation c, x0_hat along the reverse process is a sigmoid of lambda + log c. Uniform
     log-SNR spends most of its points before and after that rise, where any step is exact; the density of the rise
