@@ -39,8 +39,8 @@ def karras(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0) -> 
     return _with_ends(sde.time_of(-2.0 * rho * ramp.log()), t_start, t_end)
 
 
-# The middle, width and floor of the density of ``sech``, in lambda = log(alpha/sigma). Measured with benchmarks/quality.py
-# on digits and on patches of photographs, whose few strong directions show at far more noise than the many weak ones.
+# The middle, width and floor of the density of ``sech``, in lambda = log(alpha/sigma). Measured on the mixtures of
+# benchmarks/quality.py: digits, and patches of photographs, which show structure at far more noise.
 SECH_MIDDLE, SECH_WIDTH, SECH_FLOOR = 0.5, 2.5, 0.15
 SECH_START = -5.0  # sigma/alpha = 150, where the paper's VP SDE starts, for paths that start at infinity
 
