@@ -47,7 +47,7 @@ class ClassifierTrainer(Trainer):
     ) -> None:
         super().__init__(config, dataset)
         if test_dataset is None and config.test_split is not None:
-            test_dataset = load_images(replace(config, dataset_split=config.test_split))
+            test_dataset = load_images(replace(config, dataset_split=config.test_split, streaming=False))
         source = self.source
         same = replace(config, resolution=source.resolution, channels=source.channels, center_crop=True)
         self.test_source = None if test_dataset is None else ImageSource(test_dataset, same)

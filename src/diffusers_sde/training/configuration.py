@@ -49,8 +49,24 @@ class TrainingConfig:
         "Local data: a folder of images (sub-folders are classes), a Parquet file, a folder of Parquet files, or a "
         "folder written by datasets' save_to_disk.",
     )
+    streaming: bool = _option(
+        False,
+        "Read the data as they come instead of downloading and indexing them first; needs max_train_steps. Every "
+        "process reads the whole stream, and decodes its own share.",
+    )
+    shuffle_buffer: int = _option(
+        10_000,
+        "With streaming: images, as stored, that are held in memory to draw the next one from; 0: the order of the "
+        "stream.",
+        least=0,
+    )
     image_column: str | None = _option(None, "Column with the images. Default: the data's image column.")
     label_column: str | None = _option(None, "Column with the classes. Default: the data's class column, if any.")
+    num_classes: int | None = _option(
+        None,
+        "Number of classes, where the class column holds plain integers. Default: the largest one plus 1.",
+        least=1,
+    )
     class_conditional: bool = _option(
         False, "Train a network that is told the class of each image, for generation by class."
     )
@@ -71,7 +87,9 @@ class TrainingConfig:
         None, "1 (grey) or 3 (RGB): convert images to it. Default: what the data has.", least=1, most=3
     )
     skip_broken_images: bool = _option(
-        False, "Leave out images that cannot be read, with a report; otherwise the first one is an error."
+        False,
+        "Leave out images that cannot be read, with a report; otherwise the first one is an error. With "
+        "streaming every process decodes every image for it.",
     )
     cache_images: bool | None = _option(
         None, "Keep all prepared images in memory as bytes. Default: where they need less than 1 GiB."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")
 # ------------------------------------------------------------------ where images come from
 
 
-def load_images(config: TrainingConfig) -> datasets.Dataset:
-    """The data set that the configuration names.
+def load_images(config: TrainingConfig) -> datasets.Dataset | datasets.IterableDataset:
+    """The data set that the configuration names; with ``streaming`` an iterable one.
 
     Raises:
         ValueError: Nothing usable at the path, or no such split.
@@ -46,9 +46,14 @@ def load_images(config: TrainingConfig) -> datasets.Dataset:
             raise ValueError(
                 f"dataset_split of the digits must be train or a slice of it, got {config.dataset_split!r}."
             ) from error
-        return digits.select(range(part.from_, part.to))
+        digits = digits.select(range(part.from_, part.to))
+        return digits.to_iterable_dataset() if config.streaming else digits
     return datasets.load_dataset(
-        name, config.dataset_config_name, split=config.dataset_split, cache_dir=config.cache_dir
+        name,
+        config.dataset_config_name,
+        split=config.dataset_split,
+        cache_dir=config.cache_dir,
+        streaming=config.streaming,
     )
 
 
@@ -66,7 +71,7 @@ def load_digits() -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=features)
 
 
-def _load_local(path: Path, config: TrainingConfig) -> datasets.Dataset:
+def _load_local(path: Path, config: TrainingConfig) -> datasets.Dataset | datasets.IterableDataset:
     if not path.exists():
         raise ValueError(f"train_data_dir {str(path)!r} does not exist.")
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -75,24 +80,23 @@ def _load_local(path: Path, config: TrainingConfig) -> datasets.Dataset:
             if config.dataset_split not in loaded:
                 raise ValueError(f"dataset_split must be one of {', '.join(loaded)}, got {config.dataset_split!r}.")
             loaded = loaded[config.dataset_split]
-        return loaded
+        return loaded.to_iterable_dataset() if config.streaming else loaded
     if path.is_file():
         parquet = [path] if path.suffix == ".parquet" else []
     else:
         # A folder may hold several splits as files named after them.
         parquet = sorted(path.rglob("*.parquet"))
         parquet = [file for file in parquet if config.dataset_split in file.name] or parquet
+    options = {"cache_dir": config.cache_dir, "streaming": config.streaming}
     if parquet:
         files = [str(file) for file in parquet]
-        return datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=config.cache_dir)
+        return datasets.load_dataset("parquet", data_files=files, split="train", **options)
     if not path.is_dir() or not any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
         raise ValueError(
             f"train_data_dir {str(path)!r} holds no images: it must be a folder of image files, a Parquet file, a "
             "folder of Parquet files or a folder written by save_to_disk."
         )
-    return datasets.load_dataset(
-        "imagefolder", data_dir=str(path), split=config.dataset_split, cache_dir=config.cache_dir
-    )
+    return datasets.load_dataset("imagefolder", data_dir=str(path), split=config.dataset_split, **options)
 
 
 # ------------------------------------------------------------------ images as the network sees them
@@ -121,10 +125,10 @@ class ImageSource:
             raise ValueError("The data set is empty: there is nothing to train on.")
         self._dataset = dataset
         self._center_crop = config.center_crop
-        self._image_column = _image_column(dataset, config.image_column)
+        self._image_column = image_column(dataset.features, config.image_column)
         if config.skip_broken_images:
             self._dataset = dataset = self._without_broken(show_progress)
-        self.class_names, self.labels = _classes(dataset, config.label_column)
+        self.class_names, self.labels = _classes(dataset, config)
         first = [self._read(i) for i in range(min(len(dataset), SCANNED_IMAGES))]
         self.channels = config.channels or (1 if all(image.mode in GREY_MODES for image in first) else 3)
         self.resolution = config.resolution or first[0].width
@@ -140,6 +144,15 @@ class ImageSource:
         return len(self._dataset)
 
     @property
+    def num_images(self) -> int | None:
+        """Images in one pass through the data; None where that is not known."""
+        return len(self)
+
+    def epoch(self, samples_seen: int) -> float:
+        """Passes through the data when so many samples have been seen."""
+        return samples_seen / len(self)
+
+    @property
     def is_cached(self) -> bool:
         """Whether all images are in memory."""
         return self._cache is not None
@@ -148,7 +161,7 @@ class ImageSource:
         """Image ``index``, bytes of shape (C, H, W); ``random`` places the crop unless cropping is central."""
         if self._cache is not None:
             return self._cache[index]
-        return self._prepare(index, random)
+        return self._fit(index, self._read(index), random)
 
     def get_many(self, indices: Sequence[int]) -> np.ndarray:
         """Images, central crops, shape (B, C, H, W)."""
@@ -165,8 +178,12 @@ class ImageSource:
         return float(images.std(correction=0)), float(torch.cdist(images, images).max())
 
     def _read(self, index: int) -> Image.Image:
+        return self._open(index, lambda: self._dataset[index][self._image_column])
+
+    @staticmethod
+    def _open(index: int, read: Callable[[], Any]) -> Image.Image:
         try:
-            value = self._dataset[index][self._image_column]
+            value = read()
             if value is None:
                 raise ValueError("there is none")
             return _as_pil(value)
@@ -211,9 +228,6 @@ class ImageSource:
                 "that are not square or differ in size need resolution (and center_crop, or are cropped at random)."
             )
 
-    def _prepare(self, index: int, random: np.random.Generator | None) -> np.ndarray:
-        return self._fit(index, self._read(index), random)
-
     def _fit(self, index: int, image: Image.Image, random: np.random.Generator | None) -> np.ndarray:
         self._check_size(index, image)
         image = image.convert("L" if self.channels == 1 else "RGB")
@@ -254,31 +268,40 @@ class ImageSource:
         return tqdm(items, desc=what, total=len(self), disable=not show, leave=False, mininterval=interval)
 
 
-def _image_column(dataset: datasets.Dataset, wanted: str | None) -> str:
-    columns = list(dataset.features)
+def image_column(features: Mapping[str, Any], wanted: str | None) -> str:
+    """The column with the images: the one that is wanted, or the first that looks like it."""
+    columns = list(features)
     if wanted is not None:
         if wanted not in columns:
             raise ValueError(f"image_column must be one of {', '.join(columns)}, got {wanted!r}.")
         return wanted
-    found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     found += [name for name in ("image", "img", "images") if name in columns]
     if not found:
         raise ValueError(f"The data set has no image column: name it with image_column, one of {', '.join(columns)}.")
     return found[0]
 
 
-def _classes(dataset: datasets.Dataset, wanted: str | None) -> tuple[list[str], Tensor | None]:
-    if wanted is not None and wanted not in dataset.features:
-        raise ValueError(f"label_column must be one of {', '.join(dataset.features)}, got {wanted!r}.")
-    found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
-    column = wanted or (found[0] if found else None)
+def label_column(features: Mapping[str, Any], wanted: str | None) -> str | None:
+    """The column with the classes: the one that is wanted, or the first of classes, if any."""
+    if wanted is not None and wanted not in features:
+        raise ValueError(f"label_column must be one of {', '.join(features)}, got {wanted!r}.")
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    return wanted or (found[0] if found else None)
+
+
+def _classes(dataset: datasets.Dataset, config: TrainingConfig) -> tuple[list[str], Tensor | None]:
+    column = label_column(dataset.features, config.label_column)
     if column is None:
         return [], None
     values = np.asarray(dataset.with_format(None)[column][:])
     if values.dtype.kind not in "iu":
         raise ValueError(f"label_column {column!r} must hold class numbers, it holds {values.dtype}.")
     feature = dataset.features[column]
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else map(str, range(int(values.max()) + 1))
+    if isinstance(feature, datasets.ClassLabel):
+        names = feature.names
+    else:
+        names = map(str, range(config.num_classes or int(values.max()) + 1))
     return list(names), torch.from_numpy(values.astype(np.int64))
 
 
@@ -353,41 +376,44 @@ class TrainingSamples(Dataset):
             ``label_draw``, uniform in [0, 1), float64 (B,), which decides whether the class is hidden.
         """
         source, n = self._source, len(self._source)
+        indices = [int(epoch_order(self._seed, number // n, n)[number % n]) for number in numbers]
+        labels = None if source.labels is None else source.labels[indices]
+        return self._batch(numbers, lambda i, random: source.get(indices[i], random), labels)
+
+    def deal(self, first: int, batch_size: int, process: int, processes: int) -> Iterable[list[Any]]:
+        """What ``__getitems__`` takes for each batch of one process, from sample number ``first`` on, without end.
+
+        Micro-batch m of the run holds numbers first + m P B + [p B, (p + 1) B) on process p of P.
+        """
+        start = first + process * batch_size
+        while True:
+            yield list(range(start, start + batch_size))
+            start += processes * batch_size
+
+    def _batch(
+        self,
+        numbers: Sequence[int],
+        image_of: Callable[[int, np.random.Generator], np.ndarray],
+        labels: Tensor | None,
+    ) -> dict[str, Tensor]:
+        source = self._source
         shape = (len(numbers), source.channels, source.resolution, source.resolution)
         images, noise = np.empty(shape, dtype=np.uint8), np.empty(shape, dtype=np.float32)
         u, label_draw = np.empty(len(numbers)), np.empty(len(numbers))
-        indices = np.empty(len(numbers), dtype=np.int64)
         for i, number in enumerate(numbers):
-            indices[i] = epoch_order(self._seed, number // n, n)[number % n]
             augment = self._augmentation(number)
             flip = self._random_flip and augment.random() < 0.5
-            image = source.get(int(indices[i]), augment)
+            image = image_of(i, augment)
             images[i] = image[..., ::-1] if flip else image
             draw = self._noise(number)
             u[i] = (number % self._strata + draw.random()) / self._strata
             draw.standard_normal(out=noise[i], dtype=np.float32)
             label_draw[i] = draw.random()
         batch = {"images": torch.from_numpy(images), "noise": torch.from_numpy(noise), "u": torch.from_numpy(u)}
-        if source.labels is not None:
-            batch["labels"] = source.labels[indices]
+        if labels is not None:
+            batch["labels"] = labels
             batch["label_draw"] = torch.from_numpy(label_draw)
         return batch
-
-
-class _Numbers:
-    """The sample numbers of one process's batches, from ``first`` on, without end.
-
-    Micro-batch m of the run holds numbers first + m P B + [p B, (p + 1) B) on process p of P.
-    """
-
-    def __init__(self, first: int, batch_size: int, process: int, processes: int) -> None:
-        self._first, self._batch_size, self._process, self._processes = first, batch_size, process, processes
-
-    def __iter__(self) -> Iterator[list[int]]:
-        start = self._first + self._process * self._batch_size
-        while True:
-            yield list(range(start, start + self._batch_size))
-            start += self._processes * self._batch_size
 
 
 def batches(
@@ -402,7 +428,7 @@ def batches(
     """The batches of one process, without end, from sample number ``first`` on."""
     loader = DataLoader(
         samples,
-        batch_sampler=_Numbers(first, batch_size, process, processes),
+        batch_sampler=samples.deal(first, batch_size, process, processes),
         collate_fn=lambda batch: batch,
         num_workers=num_workers,
         pin_memory=pin_memory,

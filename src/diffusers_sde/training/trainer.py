@@ -39,7 +39,7 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .configuration import TrainingConfig
-from .data import ImageSource, TrainingSamples, batches, load_images, to_network
+from .data import TrainingSamples, batches, load_images, to_network
 from .hub import Publisher
 from .models import (
     build_scheduler,
@@ -51,18 +51,19 @@ from .models import (
 )
 from .progress import ProgressOfSamples
 from .signals import EXIT_CODE, StopSignal
+from .streaming import StreamedSamples, StreamSource, open_source
 
 logger = logging.getLogger(__name__)
 
 SHOWN_SIDE, FRAME = 64, 2  # pixels
 
 
-def train(config: TrainingConfig, dataset: datasets.Dataset | None = None) -> SDEPipeline:
+def train(config: TrainingConfig, dataset: datasets.Dataset | datasets.IterableDataset | None = None) -> SDEPipeline:
     """Train a network and save it as a pipeline.
 
     Args:
         config: What to train on what, and how.
-        dataset: Images, instead of those that ``config`` names.
+        dataset: Images, instead of those that ``config`` names; an ``IterableDataset`` is streamed.
 
     Returns:
         The pipeline, as it was saved in ``config.output_dir``.
@@ -79,13 +80,15 @@ class Trainer:
 
     Args:
         config: What to train on what, and how.
-        dataset: Images, instead of those that ``config`` names.
+        dataset: Images, instead of those that ``config`` names; an ``IterableDataset`` is streamed.
 
     Raises:
         ValueError: Anything wrong with the configuration, the data or the output folder.
     """
 
-    def __init__(self, config: TrainingConfig, dataset: datasets.Dataset | None = None) -> None:
+    def __init__(
+        self, config: TrainingConfig, dataset: datasets.Dataset | datasets.IterableDataset | None = None
+    ) -> None:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.resume_from = find_checkpoint(
@@ -108,7 +111,7 @@ class Trainer:
         main_process = self.accelerator.is_main_process
         with self.accelerator.main_process_first():  # the others find what the first one has downloaded
             images = load_images(config) if dataset is None else dataset
-        self.source = ImageSource(images, config, show_progress=main_process)
+        self.source = open_source(images, config, show_progress=main_process)
 
         self.scheduler = build_scheduler(config, self.source)
         self.sde = training_sde(self.scheduler, config)
@@ -136,6 +139,8 @@ class Trainer:
             state = read_state(self.resume_from)
             self._check_resumable(state)
             self.step, self.samples_seen = state["step"], state["samples_seen"]
+            if isinstance(self.source, StreamSource):
+                self.source.resume(*state["stream"])
             if config.dropout and state["processes"] != self.accelerator.num_processes:
                 logger.warning(
                     "The checkpoint is of %d processes, this run has %d: the same images and noise, but other dropout.",
@@ -176,7 +181,8 @@ class Trainer:
         self._log_start()
 
         strata = self.global_batch_size if config.stratified_times else 1
-        samples = TrainingSamples(self.source, config.seed, config.random_flip, strata)
+        samples_class = StreamedSamples if isinstance(self.source, StreamSource) else TrainingSamples
+        samples = samples_class(self.source, config.seed, config.random_flip, strata)
         self._batches = batches(
             samples,
             self.samples_seen,
@@ -283,7 +289,7 @@ class Trainer:
                     "loss": mean_loss,
                     "lr": self.lr_scheduler.get_last_lr()[0],
                     "images_per_second": steps_summed * self.global_batch_size / (now - since),
-                    "epoch": self.samples_seen / len(self.source),
+                    "epoch": self.source.epoch(self.samples_seen),
                 }
                 progress.set_postfix({"loss": f"{mean_loss:.4f}", "lr": f"{values['lr']:.2g}"})
                 if gradient_norm is not None:
@@ -368,6 +374,8 @@ class Trainer:
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "identity": self._identity(),
         }
+        if isinstance(self.source, StreamSource):
+            state["stream"] = self.source.pass_at(self.samples_seen)
         limit = self.config.checkpoints_total_limit
         return save_checkpoint(self.accelerator, self.output_dir, state, self.ema, limit)
 
@@ -459,7 +467,8 @@ class Trainer:
             "channels": self.source.channels,
             "block_out_channels": list(self.unet.config.block_out_channels),
             "layers_per_block": self.unet.config.layers_per_block,
-            "images": len(self.source),
+            "images": self.source.num_images,
+            "shuffle_buffer": self.config.shuffle_buffer if self.source.num_images is None else None,
             "seed": self.config.seed,
             "class_conditional": self.config.class_conditional,
             "label_dropout": self.config.label_dropout if self.config.class_conditional else None,
@@ -478,8 +487,8 @@ class Trainer:
         parameters = sum(p.numel() for p in self.unet.parameters())
         source = self.source
         logger.info(
-            "Data: %d images, %d channel(s), %dx%d pixels, %d classes.",
-            len(source),
+            "Data: %s images, %d channel(s), %dx%d pixels, %d classes.",
+            source.num_images or "streamed",
             source.channels,
             source.resolution,
             source.resolution,
