@@ -8,7 +8,7 @@ from PIL import Image
 
 from diffusers_sde.pipelines import ClassConditionalSDEPipeline
 from diffusers_sde.training import Trainer, TrainingConfig, train
-from diffusers_sde.training.data import TrainingSamples, load_digits
+from diffusers_sde.training.data import ImageSource, TrainingSamples, load_digits
 
 TINY = {
     "block_out_channels": (8, 16),
@@ -114,3 +114,11 @@ def test_errors(tmp_path, shades):
     unlabelled = datasets.Dataset.from_dict(columns, features=features)
     with pytest.raises(ValueError, match="the data hold -1 to 0"):
         Trainer(tiny(tmp_path, label_column="label"), unlabelled)
+
+
+def test_plain_integers_have_as_many_classes_as_stated():
+    data = load_digits().select(range(10)).cast_column("label", datasets.Value("int64"))
+    counts = [
+        len(ImageSource(data, TrainingConfig(label_column="label", num_classes=n)).class_names) for n in (None, 12)
+    ]
+    assert counts == [10, 12]
