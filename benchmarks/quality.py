@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--model-samples", type=int, default=1024, help="from a network")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions, with other noise")
     parser.add_argument("--only", default="", help="regular expression: which samplers, by their names in the table")
+    parser.add_argument("--update", type=Path, help="JSON of an earlier run, whose other rows are kept; with --only")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--output", type=Path, default=Path("outputs/quality"))
     args = parser.parse_args()
@@ -260,9 +261,15 @@ def main() -> None:
         key: getattr(args, key) for key in ("calls", "model_calls", "samples", "model_samples", "seeds")
     }
     result["entries"] = []
+    earlier = json.loads(args.update.read_text()) if args.update else {"entries": []}
+    if args.update and any(earlier[key] != result[key] for key in result if key != "entries"):
+        parser.error("--update needs the same calls, samples and seeds")
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
         for task, found in zip(tasks, pool.map(measure, tasks), strict=True):
+            for old in earlier["entries"]:
+                if (old["name"], old["path"]) == (task["name"], found["path"]):
+                    found["rows"] = {**old["rows"], **found["rows"]}
             result["entries"].append({"name": task["name"], "exact": task["model"] is None, **found})
             save(result, args.output)
     print(table(result))
