@@ -119,7 +119,7 @@ def test_the_ode_is_told_the_classes(conditional):
         ("fast: corrector=langevin, snr=-1", "sampler 'fast': snr"),
         ("fast: num_inference_steps=0", "sampler 'fast': num_inference_steps must"),
         ("fast: num_inference_steps=2.5", "sampler 'fast': num_inference_steps must"),
-        ("fast: method=odd", "sampler 'fast': method must be one of scheduler, ode, got 'odd'"),
+        ("fast: method=odd", "sampler 'fast': method must be one of scheduler, ode, sde, got 'odd'"),
         ("fast: method=ode, rtol=tight", "sampler 'fast': rtol must be a number"),
         ("fast: method=ode, rtol=0", "sampler 'fast': rtol must be a number > 0"),
         ("fast: guidance_scale=2", "sampler 'fast': SDEPipeline takes no guidance_scale"),

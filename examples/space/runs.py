@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -250,7 +251,8 @@ class OfClass(torch.nn.Module):
     def __init__(self, unet: Any, labels: Tensor) -> None:
         super().__init__()
         self.unet, self.labels = unet, labels
-        self.config, self.dtype, self.device = unet.config, unet.dtype, unet.device
+        self.config = FrozenDict({**unet.config, "num_class_embeds": None})
+        self.dtype, self.device = unet.dtype, unet.device
 
     def forward(self, sample: Tensor, timestep: Tensor, **arguments: Any) -> Any:
         return self.unet(sample, timestep, class_labels=self.labels, **arguments)
