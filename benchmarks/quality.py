@@ -106,7 +106,7 @@ def score(sampler: Sampler, problem: Any, judge: Any, calls: int, seeds: int) ->
 def save(result: dict[str, Any], output: Path) -> None:
     """JSON, tables and picture."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    output.with_suffix(".json").write_text(json.dumps(result) + "\n")
     output.with_suffix(".md").write_text(table(result))
     picture(result, output)
 
@@ -154,6 +154,8 @@ def table(result: dict[str, Any]) -> str:
         "than the best of ours is named below its table; the noise is twice the standard deviation of the FD of exact "
         "samples.",
     ]
+    if "anew" in result:
+        lines += ["", f"Rows that match '{result['anew']}' were measured anew, from the same noise, after the others."]
     for entry in result["entries"]:
         floor, noise, rows = entry["floor"], entry["noise"], entry["rows"]
         columns = sorted({int(c) for row in rows.values() for c in row["scores"]})
@@ -262,7 +264,9 @@ def main() -> None:
     }
     result["entries"] = []
     earlier = json.loads(args.update.read_text()) if args.update else {"entries": []}
-    if args.update and any(earlier[key] != result[key] for key in result if key != "entries"):
+    if args.update:
+        result["anew"] = args.only
+    if any(earlier.get(key, result[key]) != result[key] for key in ("calls", "model_calls", "samples", "seeds")):
         parser.error("--update needs the same calls, samples and seeds")
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
