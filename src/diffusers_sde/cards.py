@@ -98,6 +98,9 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
     task, description, call = next(PIPELINES[c.__name__] for c in type(pipe).__mro__ if c.__name__ in PIPELINES)
     channels, height, width = pipe.sample_shape
     label = min(pipe.labels, key=pipe.labels.__getitem__, default=0) if hasattr(pipe, "labels") else 0
+    for name in ("data", "dataset"):
+        if not isinstance(results.get(name, {}), Mapping):
+            raise ValueError(f"results: {name} must be an object with name, id and split, got {results[name]!r}.")
     dataset = {**results.get("data", {}), **results.get("dataset", {})}
     metrics = _metrics(results)
     entries = [*metrics, *_sampler_metrics(results)]
