@@ -8,10 +8,9 @@ import sys
 import datasets
 import numpy as np
 import pytest
-import torch
-from diffusers import UNet2DModel
 from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
+from tiny_networks import tiny_unet
 
 from diffusers_sde import ClassConditionalSDEPipeline, FlowSDEScheduler
 from diffusers_sde.evaluation import EvaluationConfig, eval_results, evaluate, main, markdown_table, parse_args
@@ -21,20 +20,7 @@ SAMPLERS = ("sde: num_inference_steps=3", "pc/0.1: num_inference_steps=3, correc
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        num_class_embeds=2,
-    )
-    with torch.no_grad():
-        unet.conv_out.weight.mul_(0.02)
+    unet = tiny_unet(num_class_embeds=2)
     folder = tmp_path_factory.mktemp("model")
     ClassConditionalSDEPipeline(unet, FlowSDEScheduler()).save_pretrained(folder)
     return str(folder)

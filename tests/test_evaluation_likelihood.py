@@ -1,9 +1,8 @@
 """scripts/evaluate.py --bpd: the picture, and mistakes on the command line."""
 
 import pytest
-import torch
-from diffusers import UNet2DModel
 from PIL import Image
+from tiny_networks import tiny_unet
 
 from diffusers_sde import FlowSDEScheduler, SDEPipeline
 from diffusers_sde.evaluation import EvaluationConfig, evaluate, main
@@ -11,19 +10,7 @@ from diffusers_sde.evaluation import EvaluationConfig, evaluate, main
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
-    with torch.no_grad():
-        unet.conv_out.weight.mul_(0.02)
+    unet = tiny_unet()
     folder = tmp_path_factory.mktemp("model")
     SDEPipeline(unet=unet, scheduler=FlowSDEScheduler()).save_pretrained(folder)
     return str(folder)

@@ -5,29 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
+from tiny_networks import tiny_unet
 
 from diffusers_sde import ClassConditionalSDEPipeline, SDEPipeline, VPSDEScheduler
 from diffusers_sde.generation import ImageSampler, Sampler, SamplingConfig, as_sde_pipeline, generate, main
-
-
-def tiny_unet(**options):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        **options,
-    )
-    with torch.no_grad():
-        unet.conv_out.weight.mul_(0.02)
-    return unet
 
 
 @pytest.fixture(scope="module")
