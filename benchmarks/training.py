@@ -138,9 +138,12 @@ def main() -> None:
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=60, help="optimiser steps of each (default: 60)")
     parser.add_argument("--turn", type=int, default=5, help="steps of a turn (default: 5)")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), help="of ours (default: the trainer's own default)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of each process")
     parser.add_argument("--output", type=Path, help="write the numbers here, as JSON")
     arguments = parser.parse_args()
+    if arguments.steps % arguments.turn:
+        parser.error(f"--steps must be a multiple of --turn, got {arguments.steps} and {arguments.turn}")
     contestants = {"diffusers": diffusers_loop, "ours": ours}
     context, results = multiprocessing.get_context("spawn"), {name: [] for name in contestants}  # type: ignore[var-annotated]
     with tempfile.TemporaryDirectory() as folder:
@@ -159,6 +162,8 @@ def main() -> None:
             "logger": "none",
             "output_dir": folder,
         }
+        if arguments.mixed_precision is not None:
+            options["mixed_precision"] = arguments.mixed_precision
         pipes = {}
         for name, function in contestants.items():
             pipes[name], end = context.Pipe()
