@@ -108,7 +108,7 @@ class MixtureJudge:
         quantiles = (reference @ self.directions).sort(0).values
         centre = ((torch.arange(n, dtype=torch.float64) + 0.5) / n * len(quantiles)).long()
         self.quantiles = quantiles[centre]
-        floors = [self(data.sample(n, seed=100 + i)) for i in range(12)]
+        floors = [self(data.sample(n, seed=100 + i)) for i in range(40)]
         self.floor = {key: float(np.mean([f[key] for f in floors])) for key in floors[0]}
         self.noise = {key: float(np.std([f[key] for f in floors], ddof=1)) for key in floors[0]}
         # Every sampler here ends with x0_hat at this sigma/alpha: what exact samples of that level score then.

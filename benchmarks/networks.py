@@ -29,12 +29,13 @@ class Network:
 
     Args:
         folder: A pipeline saved by scripts/train.py. A class-conditional one is asked for no class.
+        bf16: Run the network in mixed precision.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, bf16: bool = False) -> None:
         pipe = DiffusionPipeline.from_pretrained(folder)
         pipe.unet.eval().requires_grad_(False)
-        self.folder, self.shape = folder, pipe.sample_shape
+        self.folder, self.shape, self.bf16 = folder, pipe.sample_shape, bf16
         # The scheduler that the folder's constants describe, with the defaults of its class, not those of the folder.
         self.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
         self.path = PATHS.get(type(self.scheduler), "vp")
@@ -52,7 +53,7 @@ class Network:
         t = min(max(t, 1e-5), sde.t_max)
         own = float(sde.alpha(t)) / alpha if alpha > 0.0 else 1.0
         whole, part = self._denoisers
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             parts = [(whole if len(rows) == BATCH else part(len(rows)))(rows * own, t) for rows in x.split(BATCH)]
         return torch.cat(parts)
 

@@ -54,7 +54,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     else:
         from networks import Network, NetworkJudge
 
-        data = Network(task["model"])
+        data = Network(task["model"], task["bf16"])
         judge = NetworkJudge(data, task["reference"], n, task["classifier"])
         scheduler, shape, path = data.scheduler, data.shape, data.path
 
@@ -97,7 +97,7 @@ def score(sampler: Sampler, problem: Any, judge: Any, calls: int, seeds: int) ->
         found.append(judge(x))
     means = {key: float(np.mean([f[key] for f in found])) for key in found[0]}
     seconds = round((time.perf_counter() - began) / seeds, 2)
-    return {**means, "fd_runs": [f["fd"] for f in found], "used": used, "seconds": seconds}
+    return {**means, "runs": seeds, "used": used, "seconds": seconds}
 
 
 # ---------------------------------------------------------------------- what is written
@@ -116,11 +116,20 @@ def fd(row: dict[str, Any], calls: int) -> float:
     return float(row["scores"].get(str(calls), {}).get("fd", math.inf))
 
 
-def reached(entry: dict[str, Any], row: dict[str, Any]) -> bool:
+def noise(entry: dict[str, Any], *rows: dict[str, Any], calls: int) -> float:
+    """Twice the standard deviation of the mean FD of exact samples, over as many repetitions as the fewest of rows."""
+    runs = min(row["scores"].get(str(calls), {}).get("runs", 1) for row in rows)
+    return 2.0 * float(entry["noise"]["fd"]) / math.sqrt(runs)
+
+
+def reached(entry: dict[str, Any], row: dict[str, Any]) -> str:
     """Whether one of ours is at the floor at its target: FD within 10 %, density within 0.02 nats per dimension."""
-    floor, found = entry["floor"], row["scores"][str(TARGETS[row["kind"]])]
+    calls = TARGETS[row["kind"]]
+    floor, found = entry["floor"], row["scores"][str(calls)]
     best = max(floor["fd"], floor["fd_of_flow"]) if row["kind"] == "ode" else floor["fd"]
-    return bool(found["fd"] <= 1.1 * best and abs(found["nats"] - floor["nats_at_end"]) <= 0.02)
+    if abs(found["nats"] - floor["nats_at_end"]) > 0.02 or found["fd"] > 1.1 * best + noise(entry, row, calls=calls):
+        return "NOT reached"
+    return "reached" if found["fd"] <= 1.1 * best else "reached within the noise"
 
 
 def verdicts(result: dict[str, Any], entry: dict[str, Any]) -> list[str]:
@@ -129,17 +138,16 @@ def verdicts(result: dict[str, Any], entry: dict[str, Any]) -> list[str]:
     for label, row in rows.items():
         if label in OURS and entry["exact"]:
             calls = TARGETS[row["kind"]]
-            met = "reached" if reached(entry, row) else "NOT reached"
-            lines.append(f"- {label}: floor at {calls} calls {met} (FD {fd(row, calls):.4f}).")
+            lines.append(f"- {label}: floor at {calls} calls {reached(entry, row)} (FD {fd(row, calls):.4f}).")
     for calls in result["calls"] if entry["exact"] else result["model_calls"]:
         own = [(fd(row, calls), label) for label, row in rows.items() if label in OURS]
         peers = [(fd(row, calls), label) for label, row in rows.items() if label not in OURS]
         (best, mine), (peer, name) = (min(found, default=(math.inf, "none")) for found in (own, peers))
-        noise = 2.0 * entry["noise"]["fd"] / math.sqrt(result["seeds"])
         if peer < best:
-            size = "by more than the noise" if best - peer > noise else "within the noise"
+            size = noise(entry, rows[name], *([rows[mine]] if mine in rows else []), calls=calls)
+            verdict = "by more than the noise" if best - peer > size else "within the noise"
             lines.append(
-                f"- {calls} calls: {name} is better, {peer:.4f} against {best:.4f} of {mine}, {size} ({noise:.4f})."
+                f"- {calls} calls: {name} is better, {peer:.4f} against {best:.4f} of {mine}, {verdict} ({size:.4f})."
             )
     return lines
 
@@ -149,22 +157,26 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Quality per network call",
         "",
-        f"Written by benchmarks/quality.py, {result['seeds']} repetition(s). Each cell is FD, on mixtures with the "
-        "error of the log-density in nats per dimension; in bold the lowest FD of the column. A peer that is better "
-        "than the best of ours is named below its table; the noise is twice the standard deviation of the FD of exact "
-        "samples.",
+        f"Written by benchmarks/quality.py. Each cell is FD, the mean of {result['seeds']} repetition(s), on mixtures "
+        "with the error of the log-density in nats per dimension; in bold the lowest FD of the column. A peer that is "
+        "better than the best of ours is named below its table; the noise is twice the standard deviation of the FD of "
+        "exact samples, over the square root of the number of repetitions.",
     ]
-    if "anew" in result:
-        lines += ["", f"Rows that match '{result['anew']}' were measured anew, from the same noise, after the others."]
+    if "earlier_seeds" in result:
+        lines += [
+            "",
+            f"Rows that match '{result['anew']}' were measured after the others, which are means of "
+            f"{result['earlier_seeds']} repetition(s), from the same noise.",
+        ]
     for entry in result["entries"]:
-        floor, noise, rows = entry["floor"], entry["noise"], entry["rows"]
+        floor, deviation, rows = entry["floor"], entry["noise"], entry["rows"]
         columns = sorted({int(c) for row in rows.values() for c in row["scores"]})
         lines += ["", f"## {entry['name']}, {entry['path']}", "", entry["about"], ""]
-        text = f"Exact samples: FD {floor['fd']:.4f} (standard deviation {noise['fd']:.4f})"
+        text = f"Exact samples: FD {floor['fd']:.4f} (standard deviation {deviation['fd']:.4f})"
         if entry["exact"]:
             text += (
-                f", nats {floor['nats']:+.4f} ({noise['nats']:.4f}), and {floor['nats_at_end']:+.4f} if denoised from "
-                "sigma/alpha = 0.01, where all samplers end; FD of the exact flow from the noise of this run: "
+                f", nats {floor['nats']:+.4f} ({deviation['nats']:.4f}), and {floor['nats_at_end']:+.4f} if denoised "
+                "from sigma/alpha = 0.01, where all samplers end; FD of the exact flow from the noise of this run: "
                 f"{floor['fd_of_flow']:.4f}"
             )
         lines += [
@@ -240,6 +252,7 @@ def main() -> None:
     parser.add_argument("--model-calls", nargs="+", type=int, default=list(MODEL_CALLS))
     parser.add_argument("--samples", type=int, default=4096, help="from a mixture, half as many patches")
     parser.add_argument("--model-samples", type=int, default=1024, help="from a network")
+    parser.add_argument("--bf16", action="store_true", help="run the networks in mixed precision")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions, with other noise")
     parser.add_argument("--only", default="", help="regular expression: which samplers, by their names in the table")
     parser.add_argument("--update", type=Path, help="JSON of an earlier run, whose other rows are kept; with --only")
@@ -248,7 +261,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.model and args.reference is None:
         parser.error("--model needs --reference")
-    common = {key: getattr(args, key) for key in ("seeds", "reference", "only")}
+    common = {key: getattr(args, key) for key in ("seeds", "reference", "only", "bf16")}
     common["classifier"] = args.output.with_suffix(".classifier.safetensors")
     names = args.data if args.data is not None else [] if args.model else ["digits", "patches"]
     tasks: list[dict[str, Any]] = []
@@ -265,9 +278,9 @@ def main() -> None:
     result["entries"] = []
     earlier = json.loads(args.update.read_text()) if args.update else {"entries": []}
     if args.update:
-        result["anew"] = args.only
-    if any(earlier.get(key, result[key]) != result[key] for key in ("calls", "model_calls", "samples", "seeds")):
-        parser.error("--update needs the same calls, samples and seeds")
+        result["anew"], result["earlier_seeds"] = args.only, earlier["seeds"]
+    if any(earlier.get(key, result[key]) != result[key] for key in ("calls", "model_calls", "samples")):
+        parser.error("--update needs the same calls and samples")
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
         for task, found in zip(tasks, pool.map(measure, tasks), strict=True):

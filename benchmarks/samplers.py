@@ -234,7 +234,7 @@ def from_azula(name: str, grid: str, per_step: int = 1, **arguments: Any) -> Sam
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 OURS: dict[str, tuple[str, Sampler]] = {
-    "ours, reverse SDE": ("sde", ours(probability_flow=False, stochasticity=1.0)),
+    "ours, reverse SDE": ("sde", ours()),
     "ours, probability flow": ("ode", ours(probability_flow=True)),
     "ours, PC": ("pc", ours(probability_flow=True, corrector="ornstein_uhlenbeck", snr=0.2)),
 }

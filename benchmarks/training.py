@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=60, help="optimiser steps of each (default: 60)")
     parser.add_argument("--turn", type=int, default=5, help="steps of a turn (default: 5)")
-    parser.add_argument("--mixed_precision", choices=("no", "bf16"), help="of ours (default: the trainer's own default)")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), help="of ours (default: its own)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of each process")
     parser.add_argument("--output", type=Path, help="write the numbers here, as JSON")
     arguments = parser.parse_args()

@@ -9,7 +9,7 @@ from analytic import GaussianMixture, push_gaussian
 from test_predictors import INSTANCES, MEAN0, STD0, interval, measured_order
 from test_stock_parity import start
 
-from diffusers_sde import VPSDEScheduler
+from diffusers_sde import FlowSDEScheduler, VPSDEScheduler
 from diffusers_sde.correctors import CORRECTORS
 from diffusers_sde.plans import advance, make_plan, memorise
 from diffusers_sde.predictors import PREDICTORS, PredictorOptions
@@ -123,7 +123,7 @@ def test_order_two_is_dpm_solver_2m(n, algorithm_type, solver_type, grid):
     flow = algorithm_type == "dpmsolver++"
     ours = VPSDEScheduler.from_config(
         stock.config, solver_order=2, solver_type=solver_type, solver_correction=False, gaussian_std=0.0,
-        predictor="exponential", probability_flow=flow,
+        predictor="exponential", probability_flow=flow, stochasticity=1.0,
     )  # fmt: skip
     stock.set_timesteps(n)
     if grid:  # whose timesteps stock rounds to integers: its sigmas say where it stands
@@ -141,13 +141,38 @@ def test_order_two_is_dpm_solver_2m(n, algorithm_type, solver_type, grid):
     torch.testing.assert_close(loop(ours), loop(stock), rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("n", [3, 12, 40])
+@pytest.mark.parametrize("scheduler_class", [VPSDEScheduler, FlowSDEScheduler])
+def test_the_default_stochasticity_is_what_each_step_allows(scheduler_class, n):
+    """Order 1: x_s = sigma_s/sigma_t exp(-eta^2 h) x_t + alpha_s (1 - exp(-(1 + eta^2) h)) x0_hat + noise."""
+    scheduler = scheduler_class(solver_order=1, solver_correction=False, gaussian_std=0.0, prediction_type="sample")
+    scheduler.set_timesteps(n)
+    sde, times = scheduler.sde, scheduler.level_times(n)
+    seen = []
+    for row, t, s in zip(scheduler.rows[:-1], times, times[1:], strict=False):
+        h = float(sde.log_snr(s) - sde.log_snr(t)) / 2
+        eta2 = min(0.6 / h, 2.0)
+        alpha, sigma_t, sigma_s = float(sde.alpha(s)), float(sde.sigma(t)), float(sde.sigma(s))
+        renewed = eta2 * h if eta2 > 0 else 0.0  # the first step of a flow is infinite, and deterministic
+        assert row.noise == pytest.approx(sigma_s * math.sqrt(1 - math.exp(-2 * renewed)), rel=1e-6, abs=1e-9)
+        assert row.x == pytest.approx(sigma_s / sigma_t * math.exp(-renewed), rel=1e-6)
+        assert row.model == pytest.approx(alpha * (1 - math.exp(-h - renewed)), rel=1e-6)
+        seen.append(eta2)
+    assert (max(seen) == 2.0) == (n == 40)
+    assert scheduler.stochasticity is None
+    other = scheduler_class(predictor="ancestral")  # the paper's predictors keep the paper's reverse SDE
+    other.set_timesteps(n)
+    expected = make_plan(sde, times, "ancestral", stochasticity=1.0).rows
+    assert [row.noise for row in other.rows] == [row.noise for row in expected]
+
+
 # ---------------------------------------------------------------------- execution
 
 
 @pytest.mark.parametrize("clip", [False, True])
 def test_a_scheduler_remembers_what_its_plan_says(clip):
     """The scheduler's loop equals the reference loop with everything on, clipped or not."""
-    arguments = {"solver_order": 2, "solver_correction": True, "gaussian_std": 0.2, "time_grid": "sech"}
+    arguments = {"solver_order": 2, "solver_correction": True, "gaussian_std": 0.2, "stochasticity": 1.0}
     scheduler = VPSDEScheduler(clip_sample=clip, clip_sample_range=0.8, prediction_type="sample", **arguments)
     scheduler.set_timesteps(7)
     model = GaussianMixture([0.5, 0.5], torch.randn(2, 48), torch.rand(2, 48) + 0.1).denoiser(scheduler.sde)

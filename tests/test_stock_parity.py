@@ -105,7 +105,7 @@ def test_probability_flow_is_first_order_dpm_solver(n):
 @pytest.mark.parametrize("predictor", ["exponential", "ancestral"])
 def test_reverse_sde_is_first_order_sde_dpm_solver(predictor):
     stock = diffusers.DPMSolverMultistepScheduler(solver_order=1, algorithm_type="sde-dpmsolver++")
-    ours = VPSDEScheduler.from_config(stock.config, predictor=predictor, **FIRST_ORDER)
+    ours = VPSDEScheduler.from_config(stock.config, predictor=predictor, stochasticity=1.0, **FIRST_ORDER)
     stock.set_timesteps(12)
     ours.set_timesteps(timesteps=stock.timesteps)
     torch.testing.assert_close(run(ours, start(), seed=4), run(stock, start(), seed=4), rtol=1e-4, atol=1e-4)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .correctors import get_corrector
 from .parametrizations import Parametrization
-from .predictors import PredictorOptions, Stage, get_predictor
+from .predictors import PredictorOptions, Stage, default_stochasticity, get_predictor
 from .sdes import SDE
 
 
@@ -105,7 +105,7 @@ def make_plan(
     corrector: str | None = None,
     correct_steps: int = 1,
     snr: float = 0.16,
-    stochasticity: float = 1.0,
+    stochasticity: float | None = 1.0,
     options: PredictorOptions | None = None,
     denoise_final: bool = True,
     final_time: float | None = None,
@@ -122,7 +122,8 @@ def make_plan(
         corrector: A name in ``CORRECTORS``, or None.
         correct_steps: Corrector calls per level.
         snr: Signal-to-noise ratio r of the corrector's step size.
-        stochasticity: 1 for the reverse SDE, 0 for the probability-flow ODE.
+        stochasticity: 1 for the reverse SDE, 0 for the probability-flow ODE. None is 1, and for ``exponential`` as
+            much as each interval allows, see ``default_stochasticity``.
         options: Further options of the predictor.
         denoise_final: End with x0_hat at the last time (Tweedie's formula: the mean without the noise); otherwise the
             last time is where the result stands, noise and all.
@@ -137,7 +138,7 @@ def make_plan(
     times = torch.as_tensor(times, dtype=torch.float64)
     if times.ndim != 1 or len(times) < (1 if denoise_final else 2) or not bool((times[1:] < times[:-1]).all()):
         raise ValueError(f"times must be a strictly decreasing sequence, got {times.tolist()}.")
-    if stochasticity < 0 or not math.isfinite(stochasticity):
+    if stochasticity is not None and not 0.0 <= stochasticity < math.inf:
         raise ValueError(f"stochasticity must be a finite number >= 0, got {stochasticity!r}.")
     if rule.deterministic and stochasticity != 0.0:
         raise ValueError(
@@ -159,7 +160,10 @@ def make_plan(
     options = options or PredictorOptions()
     intervals = len(times) - 1
     levels = len(times) if denoise_final else intervals
-    stages = rule.stages(sde, times, stochasticity, options) if intervals else []
+    eta: Tensor | float = 1.0 if stochasticity is None else stochasticity
+    if stochasticity is None and predictor == "exponential":
+        eta = default_stochasticity(sde, times)
+    stages = rule.stages(sde, times, eta, options) if intervals else []
     corrections = _corrector_rows(sde, times, levels, corrector, correct_steps, snr) if corrector is not None else []
     if corrections and len(stages) == 1 and stages[0].remember:
         _finish_steps(corrections, stages[0])

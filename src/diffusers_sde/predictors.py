@@ -6,8 +6,8 @@ x_t, of x0_hat and of fresh unit noise z (and of earlier x0_hats) for every inte
     x_s = x * x_t + x0 * x0_hat(x_t, t) + noise * z + sum_k history_k * x0_hat_{k calls ago}.
 
 ``stochasticity`` (eta) interpolates between the probability-flow ODE, 0, and Anderson's reverse SDE, 1, through
-dx = [f x - (1 + eta^2)/2 g^2 score] dt + eta g dw; every value has the same marginals. A new predictor is one function
-and one line in ``PREDICTORS``.
+dx = [f x - (1 + eta^2)/2 g^2 score] dt + eta g dw; every value has the same marginals, and so has one that changes with
+t. A new predictor is one function and one line in ``PREDICTORS``.
 """
 
 from __future__ import annotations
@@ -55,17 +55,20 @@ class Predictor:
     """A registered predictor.
 
     Attributes:
-        stages: (sde, times, stochasticity, options) -> stages.
+        stages: (sde, times, stochasticity, of all or of each interval, options) -> stages.
         calls: Model calls per interval, the number of stages.
         finite_at_zero_snr: Whether it can start where alpha(t) = 0; f and g^2 are infinite there.
         deterministic: Integrates the probability-flow ODE only.
     """
 
-    stages: Callable[[SDE, Tensor, float, PredictorOptions], list[Stage]]
+    stages: Callable[[SDE, Tensor, Tensor | float, PredictorOptions], list[Stage]]
     calls: int = 1
     finite_at_zero_snr: bool = True
     deterministic: bool = False
 
+
+# Of ``default_stochasticity``; measured, see docs/results.md.
+RENEWED, LARGEST = 0.6, 2.0
 
 START = -5.0  # lambda to which E[x_0 | x_t] is as good as constant, sigma/alpha = 150; the paper's VP SDE starts there
 SOLVER_TYPES = ("heun", "midpoint")
@@ -99,13 +102,25 @@ class PredictorOptions:
             raise ValueError(f"gaussian_std must be a finite number >= 0, got {self.gaussian_std!r}.")
 
 
+def default_stochasticity(sde: SDE, times: Tensor) -> Tensor:
+    """Stochasticity of each interval that the length of the interval allows, shape (n,).
+
+    eta^2 = min(0.6/h, 2) for an interval of length h in lambda = log(alpha/sigma). The noise of an interval corrects
+    what the network got wrong before it, and the larger eta is, the harder is the interval to integrate: the polynomial
+    of ``exponential`` is extrapolated against exp((1 + eta^2) l). So a long interval is nearly one of the probability
+    flow, and short ones have more noise than Anderson's reverse SDE.
+    """
+    lam = 0.5 * sde.log_snr(times)
+    return (RENEWED / (lam[1:] - lam[:-1])).clamp(max=LARGEST).sqrt()
+
+
 def _with_score(sde: SDE, t: Tensor, x: Tensor, score: Tensor, noise: Tensor) -> Stage:
     """A stage given by its coefficient of the score, (alpha x0_hat - x_t) / sigma^2."""
     per_variance = score * torch.exp(-2.0 * sde.log_sigma(t))
     return Stage(x - per_variance, sde.alpha(t) * per_variance, noise)
 
 
-def euler_maruyama(sde: SDE, times: Tensor, stochasticity: float, options: PredictorOptions) -> list[Stage]:
+def euler_maruyama(sde: SDE, times: Tensor, stochasticity: Tensor | float, options: PredictorOptions) -> list[Stage]:
     """Euler-Maruyama on the reverse SDE; Euler on the probability-flow ODE for stochasticity 0.
 
     x_s = x_t - [f x_t - (1 + eta^2)/2 g^2 score] (t - s) + eta g sqrt(t - s) z (Song et al. 2021, eq. 6 and 13).
@@ -116,7 +131,7 @@ def euler_maruyama(sde: SDE, times: Tensor, stochasticity: float, options: Predi
     return [_with_score(sde, t, 1.0 - sde.f(t) * dt, score, stochasticity * torch.sqrt(g2 * dt))]
 
 
-def reverse_diffusion(sde: SDE, times: Tensor, stochasticity: float, options: PredictorOptions) -> list[Stage]:
+def reverse_diffusion(sde: SDE, times: Tensor, stochasticity: Tensor | float, options: PredictorOptions) -> list[Stage]:
     """The forward discretisation, reversed: x_s = (2 - a) x_t + v score + sqrt(v) z (Song et al. 2021, eq. 46).
 
     a and v are of the exact transition kernel x_t | x_s ~ N(a x_s, v I), which is DDPM's sqrt(1 - beta) and beta for
@@ -127,7 +142,7 @@ def reverse_diffusion(sde: SDE, times: Tensor, stochasticity: float, options: Pr
     return [_with_score(sde, t, 2.0 - a, 0.5 * (1.0 + stochasticity**2) * v, stochasticity * v.sqrt())]
 
 
-def ancestral(sde: SDE, times: Tensor, stochasticity: float, options: PredictorOptions) -> list[Stage]:
+def ancestral(sde: SDE, times: Tensor, stochasticity: Tensor | float, options: PredictorOptions) -> list[Stage]:
     """Ancestral sampling: x_s ~ q(x_s | x_t, x_0 = x0_hat), for every SDE.
 
     The variance is eta^2 sigma_s^2 v / sigma_t^2 with v of the transition kernel. eta = 1 is DDPM's posterior (Ho et
@@ -143,7 +158,7 @@ def ancestral(sde: SDE, times: Tensor, stochasticity: float, options: PredictorO
     return [Stage(x, sde.alpha(s) - sde.alpha(t) * x, noise)]
 
 
-def exponential(sde: SDE, times: Tensor, stochasticity: float, options: PredictorOptions) -> list[Stage]:
+def exponential(sde: SDE, times: Tensor, stochasticity: Tensor | float, options: PredictorOptions) -> list[Stage]:
     """Exponential integrator: the linear part and the noise exact, x0_hat extrapolated in lambda = log(alpha/sigma).
 
     With h = lambda_s - lambda_t and q = 1 + eta^2 the solution of the SDE is
@@ -176,8 +191,8 @@ def exponential(sde: SDE, times: Tensor, stochasticity: float, options: Predicto
     widening = 0.5 * torch.log1p(ratio)
     log_std, lam = sde.log_sigma(times) + widening, 0.5 * log_snr - widening
     alpha, h = sde.alpha(times), lam[1:] - lam[:-1]
-    eta2, q = stochasticity**2, 1.0 + stochasticity**2
-    decay = eta2 * h if eta2 > 0 else torch.zeros_like(h)
+    eta2 = torch.as_tensor(stochasticity, dtype=torch.float64, device=h.device).square().expand_as(h)
+    q, decay = 1.0 + eta2, torch.where(eta2 > 0, eta2 * h, torch.zeros_like(h))
     x = torch.exp(log_std[1:] - log_std[:-1] - decay)
     noise = torch.exp(log_std[1:]) * torch.sqrt(-torch.expm1(-2.0 * decay))
 
@@ -231,7 +246,7 @@ def _divided_difference(nodes: list[Tensor]) -> list[Tensor]:
     return coefficients
 
 
-def _newton_moments(h: Tensor, q: float, order: int) -> list[Tensor]:
+def _newton_moments(h: Tensor, q: Tensor, order: int) -> list[Tensor]:
     """Integrals q int_0^h exp(q (w - h)) N(w) dw of N = 1, w, w (w + h1), w (w + h1) (w + h2), ...
 
     h1, h2 are the distances back to the estimates before. Entries that do not exist are meaningless.
@@ -246,7 +261,7 @@ def _newton_moments(h: Tensor, q: float, order: int) -> list[Tensor]:
     return result
 
 
-def _adams_weights(h: Tensor, q: float, order: int) -> list[Tensor]:
+def _adams_weights(h: Tensor, q: Tensor, order: int) -> list[Tensor]:
     """Weights of the last ``order`` estimates in q int_0^h exp(q (w - h)) x0_hat(lambda_t + w) dw (Adams-Bashforth).
 
     The Newton form of the interpolation polynomial through lambda_t, the time before, ...
@@ -258,7 +273,7 @@ def _adams_weights(h: Tensor, q: float, order: int) -> list[Tensor]:
     return weights
 
 
-def _moulton_update(h: Tensor, q: float, order: int) -> list[Tensor]:
+def _moulton_update(h: Tensor, q: Tensor, order: int) -> list[Tensor]:
     """What the estimate at the end of each interval adds to the integral of ``_adams_weights`` (Adams-Moulton).
 
     Coefficients of that estimate and of the ``order`` before it: the Newton term of the polynomial that goes through
@@ -276,21 +291,22 @@ def _moulton_update(h: Tensor, q: float, order: int) -> list[Tensor]:
     return update
 
 
-def _moment(h: Tensor, q: float, j: int) -> Tensor:
+def _moment(h: Tensor, q: Tensor, j: int) -> Tensor:
     """Q int_0^h exp(q (w - h)) w^j dw, accurate for every h (h may be infinite for j = 0)."""
     if j == 0:
         return -torch.expm1(-q * h)
     nodes, quadrature = np.polynomial.legendre.leggauss(20)
     theta = torch.as_tensor(0.5 * (nodes + 1.0), device=h.device)
     half = torch.as_tensor(0.5 * quadrature, device=h.device)
-    small = torch.where(torch.isfinite(h), h, torch.zeros_like(h)).clamp(max=1.0 / q).unsqueeze(-1)
-    by_quadrature = q * small.squeeze(-1) ** (j + 1) * (torch.exp(q * small * (theta - 1.0)) * theta**j * half).sum(-1)
+    small = torch.where(torch.isfinite(h), h, torch.zeros_like(h)).minimum(1.0 / q)
+    integrand = torch.exp((q * small).unsqueeze(-1) * (theta - 1.0)) * theta**j * half
+    by_quadrature = q * small ** (j + 1) * integrand.sum(-1)
     by_recurrence = torch.where(torch.isfinite(h), h, torch.zeros_like(h)) ** j - (j / q) * _moment(h, q, j - 1)
     moment = torch.where(h * q <= 1.0, by_quadrature, by_recurrence)
     return torch.where(torch.isfinite(h), moment, torch.zeros_like(moment))
 
 
-def heun(sde: SDE, times: Tensor, stochasticity: float, options: PredictorOptions) -> list[Stage]:
+def heun(sde: SDE, times: Tensor, stochasticity: Tensor | float, options: PredictorOptions) -> list[Stage]:
     """Heun's method on the probability-flow ODE dx = x0_hat d alpha + eps_hat d sigma; second order, two calls.
 
     Euler's method on this form is DDIM; the second call, at the Euler point, replaces both integrands by the mean of
@@ -305,7 +321,7 @@ def heun(sde: SDE, times: Tensor, stochasticity: float, options: PredictorOption
     return [first._replace(remember=True), Stage(ones, weight, zeros, (-weight,), at_target=True)]
 
 
-def no_predictor(sde: SDE, times: Tensor, stochasticity: float, options: PredictorOptions) -> list[Stage]:
+def no_predictor(sde: SDE, times: Tensor, stochasticity: Tensor | float, options: PredictorOptions) -> list[Stage]:
     """Corrector-only sampling: the sample is carried from level to level unchanged."""
     return []
 

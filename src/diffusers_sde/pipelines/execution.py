@@ -140,7 +140,8 @@ def execute_adaptive(
 
     Args:
         pipe: The pipeline; its ``calls`` tell what each image cost.
-        method: ``ode`` or ``sde``, the latter with the scheduler's ``stochasticity`` and ``sampling_eps``.
+        method: ``ode`` or ``sde``, the latter with the scheduler's ``stochasticity`` (None is 1) and
+            ``sampling_eps``.
         latents: Unit noise, shape (B, C, H, W).
         rtol: Relative tolerance.
         atol: Absolute tolerance; of ``ode`` in standard deviations of the state, of ``sde`` in units of the data.
@@ -165,7 +166,7 @@ def execute_adaptive(
                 rtol,
                 atol,
                 generator,
-                config.stochasticity,
+                1.0 if config.stochasticity is None else config.stochasticity,
                 flow.scheduler.last_time(),
                 config.denoise_final,
                 conditioning=conditioning,

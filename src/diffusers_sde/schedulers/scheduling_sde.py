@@ -36,6 +36,8 @@ COMMON_ARGUMENTS = """
         corrector: None, ``langevin``, ``annealed_langevin`` or ``ornstein_uhlenbeck``: MCMC at a fixed time.
         probability_flow: Integrate the probability-flow ODE instead of the reverse SDE.
         stochasticity: eta of the reverse SDE, dx = [f x - (1 + eta^2)/2 g^2 score] dt + eta g dw; 1 is Anderson's.
+            None is 1 too, and for ``exponential`` as much as each step allows: eta^2 = min(0.6/h, 2) for a step of
+            length h in log(alpha/sigma), more noise the more steps there are.
         solver_order: 1, 2 or 3, of the ``exponential`` predictor.
         solver_type: ``heun`` or ``midpoint``, DPM-Solver++'s names for the weight of the slope in order 2; ``heun``
             is exact. ``bh1``, ``bh2`` and ``logrho`` of diffusers' other solvers are read as ``heun``.
@@ -208,8 +210,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         return (scheduler, {**unknown, **hidden}) if return_unused_kwargs else scheduler
 
     @property
-    def stochasticity(self) -> float:
-        """Eta of the reverse SDE: 0 for the probability-flow ODE, 1 for the reverse SDE."""
+    def stochasticity(self) -> float | None:
+        """Eta of the reverse SDE: 0 for the probability-flow ODE, 1 for the reverse SDE, None for the predictor's."""
         return 0.0 if self.config.probability_flow else self.config.stochasticity
 
     def _make_plan(self, times: Tensor) -> Plan:

@@ -42,7 +42,7 @@ class VESDEScheduler(SDEScheduler):
         predictor: str = "exponential",
         corrector: str | None = None,
         probability_flow: bool = False,
-        stochasticity: float = 1.0,
+        stochasticity: float | None = None,
         solver_order: int = 3,
         solver_type: str = "heun",
         solver_correction: bool = True,

@@ -57,7 +57,7 @@ class VPSDEScheduler(SDEScheduler):
         predictor: str = "exponential",
         corrector: str | None = None,
         probability_flow: bool = False,
-        stochasticity: float = 1.0,
+        stochasticity: float | None = None,
         solver_order: int = 3,
         solver_type: str = "heun",
         solver_correction: bool = True,
