@@ -157,17 +157,12 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Quality per network call",
         "",
-        f"Written by benchmarks/quality.py. Each cell is FD, the mean of {result['seeds']} repetition(s), on mixtures "
-        "with the error of the log-density in nats per dimension; in bold the lowest FD of the column. A peer that is "
-        "better than the best of ours is named below its table; the noise is twice the standard deviation of the FD of "
-        "exact samples, over the square root of the number of repetitions.",
+        "Written by benchmarks/quality.py. Each cell is FD, of one repetition unless the row says of how many it is "
+        "the mean; on mixtures with the error of the log-density in nats per dimension; in bold the lowest FD of the "
+        "column. A peer that is better than the best of ours is named below its table; the noise is twice the standard "
+        "deviation of the FD of exact samples, over the square root of the number of repetitions. All samplers start "
+        "from the same noise.",
     ]
-    if "earlier_seeds" in result:
-        lines += [
-            "",
-            f"Rows that match '{result['anew']}' were measured after the others, which are means of "
-            f"{result['earlier_seeds']} repetition(s), from the same noise.",
-        ]
     for entry in result["entries"]:
         floor, deviation, rows = entry["floor"], entry["noise"], entry["rows"]
         columns = sorted({int(c) for row in rows.values() for c in row["scores"]})
@@ -194,7 +189,9 @@ def table(result: dict[str, Any]) -> str:
                 cell = f"{mark}{value:.3f}{mark}" if math.isfinite(value) else "-"
                 nats = row["scores"].get(str(c), {}).get("nats")
                 cells.append(cell if nats is None or cell == "-" else f"{cell} / {nats:+.3f}")
-            lines.append(f"| {label} | {row['kind']} | " + " | ".join(cells) + " |")
+            runs = {score.get("runs", 1) for score in row["scores"].values()} - {1}
+            mean_of = f" (mean of {', '.join(map(str, sorted(runs)))})" if runs else ""
+            lines.append(f"| {label}{mean_of} | {row['kind']} | " + " | ".join(cells) + " |")
         lines += ["", *verdicts(result, entry)]
     return "\n".join(lines) + "\n"
 
@@ -255,7 +252,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="run the networks in mixed precision")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions, with other noise")
     parser.add_argument("--only", default="", help="regular expression: which samplers, by their names in the table")
-    parser.add_argument("--update", type=Path, help="JSON of an earlier run, whose other rows are kept; with --only")
+    parser.add_argument("--update", type=Path, help="JSON of an earlier run, whose other rows are kept")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--output", type=Path, default=Path("outputs/quality"))
     args = parser.parse_args()
@@ -272,22 +269,22 @@ def main() -> None:
     for folder in args.model:
         about = {"name": Path(folder).name, "model": folder, "samples": args.model_samples, "calls": args.model_calls}
         tasks.append({**common, **about, "path": ""})
-    result: dict[str, Any] = {
-        key: getattr(args, key) for key in ("calls", "model_calls", "samples", "model_samples", "seeds")
-    }
+    result: dict[str, Any] = {key: getattr(args, key) for key in ("calls", "model_calls", "samples", "model_samples")}
     result["entries"] = []
-    earlier = json.loads(args.update.read_text()) if args.update else {"entries": []}
     if args.update:
-        result["anew"], result["earlier_seeds"] = args.only, earlier["seeds"]
-    if any(earlier.get(key, result[key]) != result[key] for key in ("calls", "model_calls", "samples")):
-        parser.error("--update needs the same calls and samples")
+        earlier = json.loads(args.update.read_text())
+        if any(earlier[key] != value for key, value in result.items() if key != "entries"):
+            parser.error("--update needs the same calls and samples")
+        result["entries"] = earlier["entries"]
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
         for task, found in zip(tasks, pool.map(measure, tasks), strict=True):
-            for old in earlier["entries"]:
-                if (old["name"], old["path"]) == (task["name"], found["path"]):
-                    found["rows"] = {**old["rows"], **found["rows"]}
-            result["entries"].append({"name": task["name"], "exact": task["model"] is None, **found})
+            entry = {"name": task["name"], "exact": task["model"] is None, **found}
+            same = [e for e in result["entries"] if (e["name"], e["path"]) == (entry["name"], entry["path"])]
+            for old in same:
+                old.update(entry, rows={**old["rows"], **entry["rows"]})
+            if not same:
+                result["entries"].append(entry)
             save(result, args.output)
     print(table(result))
 
