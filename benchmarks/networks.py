@@ -6,6 +6,7 @@ at which of the network's own times it belongs.
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from diffusers_sde.training import TrainingConfig
 from diffusers_sde.training.data import ImageSource, load_images
 
 BATCH = 64
+SAMPLING = (  # arguments of a scheduler that say how to sample
+    "predictor corrector correct_steps snr probability_flow stochasticity solver_order solver_type solver_correction "
+    "gaussian_std time_grid rho sampling_eps denoise_final clip_sample"
+).split()
 PATHS = {VESDEScheduler: "ve", SubVPSDEScheduler: "sub_vp", FlowSDEScheduler: "flow"}
 
 
@@ -36,8 +41,10 @@ class Network:
         pipe = DiffusionPipeline.from_pretrained(folder)
         pipe.unet.eval().requires_grad_(False)
         self.folder, self.shape, self.bf16 = folder, pipe.sample_shape, bf16
-        # The scheduler that the folder's constants describe, with the defaults of its class, not those of the folder.
-        self.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        # The folder says what path the network is for; how to sample is what its class has as defaults today.
+        cls = type(pipe.scheduler)
+        defaults = {name: inspect.signature(cls.__init__).parameters[name].default for name in SAMPLING}
+        self.scheduler = cls.from_config(pipe.scheduler.config, **defaults)
         self.path = PATHS.get(type(self.scheduler), "vp")
         null_class = getattr(pipe.config, "null_class", None)
         labels = {} if null_class is None else {"class_labels": torch.full((BATCH,), null_class)}
