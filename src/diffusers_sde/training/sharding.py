@@ -84,7 +84,7 @@ def prepare(accelerator: Accelerator, network: nn.Module, optimizer: Any) -> Any
 def compute_channels_last(accelerator: Accelerator, network: nn.Module) -> None:
     """Let a network compute in channels_last. FSDP's weights must stay contiguous: there the inputs are laid out so."""
     if not is_sharded(accelerator):
-        network.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return
     for module in network.modules():
         if isinstance(module, nn.Conv2d):

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -383,7 +383,10 @@ class Trainer:
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[UNet2DModel]:
-        """The network in evaluation mode with its averaged weights, for a while; to be called on all processes."""
+        """The network in evaluation mode with its averaged weights, for a while; to be called on all processes.
+
+        It is not compiled: that would be done again for evaluation, and for every other size of a batch.
+        """
         if self._whole_network is not None:
             copy_whole(self.unet.parameters() if self.ema is None else self.ema.shadow_params, self._whole_network)
             yield self._whole_network.to(self.accelerator.device).eval()
@@ -396,7 +399,8 @@ class Trainer:
             self.ema.copy_to(parameters)
         unet.eval()
         try:
-            yield unet
+            with torch.compiler.set_stance("force_eager") if self.config.torch_compile else nullcontext():
+                yield unet
         finally:
             unet.train()
             if self.ema is not None:
