@@ -105,6 +105,8 @@ class Trainer:
             ),
         )
         check_launch(self.accelerator)
+        if config.torch_compile and is_sharded(self.accelerator):
+            raise ValueError("torch_compile cannot be used with FSDP: leave it out, or train under DDP.")
         main_process = self.accelerator.is_main_process
         with self.accelerator.main_process_first():  # the others find what the first one has downloaded
             images = load_images(config) if dataset is None else dataset
@@ -209,7 +211,9 @@ class Trainer:
         if config.channels_last:
             compute_channels_last(accelerator, self.unet)
         if config.torch_compile:
-            self.unet.compile()  # in place: names of weights stay as they are
+            # In place: names of weights stay as they are. Inductor's own choice of layouts gives UNet2DModel wrong
+            # gradients on the CPU (torch 2.13); channels_last chooses as well, and right.
+            self.unet.compile(options={"layout_optimization": False})
         optimizer = torch.optim.AdamW(
             self.unet.parameters(),
             lr=config.learning_rate,
