@@ -212,7 +212,7 @@ class Trainer:
             compute_channels_last(accelerator, self.unet)
         if config.torch_compile:
             # In place: names of weights stay as they are. Inductor's own choice of layouts gives UNet2DModel wrong
-            # gradients on the CPU (torch 2.13); channels_last chooses as well, and right.
+            # gradients on the CPU (torch 2.13).
             self.unet.compile(options={"layout_optimization": False})
         optimizer = torch.optim.AdamW(
             self.unet.parameters(),
