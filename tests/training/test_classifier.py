@@ -1,7 +1,9 @@
 """Training of noise-conditional classifiers: they learn, resume, guide; and the command line says what is wrong."""
 
 import json
+import shutil
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -72,6 +74,23 @@ def test_resuming_continues_exactly(tmp_path, shades):  # noqa: F811
     checkpoint = str(tmp_path / "parts" / "checkpoint-6")
     with pytest.raises(ValueError, match="trained with network='classifier', this run has"):
         train(TrainingConfig(output_dir=str(tmp_path / "n"), resume_from_checkpoint=checkpoint, **network), shades)
+
+
+def test_a_stream_teaches_the_classes_and_resumes_exactly(tmp_path, shades, caplog):  # noqa: F811
+    caplog.set_level("INFO")
+    options = {"sde": "flow", "max_train_steps": 60, "checkpointing_steps": 30, "shuffle_buffer": 8}
+    stream = shades.to_iterable_dataset(num_shards=3)
+    whole = train_classifier(tiny(tmp_path, **options), stream, shades)
+    assert "Accuracy on 40 test images" in caplog.text and "100.0% at 0.1" in caplog.text
+    shutil.rmtree(tmp_path / "checkpoint-60")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    resumed = train_classifier(tiny(tmp_path, resume_from_checkpoint="latest", **options), stream)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    numbers = shades.cast_column("label", datasets.Value("int64")).to_iterable_dataset()
+    options["label_column"] = "label"
+    with pytest.raises(ValueError, match="does not say how many classes there are: pass num_classes"):
+        ClassifierTrainer(tiny(tmp_path / "numbers", **options), numbers)
+    assert ClassifierTrainer(tiny(tmp_path / "numbers", num_classes=2, **options), numbers).unet.config.num_classes == 2
 
 
 def test_accuracy_is_measured_at_the_noise_that_is_named(tmp_path, shades):  # noqa: F811

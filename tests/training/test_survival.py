@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType
 from safetensors.torch import load_file
 
 from diffusers_sde import SDEPipeline
@@ -280,9 +279,3 @@ def test_an_unwritable_folder_is_found_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints_module.tempfile, "TemporaryFile", refused)  # root may write anywhere
     with pytest.raises(ValueError, match="output_dir .* cannot be written: .*Permission denied"):
         trainer(tmp_path / "run")
-
-
-def test_sharding_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
-    with pytest.raises(ValueError, match="FSDP.*use DDP"):
-        trainer(tmp_path)

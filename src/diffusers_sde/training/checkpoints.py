@@ -18,6 +18,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from ..pipelines.sharing import PIPELINE_MODULE
+from .sharding import copy_sharded, gather, load_state, save_state
 
 logger = logging.getLogger(__name__)
 
@@ -187,10 +188,12 @@ def save_checkpoint(
         unfinished.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
-        accelerator.save_state(str(unfinished))
-        if accelerator.is_main_process and ema is not None:
-            weights = {str(i): p.contiguous() for i, p in enumerate(ema.shadow_params)}
-            save_file(weights, unfinished / EMA_FILE, metadata={"format": "pt"})
+        save_state(accelerator, unfinished)
+        if ema is not None:
+            average = {str(i): parameter for i, parameter in enumerate(ema.shadow_params)}
+            weights = gather(average, accelerator.is_main_process)
+            if accelerator.is_main_process:
+                save_file(weights, unfinished / EMA_FILE, metadata={"format": "pt"})
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             averaging = {} if ema is None else {"ema_updates": ema.optimization_step}
@@ -218,11 +221,11 @@ def save_checkpoint(
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path, ema: EMAModel | None) -> dict[str, Any]:
     """Restore what ``save_checkpoint`` saved, on all processes; returns its ``state``."""
     state = read_state(checkpoint)
-    accelerator.load_state(str(checkpoint))
+    load_state(accelerator, checkpoint)
     if ema is not None:
         weights = load_file(checkpoint / EMA_FILE)
         for i, parameter in enumerate(ema.shadow_params):
-            parameter.copy_(weights[str(i)])
+            copy_sharded(weights[str(i)], parameter)
         ema.optimization_step = state["ema_updates"]
     return state
 

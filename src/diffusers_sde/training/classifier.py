@@ -30,7 +30,7 @@ class ClassifierTrainer(Trainer):
 
     Args:
         config: What to train on what, and how.
-        dataset: Images with classes, instead of those that ``config`` names.
+        dataset: Images with classes, instead of those that ``config`` names; an ``IterableDataset`` is streamed.
         test_dataset: Images with classes to measure the accuracy on, instead of those of ``config.test_split``.
 
     Raises:
@@ -42,7 +42,7 @@ class ClassifierTrainer(Trainer):
     def __init__(
         self,
         config: ClassifierTrainingConfig,
-        dataset: datasets.Dataset | None = None,
+        dataset: datasets.Dataset | datasets.IterableDataset | None = None,
         test_dataset: datasets.Dataset | None = None,
     ) -> None:
         super().__init__(config, dataset)
@@ -124,7 +124,7 @@ class ClassifierTrainer(Trainer):
 
 def train_classifier(
     config: ClassifierTrainingConfig,
-    dataset: datasets.Dataset | None = None,
+    dataset: datasets.Dataset | datasets.IterableDataset | None = None,
     test_dataset: datasets.Dataset | None = None,
 ) -> NoiseConditionalClassifier:
     """Train a classifier of noisy images and save it; arguments as in ``ClassifierTrainer``.

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
@@ -50,6 +51,7 @@ from .models import (
     training_sde,
 )
 from .progress import ProgressOfSamples
+from .sharding import check_launch, compute_channels_last, copy_whole, is_sharded, prepare, whole
 from .signals import EXIT_CODE, StopSignal
 from .streaming import StreamedSamples, StreamSource, open_source
 
@@ -102,12 +104,9 @@ class Trainer:
                 project_dir=str(self.output_dir), logging_dir=str(self.output_dir / config.logging_dir)
             ),
         )
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            # The average and the checkpoints are of whole weights, which every process has under DDP only.
-            raise ValueError(
-                f"accelerate was launched with {self.accelerator.distributed_type.value}, which shards the network: "
-                "use DDP, for example --config_file scripts/launch/ddp.yaml."
-            )
+        check_launch(self.accelerator)
+        if config.torch_compile and is_sharded(self.accelerator):
+            raise ValueError("torch_compile cannot be used with FSDP: leave it out, or train under DDP.")
         main_process = self.accelerator.is_main_process
         with self.accelerator.main_process_first():  # the others find what the first one has downloaded
             images = load_images(config) if dataset is None else dataset
@@ -207,25 +206,14 @@ class Trainer:
 
     def _prepare(self) -> None:
         config, accelerator = self.config, self.accelerator
+        # Where nobody has the whole network: on the host, to hold averaged weights while they are sampled or saved.
+        self._whole_network = copy.deepcopy(self.unet) if is_sharded(accelerator) else None
         if config.channels_last:
-            self.unet.to(memory_format=torch.channels_last)
+            compute_channels_last(accelerator, self.unet)
         if config.torch_compile:
-            self.unet.compile()  # in place: names of weights stay as they are
-        self.ema: EMAModel | None = None
-        if config.use_ema:
-            if config.ema_relative_std is not None:
-                self.ema = PowerEMA(self.unet.parameters(), config.ema_relative_std, foreach=True)
-            else:
-                default = 0.999 if config.sde == "ve" else 0.9999
-                self.ema = EMAModel(
-                    self.unet.parameters(),
-                    decay=default if config.ema_max_decay is None else config.ema_max_decay,
-                    use_ema_warmup=True,
-                    inv_gamma=config.ema_inv_gamma,
-                    power=config.ema_power,
-                    foreach=True,
-                )
-            self.ema.to(accelerator.device)
+            # In place: names of weights stay as they are. Inductor's own choice of layouts gives UNet2DModel wrong
+            # gradients on the CPU (torch 2.13).
+            self.unet.compile(options={"layout_optimization": False})
         optimizer = torch.optim.AdamW(
             self.unet.parameters(),
             lr=config.learning_rate,
@@ -242,7 +230,24 @@ class Trainer:
             num_warmup_steps=min(500, self.max_steps // 10) if warmup is None else warmup,
             num_training_steps=self.max_steps,
         )
-        self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
+        self.model, self.optimizer = prepare(accelerator, self.unet, optimizer)
+        self.ema: EMAModel | None = None
+        if config.use_ema:
+            parameters = list(self.unet.parameters())
+            # Sharded ones that are frozen have no foreach copy.
+            foreach = self._whole_network is None or all(parameter.requires_grad for parameter in parameters)
+            if config.ema_relative_std is not None:
+                self.ema = PowerEMA(parameters, config.ema_relative_std, foreach=foreach)
+            else:
+                default = 0.999 if config.sde == "ve" else 0.9999
+                self.ema = EMAModel(
+                    parameters,
+                    decay=default if config.ema_max_decay is None else config.ema_max_decay,
+                    use_ema_warmup=True,
+                    inv_gamma=config.ema_inv_gamma,
+                    power=config.ema_power,
+                    foreach=foreach,
+                )
         if config.logger != "none":
             plain = {k: v for k, v in config.public().items() if isinstance(v, (bool, int, float, str))}
             accelerator.init_trackers("diffusers-sde", config=plain)
@@ -293,7 +298,7 @@ class Trainer:
                 }
                 progress.set_postfix({"loss": f"{mean_loss:.4f}", "lr": f"{values['lr']:.2g}"})
                 if gradient_norm is not None:
-                    values["gradient_norm"] = float(gradient_norm)
+                    values["gradient_norm"] = float(whole(gradient_norm))
                 if self.ema is not None and self.ema.cur_decay_value is not None:
                     values["ema_decay"] = self.ema.cur_decay_value
                 accelerator.log(values, step=self.step)
@@ -301,9 +306,10 @@ class Trainer:
                 steps_summed, since = 0, now
             if checkpoint_due:
                 checkpoint = self._save_checkpoint()
-                if self.publisher is not None and not last and not stopped:
+                if config.push_to_hub and not last and not stopped:
                     with self._averaged_weights() as unet:
-                        self.publisher.start(self._pipeline(unet), f"Step {self.step}")
+                        if self.publisher is not None:
+                            self.publisher.start(self._pipeline(unet), f"Step {self.step}")
                 since = time.perf_counter()
                 if stopped:
                     progress.close()
@@ -381,7 +387,15 @@ class Trainer:
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[UNet2DModel]:
-        """The network in evaluation mode with its averaged weights, for a while."""
+        """The network in evaluation mode with its averaged weights, for a while; to be called on all processes.
+
+        It is not compiled: that would be done again for evaluation, and for every other size of a batch.
+        """
+        if self._whole_network is not None:
+            copy_whole(self.unet.parameters() if self.ema is None else self.ema.shadow_params, self._whole_network)
+            yield self._whole_network.to(self.accelerator.device).eval()
+            self._whole_network.to("cpu")
+            return
         unet = self.accelerator.unwrap_model(self.model)
         parameters = list(unet.parameters())
         if self.ema is not None:
@@ -389,7 +403,8 @@ class Trainer:
             self.ema.copy_to(parameters)
         unet.eval()
         try:
-            yield unet
+            with torch.compiler.set_stance("force_eager") if self.config.torch_compile else nullcontext():
+                yield unet
         finally:
             unet.train()
             if self.ema is not None:
@@ -408,24 +423,10 @@ class Trainer:
 
     def _save_samples(self) -> None:
         """A grid of samples, the same noise every time, as PNG and to the tracker; the training state is untouched."""
-        config, accelerator = self.config, self.accelerator
-        if accelerator.is_main_process:
-            with self._averaged_weights() as unet:
-                pipeline = self._pipeline(unet)
-                pipeline.set_progress_bar_config(desc="Sampling", leave=False)
-                images: list[Image.Image] = []
-                for start in range(0, config.num_sample_images, config.eval_batch_size):
-                    numbers = range(start, min(start + config.eval_batch_size, config.num_sample_images))
-                    generators = [torch.Generator().manual_seed(config.seed + number) for number in numbers]
-                    arguments: dict[str, Any] = {"batch_size": len(numbers)}
-                    if config.class_conditional:
-                        arguments = {"class_labels": [number % len(self.source.class_names) for number in numbers]}
-                    images += pipeline(
-                        **arguments,
-                        num_inference_steps=config.num_inference_steps,
-                        generator=generators,
-                        return_dict=False,
-                    )[0]
+        accelerator = self.accelerator
+        with self._averaged_weights() as unet:
+            images = self._sample_images(unet) if accelerator.is_main_process else []
+        if images:
             folder = self.output_dir / "samples"
             folder.mkdir(exist_ok=True)
             image_grid(images).save(folder / f"step-{self.step:07d}.png")
@@ -437,6 +438,20 @@ class Trainer:
                     tracker.log_images({"samples": images}, step=self.step)
         accelerator.wait_for_everyone()
 
+    def _sample_images(self, unet: UNet2DModel) -> list[Image.Image]:
+        config, pipeline = self.config, self._pipeline(unet)
+        pipeline.set_progress_bar_config(desc="Sampling", leave=False)
+        images: list[Image.Image] = []
+        for start in range(0, config.num_sample_images, config.eval_batch_size):
+            numbers = range(start, min(start + config.eval_batch_size, config.num_sample_images))
+            generators = [torch.Generator().manual_seed(config.seed + number) for number in numbers]
+            arguments: dict[str, Any] = {"batch_size": len(numbers)}
+            if config.class_conditional:
+                arguments = {"class_labels": [number % len(self.source.class_names) for number in numbers]}
+            steps = config.num_inference_steps
+            images += pipeline(**arguments, num_inference_steps=steps, generator=generators, return_dict=False)[0]
+        return images
+
     def _save_pipeline(self) -> SDEPipeline:
         with self._averaged_weights() as unet:
             pipeline = self._pipeline(unet)
@@ -444,9 +459,9 @@ class Trainer:
                 pipeline.save_pretrained(str(self.output_dir))
             if self.step >= self.max_steps:
                 # The run is over: hand out the averaged weights themselves, without accelerate's wrapping.
-                unet = UNet2DModel.from_config(unet.config).to(self.accelerator.device)
-                unet.load_state_dict(self.accelerator.unwrap_model(self.model).state_dict())
-                pipeline = self._pipeline(unet.eval())
+                averaged = UNet2DModel.from_config(unet.config).to(self.accelerator.device)
+                averaged.load_state_dict(unet.state_dict())
+                pipeline = self._pipeline(averaged.eval())
         self.accelerator.wait_for_everyone()
         return pipeline
 
