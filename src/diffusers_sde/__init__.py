@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from .adaptive import sample_adaptive
 from .classifiers import NoiseConditionalClassifier
 from .diagnostics import Diagnosis, diagnose
+from .hub.pipelines import own_index
 from .likelihood import BitsPerDim, LogProb, Quantization, TraceOptions, bits_per_dim, log_prob
 from .ode import ODEOptions
 from .pipelines import (
@@ -28,7 +29,6 @@ from .pipelines import (
     RestorationSDEPipeline,
     SDEPipeline,
 )
-from .pipelines.sharing import own_index
 from .plans import Plan, Row, make_plan, restart_plan
 from .sampling import sample
 from .schedulers import FlowSDEScheduler, SDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler

@@ -11,8 +11,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from torch import Tensor, nn
 
+from .hub.shipping import ShipsItsCode
 from .sdes import SDE, as_time, expand_like
-from .shipping import ShipsItsCode
 
 LOG_SNR_RANGE = (-14.0, 20.0)  # beyond it an image is pure noise, or clean
 POOLED_SIDE = 4

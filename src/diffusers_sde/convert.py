@@ -24,7 +24,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from torch import Tensor
 
-from .flattening import LIBRARY
+from .hub.flattening import LIBRARY
 from .pipelines import SDEPipeline
 from .schedulers import SCHEDULERS, SDEScheduler, SubVPSDEScheduler, VPSDEScheduler
 from .schedulers.conversion import FITTING_SCHEDULER, config_family, with_stock_defaults

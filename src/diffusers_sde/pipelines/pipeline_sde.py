@@ -13,14 +13,24 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..hub.pipelines import SharedPipeline
 from ..likelihood import BitsPerDim, Generators, LogProb, TraceOptions
+from ..schedulers import SCHEDULERS
 from .execution import OUTPUT_TYPES, check_choice, execute_adaptive
 from .probability_flow import ProbabilityFlow
-from .sharing import SharedPipeline, adopted
 
 logger = logging.get_logger(__name__)
 
 METHODS = ("scheduler", "ode", "sde")
+
+
+def _adopted(scheduler: Any) -> Any:
+    """The scheduler; where it is of another copy of this code, its equal of this copy.
+
+    Without the package, the file of a repository's scheduler and that of its pipeline are two modules.
+    """
+    ours = SCHEDULERS.get(type(scheduler).__name__)
+    return scheduler if ours is None or isinstance(scheduler, ours) else ours.from_config(scheduler.config)
 
 
 class SDEPipeline(SharedPipeline):
@@ -65,7 +75,7 @@ class SDEPipeline(SharedPipeline):
         classes = unet.config.get("num_class_embeds") or 0
         if null_class is not None and not 0 <= null_class < classes:
             raise ValueError(f"null_class must lie in [0, {classes}), the classes of the network, got {null_class!r}.")
-        self.register_modules(unet=unet, scheduler=adopted(scheduler))
+        self.register_modules(unet=unet, scheduler=_adopted(scheduler))
         self.register_to_config(data_min=float(data_min), data_max=float(data_max), null_class=null_class)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
 

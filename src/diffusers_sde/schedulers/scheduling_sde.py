@@ -16,12 +16,12 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from ..denoisers import network_denoiser
+from ..hub.shipping import ShipsItsCode, refuse_newer
 from ..noise import standard_normal_like
 from ..parametrizations import Parametrization, TimeConditioning, get_parametrization
 from ..plans import Plan, Row, advance, make_plan, memorise, squared_norm_ratio
 from ..predictors import PredictorOptions, get_predictor
 from ..sdes import SDE, expand_like
-from ..shipping import ShipsItsCode, refuse_newer
 from ..time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid
 from .conversion import stock_keys, translate_config, with_stock_defaults
 

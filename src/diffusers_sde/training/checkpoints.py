@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from ..pipelines.sharing import PIPELINE_MODULE
+from ..hub.pipelines import PIPELINE_MODULE
 from .sharding import copy_sharded, gather, load_state, save_state
 
 logger = logging.getLogger(__name__)

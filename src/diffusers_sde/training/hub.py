@@ -10,8 +10,8 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from ..cards import add_card
-from ..publishing import create_repository, upload
+from ..hub.cards import add_card
+from ..hub.uploads import create_repository, upload
 from .configuration import TrainingConfig
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from ..pipelines import ClassConditionalSDEPipeline, InpaintSDEPipeline, RestorationSDEPipeline, SDEPipeline
 from .cards import add_card
-from .pipelines import ClassConditionalSDEPipeline, InpaintSDEPipeline, RestorationSDEPipeline, SDEPipeline
-from .publishing import create_repository, upload
+from .uploads import create_repository, upload
 
 PIPELINES: dict[str, type[SDEPipeline]] = {
     cls.__name__: cls for cls in (SDEPipeline, ClassConditionalSDEPipeline, InpaintSDEPipeline, RestorationSDEPipeline)
@@ -117,7 +117,7 @@ def _results(config: ExportConfig) -> dict[str, Any]:
 
 def _training_command(recorded: Mapping[str, Any]) -> str | None:
     try:
-        from .training import TrainingConfig
+        from ..training import TrainingConfig
     except ImportError:  # without the extra that training needs: the card goes without it
         return None
     names = {f.name for f in fields(TrainingConfig)}

@@ -10,8 +10,8 @@ from typing import Any
 
 from packaging.version import Version
 
+from ..version import __version__
 from .flattening import LIBRARY, self_contained_source
-from .version import __version__
 
 VERSION_KEY = f"_{LIBRARY}_version"
 

@@ -13,26 +13,26 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-from .version import __version__
+from ..version import __version__
 
 LIBRARY = __name__.partition(".")[0]
 HOMEPAGE = "https://github.com/diffusers-sde/diffusers-sde"
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 
 # What reads the package's own files has nothing to read in an exported one.
 SUBSTITUTES = {
     "version": f'__version__ = "{__version__}"',
-    "flattening": """LIBRARY = "diffusers_sde"
+    "hub.flattening": """LIBRARY = "diffusers_sde"
 _SOURCE = Path(__file__).read_text(encoding="utf-8")  # now: another repository's file may take this one's place
 
 
 def self_contained_source(*entries: str) -> str:
     return _SOURCE""",
-    "cards": """def add_card(folder, pipe, repo_id, results=None):
+    "hub.cards": """def add_card(folder, pipe, repo_id, results=None):
     text = f"---\\nlibrary_name: diffusers\\n---\\n\\n# {repo_id}\\n\\nA `{type(pipe).__name__}`.\\n"
     (Path(folder) / "README.md").write_text(text, encoding="utf-8")""",
 }
-SUBSTITUTE_IMPORTS = {"flattening": ["from pathlib import Path"]}
+SUBSTITUTE_IMPORTS = {"hub.flattening": ["from pathlib import Path"]}
 
 HEADER = f'''"""{{title}} of {LIBRARY} {__version__} in one file, which loads without the package.
 

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from diffusers_sde import flattening
-from diffusers_sde.flattening import self_contained_source
+from diffusers_sde.hub import flattening
+from diffusers_sde.hub.flattening import self_contained_source
 
 
 @pytest.fixture

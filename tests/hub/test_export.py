@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from loopback_hub import TOKEN, LoopbackHub
 
 from diffusers_sde import InpaintSDEPipeline
-from diffusers_sde.hub import main
+from diffusers_sde.hub.export import main
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from loopback_hub import TOKEN, LoopbackHub
 
 import diffusers_sde
 from diffusers_sde import SDEPipeline, VPSDEScheduler
-from diffusers_sde.flattening import self_contained_source
-from diffusers_sde.pipelines.sharing import own_index
-from diffusers_sde.publishing import upload
+from diffusers_sde.hub.flattening import self_contained_source
+from diffusers_sde.hub.pipelines import own_index
+from diffusers_sde.hub.uploads import upload
 
 RESULTS = {
     "license": "apache-2.0",
@@ -66,9 +66,8 @@ def pushed(hub):
 def in_fresh_process(program, hub, home, package):
     """Run a program; the JSON that it prints last."""
     source = Path(diffusers_sde.__file__).parents[1]
-    paths = [str(Path(__file__).parent), *([str(source)] if package else [])]
     hide = "" if package else "import sys; sys.modules['diffusers_sde'] = None\n"
-    environment = {**os.environ, **hub.environment(home), "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, **hub.environment(home), "PYTHONPATH": str(source) if package else ""}
     result = subprocess.run(
         [sys.executable, "-c", hide + program], env=environment, capture_output=True, text=True, timeout=240, cwd=home
     )

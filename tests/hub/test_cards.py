@@ -7,7 +7,7 @@ from hub_models import tiny_pipeline, tiny_unet
 from huggingface_hub import ModelCard
 
 from diffusers_sde import SDEPipeline, SubVPSDEScheduler, VPSDEScheduler
-from diffusers_sde.cards import TEMPLATE, add_card, model_card
+from diffusers_sde.hub.cards import TEMPLATE, add_card, model_card
 
 BITS = {"mean": 2.5, "standard_error": 0.01, "images": 90, "dequantization": "uniform", "t_min": 1e-5, "rtol": 3e-4}
 EVALUATION = {

@@ -24,8 +24,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .schedulers import SDEScheduler
-from .version import __version__
+from ..version import __version__
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 KEYS = ("license", "description", "dataset", "training_command", "metrics", "recipes", "pictures", "limitations")
@@ -174,10 +173,11 @@ def _facts(pipe: Any, dataset: Mapping[str, Any]) -> list[list[str]]:
     scheduler, unet = pipe.scheduler, pipe.unet
     channels, height, width = pipe.sample_shape
     rows = []
-    if isinstance(scheduler, SDEScheduler):
-        sde = repr(scheduler.sde)
+    sde = getattr(scheduler, "sde", None)
+    if sde is not None:  # a scheduler of ours
+        text = repr(sde)
         rows += [
-            ["SDE", f"`{sde if len(sde) < 200 else type(scheduler.sde).__name__}`"],
+            ["SDE", f"`{text if len(text) < 200 else type(sde).__name__}`"],
             ["the network predicts", f"`{scheduler.config.prediction_type}`"],
             ["it is fed", f"`{scheduler.config.time_conditioning}` time"],
         ]

@@ -13,23 +13,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from diffusers import DiffusionPipeline
 
-from ..cards import add_card
-from ..flattening import LIBRARY
-from ..publishing import create_repository, upload
-from ..schedulers import SCHEDULERS
-from ..shipping import VERSION_KEY, ShipsItsCode, refuse_newer
 from ..version import __version__
+from .cards import add_card
+from .flattening import LIBRARY
+from .shipping import VERSION_KEY, ShipsItsCode, refuse_newer
+from .uploads import create_repository, upload
 
 PIPELINE_MODULE = f"{LIBRARY}_pipeline"
-
-
-def adopted(scheduler: Any) -> Any:
-    """The scheduler; where it is of another copy of this code, its equal of this copy.
-
-    Without the package, the file of a repository's scheduler and that of its pipeline are two modules.
-    """
-    ours = SCHEDULERS.get(type(scheduler).__name__)
-    return scheduler if ours is None or isinstance(scheduler, ours) else ours.from_config(scheduler.config)
 
 
 def own_index(index: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +134,7 @@ class SharedPipeline(ShipsItsCode, DiffusionPipeline):
             safe_serialization: Save weights as safetensors; False needs trust from everyone who loads them.
             variant: Name of these weights, such as ``fp16``, beside others in the same repository.
             max_shard_size: Largest weight file, such as ``"2GB"``.
-            results: For the card: data set, metrics, recipes, training command; see ``cards.model_card``.
+            results: For the card: data set, metrics, recipes, training command; see ``hub.cards``.
 
         Returns:
             Address of the repository.
