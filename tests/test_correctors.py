@@ -140,9 +140,8 @@ def test_langevin_leaves_p_t_invariant_up_to_its_step(sde, start):
     """Variance after 15 steps at snr 0.1 against its exact recursion in high dimension, and against p_t itself.
 
     With d = 2048 the norms are their expectations to 2 %: |z|^2 = d and |g|^2 = d v/S^2 for a state of variance v, S
-    the
-    variance of p_t. So step = u S^2/v with u = 2 alpha snr^2 and v <- v (1 - u S/v)^2 + 2 u S^2/v. False-alarm rate of
-    each comparison 1e-6; an error of 4 % in the variance fails.
+    the variance of p_t. So step = u S^2/v with u = 2 alpha snr^2 and v <- v (1 - u S/v)^2 + 2 u S^2/v. False-alarm rate
+    of each comparison 1e-6; an error of 4 % in the variance fails.
     """
     model, t, snr, batch, d = PointwiseGaussian(0.3, 0.6), 0.3 * sde.t_max, 0.1, 24, 2048
     generator = torch.Generator().manual_seed(5)

@@ -1,12 +1,10 @@
 """Whole runs through the schedulers: with the exact score of a mixture they return the mixture.
 
 Each run draws from the prior, calls ``scale_model_input``, the exact network and ``step`` for every timestep as a
-pipeline
-does, and asks for component weights, means and covariances. A threshold has two parts. The statistical one: six
-standard
-errors or so, from the sample size, with a false-alarm rate of 1e-6 for all comparisons of a run together. The other is
-what the sampler may be off by at this number of steps, 0.5 % of a standard deviation (1 % with a corrector, whose
-stationary law is off by its step size). An error of 2 % in any scale fails.
+pipeline does, and asks for component weights, means and covariances. A threshold has two parts. The statistical one:
+six standard errors or so, from the sample size, with a false-alarm rate of 1e-6 for all comparisons of a run together.
+The other is what the sampler may be off by at this number of steps, 0.5 % of a standard deviation (1 % with a
+corrector, whose stationary law is off by its step size). An error of 2 % in any scale fails.
 """
 
 import math

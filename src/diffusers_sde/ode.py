@@ -18,9 +18,8 @@ density follows from
 
 The solver is a variable-step, variable-order Adams method of predict-evaluate-correct type: **one network call per
 step**, where a Runge-Kutta pair of comparable order needs six. Each step takes the order, 1 to 5, that promises the
-longest next one. Every sample has its own time, step size and accept or
-reject decision, so a result does not depend on its batch mates; a sample that has arrived gives its place in the batch
-to the next one that waits.
+longest next one. Every sample has its own time, step size and accept or reject decision, so a result does not depend on
+its batch mates; a sample that has arrived gives its place in the batch to the next one that waits.
 """
 
 from __future__ import annotations

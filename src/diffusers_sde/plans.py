@@ -128,8 +128,7 @@ def make_plan(
         denoise_final: End with x0_hat at the last time (Tweedie's formula: the mean without the noise); otherwise the
             last time is where the result stands, noise and all.
         final_time: With ``denoise_final``, end with a noise-free step to this time instead of the data, as diffusers
-            does
-            for ``final_sigmas_type="sigma_min"``.
+            does for ``final_sigmas_type="sigma_min"``.
 
     Raises:
         ValueError: Unknown names, a grid that does not decrease, or a combination without meaning.

@@ -99,8 +99,7 @@ class FlowSDEScheduler(SDEScheduler):
             device: Where ``timesteps`` live. All coefficients stay on the host.
             timesteps: Decreasing network timesteps t N to use as they are.
             sigmas: Decreasing times t instead; they are shifted like the scheduler's own grid, as flow-matching
-                pipelines
-                expect.
+                pipelines expect.
             mu: The shift, where ``use_dynamic_shifting`` is on (otherwise it is ignored, as diffusers does).
 
         Raises:

@@ -59,8 +59,7 @@ COMMON_ARGUMENTS = """
         clip_sample: Clip x0_hat of predictor calls to [-clip_sample_range, clip_sample_range].
         clip_sample_range: See ``clip_sample``.
         variance_type: diffusers' names. ``fixed_large`` gives the ``ancestral`` predictor beta as variance; ``learned``
-            and
-            ``learned_range`` mean that the network also returns a variance, which is dropped, since the SDE fixes it.
+            and ``learned_range`` mean that the network also returns a variance, which is dropped: the SDE fixes it.
         time_conditioning: What the network is fed for SDE time t: ``discrete`` (t N - 1), ``continuous`` (t N),
             ``score_sde`` (t (N - 1)), ``sigma``, ``log_sigma`` or ``edm``; see ``TimeConditioning``.
         sigma_data: Standard deviation of the data, for ``edm`` prediction.

@@ -28,8 +28,7 @@ class VPSDEScheduler(SDEScheduler):
         continuous: False for the SDE that passes through the DDPM table; True for the paper's VP SDE with
             beta(t) from N beta_start to N beta_end, which ``linear`` discretises.
         thresholding: Clip x0_hat at its own ``dynamic_thresholding_ratio`` quantile and rescale it (Saharia et al.
-            2022,
-            arXiv:2205.11487); not for latent models.
+            2022, arXiv:2205.11487); not for latent models.
         dynamic_thresholding_ratio: See ``thresholding``.
         sample_max_value: Largest threshold.
         final_sigmas_type: ``zero`` ends with x0_hat; ``sigma_min`` with a noise-free step to the first table entry, as
