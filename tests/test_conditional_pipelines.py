@@ -1,5 +1,6 @@
 """Conditional pipelines: on tiny networks for the contract, on exact ones for the law."""
 
+import functools
 import json
 
 import diffusers
@@ -11,8 +12,16 @@ from PIL import Image
 from posteriors import COVARIANCE, errors, posterior
 
 from diffusers_sde import FlowSDEScheduler, SDEPipeline, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
+from diffusers_sde.adaptive import sample_adaptive
+from diffusers_sde.ode import ODEOptions
 from diffusers_sde.operators import Downsampling, GaussianBlur, Grayscale, Mask
-from diffusers_sde.pipelines import ClassConditionalSDEPipeline, InpaintSDEPipeline, RestorationSDEPipeline
+from diffusers_sde.pipelines import (
+    ClassConditionalSDEPipeline,
+    InpaintSDEPipeline,
+    ProbabilityFlow,
+    RestorationSDEPipeline,
+    execution,
+)
 
 SIZE, STEPS = 8, 4
 SCHEDULERS = {
@@ -479,6 +488,16 @@ def test_posterior_by_the_adaptive_ode():
     # 400 exact samples: 0.1 +- 0.035 and 0.17 +- 0.05.
     assert measured["mean"] < 0.25 and measured["covariance"] < 0.4, measured
     assert pipe.calls.shape == (400,)
+
+
+@pytest.mark.parametrize("sampler", ["ode", "sde"])
+def test_adaptive_steps_that_do_not_end_say_what_to_do(monkeypatch, sampler):
+    monkeypatch.setattr(ProbabilityFlow, "options", lambda flow, rtol, atol: ODEOptions(rtol, atol, max_calls=5))
+    monkeypatch.setattr(execution, "sample_adaptive", functools.partial(sample_adaptive, max_calls=5))
+    pipe = inpainter(cls=RestorationSDEPipeline)
+    operator = Downsampling(2, pipe.sample_shape)
+    with pytest.raises(RuntimeError, match="max_calls.*rtol=0.01 and atol=0.02, or the scheduler's own"):
+        pipe(picture()[..., ::2, ::2], operator, method="pigdm", sampler=sampler, rtol=0.01, atol=0.02)
 
 
 def test_inpainting_by_the_adaptive_ode_gives_every_image_its_own_mask():

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .noise import standard_normal_like
-from .ode import FlowDenoiser, FlowSolution
+from .ode import FlowDenoiser, FlowSolution, SolverError
 from .sdes import SDE, expand_like
 from .time_grids import MIN_LOG_SNR
 
@@ -126,7 +126,7 @@ def sample_adaptive(
 
     Raises:
         ValueError: A tolerance that is not positive, or a stochasticity or end out of range.
-        RuntimeError: A sample is not finished after ``max_calls``.
+        SolverError: A sample is not finished after ``max_calls``.
     """
     if not (rtol > 0 and atol > 0):
         raise ValueError(f"rtol and atol must be positive, got {rtol!r} and {atol!r}.")
@@ -171,7 +171,7 @@ def sample_adaptive(
 
     while bool(active.any()):
         if int(calls.max()) >= max_calls:
-            raise RuntimeError(f"{int(active.sum())} samples are not finished after max_calls={max_calls} calls.")
+            raise SolverError(f"{int(active.sum())} samples are not finished after max_calls={max_calls} calls.")
         target = torch.minimum(lam + step.clamp(max=MAX_STEP), torch.full_like(lam, end_lam))
         target = torch.where(end_lam - target < 1e-3 * step, torch.full_like(lam, end_lam), target)
         if eta2 > 0:

@@ -47,6 +47,10 @@ SAFETY, SHRINK, GROW = 0.8, 0.2, 2.0
 PROPORTIONAL, INTEGRAL = 0.7, 0.4
 
 
+class SolverError(RuntimeError):
+    """An adaptive solver gives up: at these tolerances it takes too many calls, or steps that are too small."""
+
+
 @dataclass(frozen=True)
 class ODEOptions:
     """Settings of the solver.
@@ -451,12 +455,12 @@ def integrate(
 
             arrived = accept & (s.tau == end)
             if (s.step < 1e-9 * np.maximum(1.0, np.abs(s.tau)))[~arrived].any():
-                raise RuntimeError(
+                raise SolverError(
                     f"the step size vanished at t = {float(t[int(np.argmin(s.step))]):g}: the denoiser is not smooth "
                     f"there, or its round-off exceeds the tolerance (rtol {options.rtol:g}, atol {options.atol:g})."
                 )
             if (s.calls >= options.max_calls)[~arrived].any():
-                raise RuntimeError(
+                raise SolverError(
                     f"a sample has not arrived after max_calls = {options.max_calls} network calls (at t = "
                     f"{float(t[int(np.argmax(s.calls * ~arrived))]):g}); raise max_calls or the tolerances."
                 )

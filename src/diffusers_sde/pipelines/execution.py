@@ -11,7 +11,7 @@ from torch import Tensor
 from ..adaptive import sample_adaptive
 from ..denoisers import call_network
 from ..guidance import Denoiser, Generators, Replacement, renoise, resampled
-from ..ode import FlowDenoiser
+from ..ode import FlowDenoiser, SolverError
 from ..schedulers import SDEScheduler
 from .probability_flow import ProbabilityFlow, Progress, as_tensor
 
@@ -151,27 +151,36 @@ def execute_adaptive(
 
     Returns:
         The sample in the data's range.
+
+    Raises:
+        SolverError: The solver gives up; the message says what to do.
     """
     flow = ProbabilityFlow(pipe, denoiser=denoiser)
     latents, config = latents.to(device=pipe._execution_device, dtype=torch.float32), flow.scheduler.config
-    if method == "ode":
-        options, end = flow.options(rtol, atol), config.denoise_final
-        solution = flow.sample(latents, options, end, conditioning=conditioning, progress_bar=pipe._shows_progress)
-    else:
-        with Progress(pipe._shows_progress, len(latents), "reverse SDE") as progress:
-            solution = sample_adaptive(
-                flow.sde,
-                flow.denoiser,
-                latents * flow.sde.prior_std,
-                rtol,
-                atol,
-                generator,
-                1.0 if config.stochasticity is None else config.stochasticity,
-                flow.scheduler.last_time(),
-                config.denoise_final,
-                conditioning=conditioning,
-                progress=progress,
-            )
+    try:
+        if method == "ode":
+            options, end = flow.options(rtol, atol), config.denoise_final
+            solution = flow.sample(latents, options, end, conditioning=conditioning, progress_bar=pipe._shows_progress)
+        else:
+            with Progress(pipe._shows_progress, len(latents), "reverse SDE") as progress:
+                solution = sample_adaptive(
+                    flow.sde,
+                    flow.denoiser,
+                    latents * flow.sde.prior_std,
+                    rtol,
+                    atol,
+                    generator,
+                    1.0 if config.stochasticity is None else config.stochasticity,
+                    flow.scheduler.last_time(),
+                    config.denoise_final,
+                    conditioning=conditioning,
+                    progress=progress,
+                )
+    except SolverError as error:
+        raise SolverError(
+            f"{error} Take larger tolerances than rtol={rtol:g} and atol={atol:g}, or the scheduler's own steps, the "
+            "default, which always end. A network that is hardly trained may need either."
+        ) from error
     pipe._calls, pipe._num_timesteps = solution.calls, int(solution.calls.max())
     return solution.sample
 
