@@ -9,6 +9,7 @@ from diffusers import UNet2DModel
 from diffusers_sde import (
     ClassConditionalSDEPipeline,
     InpaintSDEPipeline,
+    NoiseConditionalClassifier,
     RestorationSDEPipeline,
     SDEPipeline,
     VESDEScheduler,
@@ -42,6 +43,11 @@ def tiny_pipeline(kind="vp"):
         pipe = ClassConditionalSDEPipeline(
             tiny_unet(num_class_embeds=3), VPSDEScheduler(), id2label=names, null_class=2
         )
+    elif kind == "guided":
+        classifier = NoiseConditionalClassifier(
+            8, 1, 2, block_out_channels=(4, 8), attention_head_dim=4, norm_num_groups=2
+        )
+        pipe = ClassConditionalSDEPipeline(tiny_unet(), VPSDEScheduler(), classifier=classifier.eval())
     elif kind == "inpaint":
         pipe = InpaintSDEPipeline(tiny_unet(), VPSDEScheduler(continuous=True))
     else:

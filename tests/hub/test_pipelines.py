@@ -118,6 +118,8 @@ print(json.dumps(found))
 """
 
 WITHOUT_PACKAGE = """
+from io import StringIO
+from logging import StreamHandler
 found = {}
 pipe = DiffusionPipeline.from_pretrained("user/vp", trust_remote_code=True)
 found["vp"] = fingerprint(pipe)
@@ -134,6 +136,11 @@ try:
     DiffusionPipeline.from_pretrained("user/vp")
 except ValueError as error:
     found["refused"] = str(error)
+log = StringIO()
+logging.add_handler(StreamHandler(log))
+guided = DiffusionPipeline.from_pretrained("guided", trust_remote_code=True)
+found["guided"] = guided(1, num_inference_steps=4).images[0].size
+found["warned"] = log.getvalue()
 found["cards"] = {name: run(block) for name, block in json.loads(BLOCKS).items()}
 found["package"] = sys.modules.get("diffusers_sde") is not None
 print(json.dumps(found))
@@ -156,6 +163,7 @@ def with_package(pushed, tmp_path_factory):
 @pytest.fixture(scope="module")
 def without_package(pushed, with_package, tmp_path_factory):
     home = tmp_path_factory.mktemp("without_package")
+    tiny_pipeline("guided").save_pretrained(home / "guided")
     program = COMMON + f"THEIRS = {str(with_package[0] / 'again')!r}\n" + blocks(pushed, 1) + WITHOUT_PACKAGE
     stock = code_blocks(pushed.files("user/vp")["README.md"].decode())[2]
     program = program.replace("print(json", f"found['stock'] = run({stock!r})\nprint(json")
@@ -181,6 +189,8 @@ def test_without_the_package_a_repository_loads_with_trust(pushed, without_packa
     assert found["ve"] == fingerprint(tiny_pipeline("ve"))
     assert found["swapped"] == [8, 8]
     assert found["bits"]
+    assert found["guided"] == [8, 8]
+    assert "Expected types" not in found["warned"]
     assert found["url"].endswith("user/from-remote-code")
     assert set(pushed.files("user/vp")) == {
         *pushed.files("user/from-remote-code"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 
 from ..version import __version__
 from .cards import add_card
@@ -87,12 +87,14 @@ class SharedPipeline(ShipsItsCode, DiffusionPipeline):
     def _get_signature_types(cls) -> dict[str, tuple[Any, ...]]:
         # diffusers 0.35 does not read annotations that are strings, and fails for what it has not read.
         hints = get_type_hints(cls.__init__)
-        unions = (Union, UnionType)
-        return {
-            name: get_args(hints[name]) if get_origin(hints[name]) in unions else (hints[name],)
-            for name in inspect.signature(cls.__init__).parameters
-            if name in hints
-        }
+
+        def types(hint: Any) -> tuple[Any, ...]:
+            allowed = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+            # A network of ours is of another copy of its class where the package is missing: that of its own file.
+            ours = any(inspect.isclass(each) and issubclass(each, ShipsItsCode) for each in allowed)
+            return (*allowed, ModelMixin) if ours else allowed
+
+        return {name: types(hints[name]) for name in inspect.signature(cls.__init__).parameters if name in hints}
 
     def to_json_string(self) -> str:
         """The index as it is written: the class is named with the file that holds it."""
