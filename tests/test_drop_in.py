@@ -721,7 +721,7 @@ def test_flow_pipelines(name, request):
 def test_sd3_predictor_corrector_is_the_reference_loop(sd3):
     stock = sd3.scheduler
     sd3.scheduler = scheduler = FlowSDEScheduler.from_config(
-        stock.config, corrector="langevin", snr=0.05, **FIRST_ORDER
+        stock.config, corrector="langevin", snr=0.05, stochasticity=1.0, **FIRST_ORDER
     )
     try:
         with Watch(sd3.transformer) as watch:

@@ -211,9 +211,9 @@ class Trainer:
         if config.channels_last:
             compute_channels_last(accelerator, self.unet)
         if config.torch_compile:
-            # In place: names of weights stay as they are. Inductor's own choice of layouts gives UNet2DModel wrong
-            # gradients on the CPU (torch 2.13).
-            self.unet.compile(options={"layout_optimization": False})
+            # In place: names of weights stay as they are. On the CPU inductor's own choice of layouts gives UNet2DModel
+            # wrong gradients (torch 2.13).
+            self.unet.compile(options={"layout_optimization": False} if accelerator.device.type == "cpu" else None)
         optimizer = torch.optim.AdamW(
             self.unet.parameters(),
             lr=config.learning_rate,
