@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="run the networks in mixed precision")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions, with other noise")
     parser.add_argument("--only", default="", help="regular expression: which samplers, by their names in the table")
-    parser.add_argument("--update", type=Path, help="JSON of an earlier run, whose other rows are kept")
+    parser.add_argument("--update", type=Path, help="JSON of an earlier run, whose other values are kept")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--output", type=Path, default=Path("outputs/quality"))
     args = parser.parse_args()
@@ -273,15 +273,17 @@ def main() -> None:
     result["entries"] = []
     if args.update:
         earlier = json.loads(args.update.read_text())
-        if any(earlier[key] != value for key, value in result.items() if key != "entries"):
-            parser.error("--update needs the same calls and samples")
-        result["entries"] = earlier["entries"]
+        if any(earlier[key] != result[key] for key in ("samples", "model_samples")):
+            parser.error("--update needs the same number of samples")
+        result = {**result, **earlier}
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
         for task, found in zip(tasks, pool.map(measure, tasks), strict=True):
             entry = {"name": task["name"], "exact": task["model"] is None, **found}
             same = [e for e in result["entries"] if (e["name"], e["path"]) == (entry["name"], entry["path"])]
             for old in same:
+                for label, row in entry["rows"].items():
+                    row["scores"] = {**old["rows"].get(label, row)["scores"], **row["scores"]}
                 old.update(entry, rows={**old["rows"], **entry["rows"]})
             if not same:
                 result["entries"].append(entry)

@@ -166,6 +166,19 @@ def test_the_default_stochasticity_is_what_each_step_allows(scheduler_class, n):
     assert [row.noise for row in other.rows] == [row.noise for row in expected]
 
 
+def test_few_levels_are_of_order_two():
+    third, second = (VPSDEScheduler(solver_order=order) for order in (3, 2))
+    for n in (4, 12, 13):
+        for scheduler in (third, second):
+            scheduler.set_timesteps(n)
+        assert (third.rows == second.rows) == (n <= 12)
+    assert third.config.solver_order == 3
+    first = VPSDEScheduler(solver_order=1)
+    first.set_timesteps(12)
+    second.set_timesteps(12)
+    assert first.rows != second.rows
+
+
 # ---------------------------------------------------------------------- execution
 
 

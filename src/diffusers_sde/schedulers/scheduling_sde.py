@@ -29,6 +29,7 @@ LANGEVIN_NORMS = ("sample", "batch")
 # What UniPC's and DEIS's configs hold under the same key. They name exact weights too, and stay in the config as they
 # are, so that swapping back loses nothing.
 STOCK_SOLVER_TYPES = ("bh1", "bh2", "logrho")
+FEW_LEVELS = 12  # up to which order 2 is better than order 3, for the ODE and the SDE (benchmarks/quality.py)
 VARIANCE_TYPES = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 COMMON_ARGUMENTS = """
@@ -38,7 +39,8 @@ COMMON_ARGUMENTS = """
         stochasticity: eta of the reverse SDE, dx = [f x - (1 + eta^2)/2 g^2 score] dt + eta g dw; 1 is Anderson's.
             None is 1 too, and for ``exponential`` as much as each step allows: eta^2 = min(0.6/h, 2) for a step of
             length h in log(alpha/sigma), more noise the more steps there are.
-        solver_order: 1, 2 or 3, of the ``exponential`` predictor.
+        solver_order: 1, 2 or 3, of the ``exponential`` predictor; 3 is 2 where there are at most 12 levels, whose long
+            steps the third order makes worse.
         solver_type: ``heun`` or ``midpoint``, DPM-Solver++'s names for the weight of the slope in order 2; ``heun``
             is exact. ``bh1``, ``bh2`` and ``logrho`` of diffusers' other solvers are read as ``heun``.
         solver_correction: Redo each step of ``exponential`` with the estimate at its end once that is known, as UniPC
@@ -224,7 +226,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             snr=config.snr,
             stochasticity=self.stochasticity,
             options=PredictorOptions(
-                config.solver_order,
+                config.solver_order if len(times) > FEW_LEVELS else min(config.solver_order, 2),
                 config.variance_type in ("fixed_large", "fixed_large_log"),
                 "heun" if config.solver_type in STOCK_SOLVER_TYPES else config.solver_type,
                 config.solver_correction,
