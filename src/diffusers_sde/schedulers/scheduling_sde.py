@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -217,6 +217,15 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
 
     def _make_plan(self, times: Tensor) -> Plan:
         config = self.config
+        options = PredictorOptions(
+            config.solver_order,
+            config.variance_type in ("fixed_large", "fixed_large_log"),
+            "heun" if config.solver_type in STOCK_SOLVER_TYPES else config.solver_type,
+            config.solver_correction,
+            config.gaussian_std,
+        )
+        if len(times) <= FEW_LEVELS:
+            options = replace(options, solver_order=min(options.solver_order, 2))
         plan = make_plan(
             self.sde,
             times,
@@ -225,13 +234,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             correct_steps=config.correct_steps,
             snr=config.snr,
             stochasticity=self.stochasticity,
-            options=PredictorOptions(
-                config.solver_order if len(times) > FEW_LEVELS else min(config.solver_order, 2),
-                config.variance_type in ("fixed_large", "fixed_large_log"),
-                "heun" if config.solver_type in STOCK_SOLVER_TYPES else config.solver_type,
-                config.solver_correction,
-                config.gaussian_std,
-            ),
+            options=options,
             denoise_final=config.denoise_final or len(times) == 1,
             final_time=self._final_time,
         )
