@@ -4,7 +4,7 @@ import hashlib
 
 import huggingface_hub
 import torch
-from diffusers import UNet2DModel
+from tiny_networks import tiny_unet
 
 from diffusers_sde import (
     ClassConditionalSDEPipeline,
@@ -15,22 +15,6 @@ from diffusers_sde import (
     VESDEScheduler,
     VPSDEScheduler,
 )
-
-
-def tiny_unet(**arguments):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(8, 8),
-            layers_per_block=1,
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-            **arguments,
-        ).eval()
 
 
 def tiny_pipeline(kind="vp"):

@@ -10,7 +10,8 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
-from hub_models import fingerprint, tiny_unet
+from hub_models import fingerprint
+from tiny_networks import tiny_unet
 
 from diffusers_sde import SDEPipeline, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
 from diffusers_sde.convert import convert_checkpoint, convert_repository, main

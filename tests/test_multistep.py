@@ -166,6 +166,23 @@ def test_the_default_stochasticity_is_what_each_step_allows(scheduler_class, n):
     assert [row.noise for row in other.rows] == [row.noise for row in expected]
 
 
+@pytest.mark.parametrize("gaussian_std", [0.0, 0.3])
+def test_each_interval_has_its_own_stochasticity(gaussian_std):
+    """Its coefficients are those of a run with that stochasticity throughout; what is late is of the interval before."""
+    times = torch.linspace(0.9, 0.1, 6, dtype=torch.float64)
+    options = PredictorOptions(3, False, "heun", True, gaussian_std)
+    etas = torch.tensor([0.0, 0.4, 1.0, 1.4, 0.7], dtype=torch.float64)
+    (mixed,) = PREDICTORS["exponential"].stages(VPSDE(), times, etas, options)
+    for i, eta in enumerate(etas.tolist()):
+        (alone,) = PREDICTORS["exponential"].stages(VPSDE(), times, eta, options)
+        own = [(mixed.x, alone.x), (mixed.x0, alone.x0), (mixed.noise, alone.noise)]
+        for a, b in own + list(zip(mixed.history, alone.history, strict=True)):
+            torch.testing.assert_close(a[i], b[i], rtol=1e-12, atol=1e-14)
+        for a, b in zip(mixed.late, alone.late, strict=True):
+            torch.testing.assert_close(a[i + 1 : i + 2], b[i + 1 : i + 2], rtol=1e-12, atol=1e-14)
+    assert len(mixed.late) == 4 and all(bool(late[1:].abs().sum() > 0) for late in mixed.late)
+
+
 def test_few_levels_are_of_order_two():
     third, second = (VPSDEScheduler(solver_order=order) for order in (3, 2))
     for n in (4, 12, 13):

@@ -138,7 +138,7 @@ def make_plan(
     if times.ndim != 1 or len(times) < (1 if denoise_final else 2) or not bool((times[1:] < times[:-1]).all()):
         raise ValueError(f"times must be a strictly decreasing sequence, got {times.tolist()}.")
     if stochasticity is not None and not 0.0 <= stochasticity < math.inf:
-        raise ValueError(f"stochasticity must be a finite number >= 0, got {stochasticity!r}.")
+        raise ValueError(f"stochasticity must be a finite number >= 0 or None, got {stochasticity!r}.")
     if rule.deterministic and stochasticity != 0.0:
         raise ValueError(
             f"predictor {predictor!r} integrates the probability-flow ODE only: set probability_flow=True "

@@ -3,8 +3,9 @@
 import re
 
 import pytest
-from hub_models import tiny_pipeline, tiny_unet
+from hub_models import tiny_pipeline
 from huggingface_hub import ModelCard
+from tiny_networks import tiny_unet
 
 from diffusers_sde import SDEPipeline, SubVPSDEScheduler, VPSDEScheduler
 from diffusers_sde.hub.cards import TEMPLATE, add_card, model_card

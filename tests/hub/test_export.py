@@ -6,9 +6,10 @@ import re
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
-from hub_models import fingerprint, tiny_pipeline, tiny_unet, use_hub
+from hub_models import fingerprint, tiny_pipeline, use_hub
 from huggingface_hub import ModelCard
 from loopback_hub import TOKEN, LoopbackHub
+from tiny_networks import tiny_unet
 
 from diffusers_sde import InpaintSDEPipeline
 from diffusers_sde.hub.export import main
