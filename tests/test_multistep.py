@@ -168,7 +168,7 @@ def test_the_default_stochasticity_is_what_each_step_allows(scheduler_class, n):
 
 @pytest.mark.parametrize("gaussian_std", [0.0, 0.3])
 def test_each_interval_has_its_own_stochasticity(gaussian_std):
-    """Its coefficients are those of a run with that stochasticity throughout; what is late is of the interval before."""
+    """Its coefficients are those of a run with that stochasticity; what is late is of the interval before."""
     times = torch.linspace(0.9, 0.1, 6, dtype=torch.float64)
     options = PredictorOptions(3, False, "heun", True, gaussian_std)
     etas = torch.tensor([0.0, 0.4, 1.0, 1.4, 0.7], dtype=torch.float64)
