@@ -13,9 +13,8 @@ the same SDE with its change of density, from t = 1e-5 to 1:
 
 Solver error: mean over images of |log p - closed form| with the exact trace, in bits per dimension; what
 N(0, prior_std^2) leaves out of p at t_max is known in closed form and subtracted for all alike. Scatter: standard
-deviation of the
-estimate of one image over probes, root mean square over images, with one Rademacher probe per call; and at equal cost,
-that is with as many probes per call as make (calls x probes) that of `scipy RK45`.
+deviation of the estimate of one image over probes, root mean square over images, with one Rademacher probe per call;
+and at equal cost, that is with as many probes per call as make (calls x probes) that of `scipy RK45`.
 
 Part two, with --model, times a trained pipeline's network: bits/dim by ours and by torchdiffeq, in time per image, and
 the round trip of encode and decode. Peers that are not installed (`pip install torchdiffeq torchode`) are left out.

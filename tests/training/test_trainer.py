@@ -433,3 +433,11 @@ def test_options_that_change_the_run_train_and_resume(tmp_path, digits, options)
     resumed = train(tiny(tmp_path, **options, resume_from_checkpoint="latest"), digits)
     assert torch.equal(weights(whole), weights(resumed))
     assert weights(whole).isfinite().all()
+
+
+def test_a_compiled_network_trains_without_inductors_choice_of_layouts(tmp_path, digits, monkeypatch):
+    """On the CPU that choice gives UNet2DModel wrong gradients. (Compiling takes minutes; it is not done here.)"""
+    seen = []
+    monkeypatch.setattr(UNet2DModel, "compile", lambda self, **arguments: seen.append(arguments))
+    train(tiny(tmp_path, max_train_steps=1, torch_compile=True), digits)
+    assert seen == [{"options": {"layout_optimization": False}}]
