@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from mixtures import MixtureJudge, fitted
-from samplers import OURS, PEERS, SCHEDULERS, Problem, Sampler, optional_peers, ours
+from samplers import ON_NETWORKS, OURS, PEERS, SCHEDULERS, Problem, Sampler, optional_peers, ours
 
 CALLS = (5, 8, 10, 15, 20, 30, 50, 100)
 MODEL_CALLS = (10, 20, 50, 100)
@@ -62,11 +62,12 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         z = torch.randn(n, *shape, generator=torch.Generator().manual_seed(1 + seed))
         return Problem(path, scheduler, data, z, seed)
 
-    samplers: dict[str, tuple[str, Sampler]] = {**OURS, **PEERS[path], **optional_peers()}
+    own = OURS if task["model"] is None else {**OURS, **ON_NETWORKS}
+    samplers: dict[str, tuple[str, Sampler]] = {**own, **PEERS[path], **optional_peers()}
     samplers = {label: value for label, value in samplers.items() if re.search(task["only"], label)}
     rows: dict[str, Any] = {}
     for label, (kind, sampler) in samplers.items():
-        extra = {TARGETS[kind]} if label.startswith("ours") and task["model"] is None else set()
+        extra = {TARGETS[kind]} if is_ours(label) and task["model"] is None else set()
         scores = {}
         for calls in sorted({*task["calls"], *extra}):
             scores[str(calls)] = score(sampler, problem, judge, calls, seeds)
@@ -111,6 +112,11 @@ def save(result: dict[str, Any], output: Path) -> None:
     picture(result, output)
 
 
+def is_ours(label: str) -> bool:
+    """Whether a row is one of this package's."""
+    return label in OURS or label in ON_NETWORKS
+
+
 def fd(row: dict[str, Any], calls: int) -> float:
     """FD of a sampler at a number of calls, infinite where it has none."""
     return float(row["scores"].get(str(calls), {}).get("fd", math.inf))
@@ -136,12 +142,12 @@ def verdicts(result: dict[str, Any], entry: dict[str, Any]) -> list[str]:
     """The targets, and every number of calls at which a peer is better than the best of ours."""
     rows, lines = entry["rows"], []
     for label, row in rows.items():
-        if label in OURS and entry["exact"]:
+        if is_ours(label) and entry["exact"]:
             calls = TARGETS[row["kind"]]
             lines.append(f"- {label}: floor at {calls} calls {reached(entry, row)} (FD {fd(row, calls):.4f}).")
     for calls in result["calls"] if entry["exact"] else result["model_calls"]:
-        own = [(fd(row, calls), label) for label, row in rows.items() if label in OURS]
-        peers = [(fd(row, calls), label) for label, row in rows.items() if label not in OURS]
+        own = [(fd(row, calls), label) for label, row in rows.items() if is_ours(label)]
+        peers = [(fd(row, calls), label) for label, row in rows.items() if not is_ours(label)]
         (best, mine), (peer, name) = (min(found, default=(math.inf, "none")) for found in (own, peers))
         if peer < best:
             size = noise(entry, rows[name], *([rows[mine]] if mine in rows else []), calls=calls)
@@ -215,8 +221,9 @@ def picture(result: dict[str, Any], output: Path) -> None:
             points = [(int(c), s["fd"]) for c, s in row["scores"].items() if math.isfinite(s.get("fd", math.inf))]
             if not points:
                 continue
-            if label in OURS:
+            if is_ours(label):
                 style: dict[str, Any] = {"color": colours[row["kind"]], "lw": 2.2, "zorder": 3, "label": label}
+                style["ls"] = "-" if label in OURS else "--"
             else:
                 style = {"color": "0.6", "lw": 0.8, "ls": {"ode": "-", "sde": "--", "pc": ":"}[row["kind"]]}
             axis.plot(*zip(*points, strict=True), **style)

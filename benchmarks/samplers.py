@@ -238,6 +238,13 @@ OURS: dict[str, tuple[str, Sampler]] = {
     "ours, probability flow": ("ode", ours(probability_flow=True)),
     "ours, PC": ("pc", ours(probability_flow=True, corrector="ornstein_uhlenbeck", snr=0.2)),
 }
+# On networks only: far from exact at few calls, which trained networks need not mind; see docs/results.md.
+ON_NETWORKS: dict[str, tuple[str, Sampler]] = {
+    "ours, reverse SDE, Karras": (
+        "sde",
+        ours(solver_order=2, solver_type="midpoint", gaussian_std=0.0, time_grid="karras"),
+    ),
+}
 PEERS: dict[str, dict[str, tuple[str, Sampler]]] = {
     "vp": {
         "diffusers DDIM": ("ode", stock("DDIMScheduler", timestep_spacing="trailing")),
