@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from tiny_networks import tiny_unet
 
 from diffusers_sde.denoisers import call_network, network_denoiser
 from diffusers_sde.parametrizations import (
@@ -162,26 +162,10 @@ def test_bad_conditioning(name, n, word):
 # ---------------------------------------------------------------------- diffusers' UNet
 
 
-def tiny_unet(time_embedding_type):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        time_embedding_type=time_embedding_type,
-    )
-    return unet.eval()
-
-
 @torch.no_grad()
 def test_a_fractional_timestep_reaches_the_network():
     """UNet2DModel cuts a Python float to an integer; a tensor passes."""
-    unet, x = tiny_unet("positional"), torch.randn(2, 1, 8, 8)
+    unet, x = tiny_unet(1.0, time_embedding_type="positional"), torch.randn(2, 1, 8, 8)
     assert torch.equal(unet(x, 10.2).sample, unet(x, 10.9).sample)
     at = [call_network(unet, x, torch.tensor(v, dtype=torch.float64)) for v in (10.2, 10.9, 10.0)]
     assert not torch.allclose(at[0], at[1], atol=1e-6)
@@ -194,7 +178,7 @@ def test_a_fractional_timestep_reaches_the_network():
 def test_the_fourier_unet_wants_sigma_and_returns_a_score():
     """It divides its output by what it is fed: with sigma that is -eps/sigma, the score; dividing again would be
     wrong."""
-    unet, x = tiny_unet("fourier"), torch.randn(2, 1, 8, 8)
+    unet, x = tiny_unet(1.0, time_embedding_type="fourier"), torch.randn(2, 1, 8, 8)
     undivided = []
     unet.conv_out.register_forward_hook(lambda module, args, output: undivided.append(output))
     sde, t = VESDE(), 0.3

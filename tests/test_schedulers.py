@@ -509,7 +509,7 @@ def test_probability_flow_of_exponential_is_ddim():
 @pytest.mark.parametrize("name", ["ve", "vp"])
 def test_step_reads_no_tensor_back(name, predictor, corrector, prediction_type):
     """On the meta device a tensor has no values: .item(), .cpu(), .nonzero(), bool() and float() of one raise."""
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(RuntimeError):
         torch.zeros(1, device="meta").item()
     scheduler = build(name, predictor, corrector, prediction_type=prediction_type, solver_order=2)
     scheduler.set_timesteps(4, device="meta")

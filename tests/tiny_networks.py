@@ -4,8 +4,8 @@ import torch
 from diffusers import UNet2DModel
 
 
-def tiny_unet(**options):
-    """8x8 grey images, small outputs; the same weights every time."""
+def tiny_unet(output_scale=0.02, **options):
+    """8x8 grey images, outputs of about that scale; the same weights every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = UNet2DModel(
@@ -20,5 +20,5 @@ def tiny_unet(**options):
             **options,
         )
     with torch.no_grad():
-        unet.conv_out.weight.mul_(0.02)
+        unet.conv_out.weight.mul_(output_scale)
     return unet.eval()
