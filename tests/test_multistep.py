@@ -149,9 +149,10 @@ def test_the_default_stochasticity_is_what_each_step_allows(scheduler_class, n):
     scheduler.set_timesteps(n)
     sde, times = scheduler.sde, scheduler.level_times(n)
     seen = []
-    for row, t, s in zip(scheduler.rows[:-1], times, times[1:], strict=False):
-        h = float(sde.log_snr(s) - sde.log_snr(t)) / 2
-        eta2 = min(0.6 / h, 2.0)
+    lengths = (0.5 * sde.log_snr(times).diff()).tolist()
+    for i, (row, t, s) in enumerate(zip(scheduler.rows[:-1], times, times[1:], strict=False)):
+        h = lengths[i]
+        eta2 = min(0.6 / max(lengths[i : i + 2]), 2.0)  # its own length and that of the next interval
         alpha, sigma_t, sigma_s = float(sde.alpha(s)), float(sde.sigma(t)), float(sde.sigma(s))
         renewed = eta2 * h if eta2 > 0 else 0.0  # the first step of a flow is infinite, and deterministic
         assert row.noise == pytest.approx(sigma_s * math.sqrt(1 - math.exp(-2 * renewed)), rel=1e-6, abs=1e-9)
@@ -183,17 +184,66 @@ def test_each_interval_has_its_own_stochasticity(gaussian_std):
     assert len(mixed.late) == 4 and all(bool(late[1:].abs().sum() > 0) for late in mixed.late)
 
 
-def test_few_levels_are_of_order_two():
-    third, second = (VPSDEScheduler(solver_order=order) for order in (3, 2))
-    for n in (4, 12, 13):
-        for scheduler in (third, second):
-            scheduler.set_timesteps(n)
-        assert (third.rows == second.rows) == (n <= 12)
-    assert third.config.solver_order == 3
-    first = VPSDEScheduler(solver_order=1)
-    first.set_timesteps(12)
-    second.set_timesteps(12)
-    assert first.rows != second.rows
+# ---------------------------------------------------------------------- orders chosen by interval
+
+
+def rows_of(times, order, stochasticity=None, correction=True, gaussian_std=0.05, sde=None):
+    options = PredictorOptions(order, False, "heun", correction, gaussian_std)
+    return make_plan(sde or VPSDE(), times, stochasticity=stochasticity, options=options).rows
+
+
+def lambda_grid(lengths, start=-3.0, sde=None):
+    """Times whose intervals have these lengths in log(alpha/sigma)."""
+    lam = torch.cat([torch.tensor([start]), start + torch.tensor(lengths).cumsum(0)]).double()
+    return (sde or VPSDE()).time_of(2.0 * lam)
+
+
+@pytest.mark.parametrize("eta", [None, 0.0, 1.0])
+@pytest.mark.parametrize("h, order", [(0.3, 3), (0.6, 3), (0.8, 2), (1.5, 2)])
+def test_on_intervals_that_are_alike_the_chosen_order_is_the_classical_rule(h, order, eta):
+    """Bit for bit, corrections included; without a Gaussian part the intervals are alike in the sampler's own lambda."""
+    times = lambda_grid([h] * 5)
+    assert rows_of(times, None, eta, gaussian_std=0.0) == rows_of(times, order, eta, gaussian_std=0.0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@every_sde
+def test_the_chosen_order_converges_as_the_third(sde, eta):
+    """The reach is above 1, so that it does not act on a fine grid whose intervals change smoothly."""
+    order, error = order_of(sde, eta, solver_order=None, solver_correction=True)
+    expected, other = order_of(sde, eta, solver_order=3, solver_correction=True)
+    assert order == pytest.approx(expected, abs=1e-6) and error == pytest.approx(other, rel=1e-6)
+
+
+def test_orders_are_chosen_by_the_interval():
+    """Short intervals are of order 3 and long ones of order 2, on one grid; an order that is given holds everywhere."""
+    times = lambda_grid([0.9, 0.9, 0.9, 0.4, 0.4, 0.4, 0.4])
+    chosen = rows_of(times, None, 0.0, gaussian_std=0.0, correction=False)
+    second, third = (rows_of(times, order, 0.0, gaussian_std=0.0, correction=False) for order in (2, 3))
+    assert [len(row.history) for row in chosen] == [0, 1, 1, 1, 2, 2, 2, 0]
+    assert chosen[:4] == second[:4] and chosen[4:] == third[4:]
+    assert [len(row.history) for row in third] == [0, 1, 2, 2, 2, 2, 2, 0]
+
+
+def test_an_estimate_is_not_extrapolated_further_than_it_carries():
+    """The slope of a long interval behind short ones: classical up to the reach, and then as if they lay further back.
+
+    With order 2 and no Gaussian part x_s has the coefficient -alpha_s (h - 1/q + exp(-q h)/q) / h1 of the estimate
+    before, where q = 1 + eta^2 and h1 is the distance back.
+    """
+    sde = VPSDE()
+    for eta, reach in ((0.0, 1.75), (1.0, 1.1)):  # nu = 1 - exp(-2) = 0.86 for eta = 1: 0.82/sqrt(nu) is below 1.1
+        for h in (1.0, 1.05, 1.6, 3.0):
+            times = lambda_grid([1.0, 1.0, h], start=-2.0)
+            row = rows_of(times, None, eta, correction=False, gaussian_std=0.0)[2]
+            q, distance = 1.0 + eta**2, max(1.0, h / reach)
+            slope = float(sde.alpha(times[3])) * (h - (1.0 - math.exp(-q * h)) / q) / distance
+            assert row.history == (pytest.approx(-slope, rel=1e-6),)
+    # Little noise allows more: a reach of 0.82/sqrt(nu) = 1.43 where the interval before has renewed nu = 0.33.
+    times, reach = lambda_grid([0.2, 0.2, 1.8], start=-2.0), 0.82 / math.sqrt(1.0 - math.exp(-0.4))
+    row = rows_of(times, None, 1.0, correction=False, gaussian_std=0.0)[2]
+    slope = float(sde.alpha(times[3])) * (1.8 - (1.0 - math.exp(-3.6)) / 2.0) / (1.8 / reach)
+    assert 1.1 < reach < 1.75 and row.history == (pytest.approx(-slope, rel=1e-6),)
 
 
 # ---------------------------------------------------------------------- execution

@@ -67,8 +67,20 @@ class Predictor:
     deterministic: bool = False
 
 
-# Of ``default_stochasticity``; measured, see docs/results.md.
+# Constants of ``default_stochasticity``; measured, see docs/results.md.
 RENEWED, LARGEST = 0.6, 2.0
+
+# Constants of the orders that ``exponential`` chooses (``solver_order`` None); measured by benchmarks/swapped.py and, on
+# the project's own grids, by benchmarks/quality.py.
+#
+# Order 3 is taken where the interval and the two before it span at most this length in lambda: over longer ones a
+# parabola fits the estimates worse than a line.
+THIRD_ORDER_SPAN = 2.0
+# An estimate that lies k intervals back is taken to lie at least k h / reach away, where h is the interval to integrate.
+# The reach is REACH_OF_NOISE / sqrt(nu), where nu is the share of the sample's variance that the interval before has
+# renewed, within these limits. Above 1, so that grids whose neighbouring intervals tend to the same length keep their
+# order of convergence.
+SHORTEST_REACH, LONGEST_REACH, REACH_OF_NOISE = 1.1, 1.75, 0.82
 
 START = -5.0  # lambda to which E[x_0 | x_t] is as good as constant, sigma/alpha = 150; the paper's VP SDE starts there
 SOLVER_TYPES = ("heun", "midpoint")
@@ -79,7 +91,7 @@ class PredictorOptions:
     """Options that some predictors read.
 
     Attributes:
-        solver_order: 1, 2 or 3, for ``exponential``.
+        solver_order: 1, 2 or 3, for ``exponential``; None chooses by the lengths of the intervals, see there.
         large_variance: Noise of the ``ancestral`` predictor from beta instead of the posterior variance.
         solver_type: ``heun`` or ``midpoint``, DPM-Solver++'s names: the slope of order 2 with its exact weight, or
             with the weight of a point in the middle.
@@ -87,15 +99,15 @@ class PredictorOptions:
         gaussian_std: Standard deviation of the Gaussian part of the data that ``exponential`` integrates exactly.
     """
 
-    solver_order: int = 1
+    solver_order: int | None = 1
     large_variance: bool = False
     solver_type: str = "heun"
     solver_correction: bool = False
     gaussian_std: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.solver_order not in (1, 2, 3):
-            raise ValueError(f"solver_order must be 1, 2 or 3, got {self.solver_order!r}.")
+        if self.solver_order not in (1, 2, 3, None):
+            raise ValueError(f"solver_order must be 1, 2, 3 or None, got {self.solver_order!r}.")
         if self.solver_type not in SOLVER_TYPES:
             raise ValueError(f"solver_type must be one of {', '.join(SOLVER_TYPES)}, got {self.solver_type!r}.")
         if not 0.0 <= self.gaussian_std < math.inf:
@@ -103,15 +115,18 @@ class PredictorOptions:
 
 
 def default_stochasticity(sde: SDE, times: Tensor) -> Tensor:
-    """Stochasticity of each interval that the length of the interval allows, shape (n,).
+    """Stochasticity of each interval that its length and that of the next one allow, shape (n,).
 
-    eta^2 = min(0.6/h, 2) for an interval of length h in lambda = log(alpha/sigma). The noise of an interval corrects
-    what the network got wrong before it, and the larger eta is, the harder is the interval to integrate: the polynomial
-    of ``exponential`` is extrapolated against exp((1 + eta^2) l). So a long interval is nearly one of the probability
-    flow, and short ones have more noise than Anderson's reverse SDE.
+    eta^2 = min(0.6/h, 2), where h is the length in lambda = log(alpha/sigma) of the interval or of the one after it,
+    whichever is longer. The noise of an interval corrects what the network got wrong before it. But the larger eta is,
+    the harder is the interval to integrate: the polynomial of ``exponential`` is extrapolated against
+    exp((1 + eta^2) l). The noise is also still in the estimates from which the next interval is extrapolated, and the
+    longer that one is, the more it is magnified. Long intervals therefore get little noise (close to the probability
+    flow), short ones more than Anderson's reverse SDE.
     """
     lam = 0.5 * sde.log_snr(times)
-    return (RENEWED / (lam[1:] - lam[:-1])).clamp(max=LARGEST).sqrt()
+    h = lam[1:] - lam[:-1]
+    return (RENEWED / torch.maximum(h, torch.cat([h[1:], h[-1:]]))).clamp(max=LARGEST).sqrt()
 
 
 def _with_score(sde: SDE, t: Tensor, x: Tensor, score: Tensor, noise: Tensor) -> Stage:
@@ -171,6 +186,12 @@ def exponential(sde: SDE, times: Tensor, stochasticity: Tensor | float, options:
     sampling for eta = 1, order 2 DPM-Solver++(2M) and its SDE form. The integral needs no special case at
     lambda = -infinity, where alpha(t) = 0.
 
+    ``solver_order`` None chooses for every interval, from its own length and those before it, so that any grid is safe.
+    Order 3 where the three intervals are short together, order 2 otherwise. And no estimate is extrapolated further
+    than it carries: where the interval is longer than those before it, the estimates are taken to lie further back than
+    they do, which bounds what their differences contribute (``_reach``). On grids whose neighbouring intervals are
+    about alike this is the classical rule, to the last digit.
+
     ``solver_correction``: once the estimate at the end of a step is known, the step's integral is redone with the
     polynomial that includes it, before the next step starts. It costs no model call (the estimate is not evaluated
     again), changes nothing but coefficients, and for eta = 0 raises the order by one (Zhao et al. 2023,
@@ -198,18 +219,24 @@ def exponential(sde: SDE, times: Tensor, stochasticity: Tensor | float, options:
 
     # An infinite interval has no slope. The estimate at its start, the mean of the data, holds down to START anyway.
     whole, h = h, torch.where(torch.isfinite(h), h, (lam[1:] - START).clamp(min=1.0))
-    order = options.solver_order
-    exact = _adams_weights(h, q, order)
+    order = options.solver_order or 3
+    back = _distances(h, order)
+    orders = torch.full(h.shape, order)
+    if options.solver_order is None:
+        # Infinite where there are too few estimates for order 3, which then makes no difference.
+        orders = torch.where(h + back[2] <= THIRD_ORDER_SPAN, 3, 2)
+        back = _within_reach(back, h, _reach(h, decay))
+    exact = _adams_weights(h, q, orders, back)
     exact[0] = exact[0] + (_moment(whole, q, 0) - _moment(h, q, 0))
     used = exact
-    if order == 2 and options.solver_type == "midpoint":
-        slope = 0.5 * h * _moment(h, q, 0) / _back(h, 1)
+    if options.solver_order == 2 and options.solver_type == "midpoint":
+        slope = 0.5 * h * _moment(h, q, 0) / back[1]
         slope = torch.where(torch.isfinite(h), slope, torch.zeros_like(h))
         used = [_moment(whole, q, 0) + slope, -slope]
     late = []
     if options.solver_correction:
         # What the step before would have been, with the estimate at its end, minus what it was.
-        late = _moulton_update(h, q, order)
+        late = _moulton_update(h, q, orders, back)
         for k in range(order):
             late[k + 1] = late[k + 1] + (exact[k] - used[k])
         late = [torch.cat([torch.zeros_like(h[:1]), (alpha[1:] * update)[:-1]]) for update in late]
@@ -221,13 +248,38 @@ def exponential(sde: SDE, times: Tensor, stochasticity: Tensor | float, options:
     return [Stage(x, alpha[1:] * used[0], noise, history, remember=order + len(late) > 1, memo=memo, late=tuple(late))]
 
 
-def _back(h: Tensor, steps: int) -> Tensor:
-    """Distance from the start of each interval back to the estimate ``steps`` before; infinite where there is none."""
-    distance = torch.zeros_like(h)
-    for k in range(1, steps + 1):
-        shifted = torch.cat([torch.full_like(h[:k], math.inf), h[:-k]])[: len(h)]
-        distance = distance + shifted
-    return distance
+def _distances(h: Tensor, order: int) -> list[Tensor]:
+    """Distances from the start of each interval back to the estimates 0, 1, ..., ``order`` calls before.
+
+    They are infinite where there is no such estimate.
+    """
+    distances = [torch.zeros_like(h)]
+    for k in range(1, order + 1):
+        before = torch.cat([torch.full_like(h[:k], math.inf), h[:-k]])[: len(h)]
+        distances.append(distances[-1] + before)
+    return distances
+
+
+def _reach(h: Tensor, decay: Tensor) -> Tensor:
+    """How many times further than the last interval was long its slope may be extrapolated, for each interval.
+
+    The estimate at the start of an interval and the one before it differ by the slope of E[x_0 | x_t] along the path
+    and by the noise that was drawn between them, which renewed the share nu = 1 - exp(-2 eta^2 h) of the variance.
+    Extrapolated over an interval r times as long, that noise is magnified r times: r sqrt(nu) is what is bounded.
+
+    Args:
+        h: Lengths of the intervals.
+        decay: eta^2 h of each.
+    """
+    renewed = -torch.expm1(-2.0 * torch.cat([torch.zeros_like(h[:1]), decay[:-1]]))
+    renewed = torch.where(torch.isfinite(renewed), renewed, torch.zeros_like(renewed))
+    return (REACH_OF_NOISE / renewed.sqrt()).clamp(SHORTEST_REACH, LONGEST_REACH)
+
+
+def _within_reach(back: list[Tensor], h: Tensor, reach: Tensor) -> list[Tensor]:
+    """Distances such that no interval is longer than ``reach`` times the mean distance between the estimates used."""
+    finite = torch.where(torch.isfinite(h), h, torch.zeros_like(h))
+    return [torch.maximum(distance, k * finite / reach) for k, distance in enumerate(back)]
 
 
 def _divided_difference(nodes: list[Tensor]) -> list[Tensor]:
@@ -246,48 +298,49 @@ def _divided_difference(nodes: list[Tensor]) -> list[Tensor]:
     return coefficients
 
 
-def _newton_moments(h: Tensor, q: Tensor, order: int) -> list[Tensor]:
-    """Integrals q int_0^h exp(q (w - h)) N(w) dw of N = 1, w, w (w + h1), w (w + h1) (w + h2), ...
+def _newton_moments(h: Tensor, q: Tensor, back: list[Tensor], degrees: int) -> list[Tensor]:
+    """Integrals q int_0^h exp(q (w - h)) N(w) dw of N = 1, w, w (w + b_1), w (w + b_1) (w + b_2), ...
 
-    h1, h2 are the distances back to the estimates before. Entries that do not exist are meaningless.
+    b_k is the distance back to the k-th estimate before, ``back[k]``. Entries that do not exist are meaningless.
     """
-    moments = [_moment(h, q, j) for j in range(order)]
+    moments = [_moment(h, q, j) for j in range(degrees)]
     polynomial, result = [torch.ones_like(h)], [moments[0]]  # of w, lowest power first
-    for j in range(1, order):
-        back = _back(h, j - 1)
+    for j in range(1, degrees):
         shifted = [torch.zeros_like(h), *polynomial]
-        polynomial = [a + back * b for a, b in zip(shifted, [*polynomial, torch.zeros_like(h)], strict=True)]
+        polynomial = [a + back[j - 1] * b for a, b in zip(shifted, [*polynomial, torch.zeros_like(h)], strict=True)]
         result.append(sum((c * m for c, m in zip(polynomial, moments, strict=False)), torch.zeros_like(h)))
     return result
 
 
-def _adams_weights(h: Tensor, q: Tensor, order: int) -> list[Tensor]:
-    """Weights of the last ``order`` estimates in q int_0^h exp(q (w - h)) x0_hat(lambda_t + w) dw (Adams-Bashforth).
+def _adams_weights(h: Tensor, q: Tensor, orders: Tensor, back: list[Tensor]) -> list[Tensor]:
+    """Weights of the last estimates in q int_0^h exp(q (w - h)) x0_hat(lambda_t + w) dw (Adams-Bashforth).
 
-    The Newton form of the interpolation polynomial through lambda_t, the time before, ...
+    The Newton form of the interpolation polynomial through lambda_t, the time before, ...: as many estimates as
+    ``orders`` says of each interval, fewer where there are not so many.
     """
-    weights = [torch.zeros_like(h) for _ in range(order)]
-    for j, moment in enumerate(_newton_moments(h, q, order)):
-        for k, c in enumerate(_divided_difference([-_back(h, i) for i in range(j + 1)])):
-            weights[k] = weights[k] + torch.where(c == 0, c, c * moment)
+    degrees = len(back) - 1
+    weights = [torch.zeros_like(h) for _ in range(degrees)]
+    for j, moment in enumerate(_newton_moments(h, q, back, degrees)):
+        for k, c in enumerate(_divided_difference([-distance for distance in back[: j + 1]])):
+            weights[k] = weights[k] + torch.where((c == 0) | (orders <= j), torch.zeros_like(c), c * moment)
     return weights
 
 
-def _moulton_update(h: Tensor, q: Tensor, order: int) -> list[Tensor]:
+def _moulton_update(h: Tensor, q: Tensor, orders: Tensor, back: list[Tensor]) -> list[Tensor]:
     """What the estimate at the end of each interval adds to the integral of ``_adams_weights`` (Adams-Moulton).
 
-    Coefficients of that estimate and of the ``order`` before it: the Newton term of the polynomial that goes through
-    all of them, in place of the one through as many as there are.
+    Coefficients of that estimate and of those before it: the Newton term of the polynomial that goes through all of
+    them, in place of the one through those that ``_adams_weights`` used.
     """
-    update = [torch.zeros_like(h) for _ in range(order + 1)]
-    moments = _newton_moments(h, q, order + 1)
-    for p in range(1, order + 1):
-        # Exactly p estimates before the end exist (order, or fewer at the start).
-        deepest = torch.isfinite(_back(h, p - 1)) & torch.isfinite(h)
-        if p < order:
-            deepest = deepest & ~torch.isfinite(_back(h, p))
-        for k, c in enumerate(_divided_difference([h, *(-_back(h, i) for i in range(p))])):
-            update[k] = torch.where(deepest, c * moments[p], update[k])
+    degrees = len(back) - 1
+    update = [torch.zeros_like(h) for _ in range(degrees + 1)]
+    moments = _newton_moments(h, q, back, degrees + 1)
+    for p in range(1, degrees + 1):
+        # Exactly p estimates before the end are used: as many as the order says, or as many as there are.
+        uses = torch.isfinite(back[p - 1]) & torch.isfinite(h) & (orders >= p)
+        uses &= (orders == p) | ~torch.isfinite(back[p])
+        for k, c in enumerate(_divided_difference([h, *(-distance for distance in back[:p])])):
+            update[k] = torch.where(uses, c * moments[p], update[k])
     return update
 
 

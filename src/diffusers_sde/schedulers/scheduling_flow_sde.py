@@ -56,7 +56,7 @@ class FlowSDEScheduler(SDEScheduler):
         corrector: str | None = None,
         probability_flow: bool = False,
         stochasticity: float | None = None,
-        solver_order: int = 3,
+        solver_order: int | None = None,
         solver_type: str = "heun",
         solver_correction: bool = True,
         gaussian_std: float = 0.05,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,6 @@ LANGEVIN_NORMS = ("sample", "batch")
 # What UniPC's and DEIS's configs hold under the same key. They name exact weights too, and stay in the config as they
 # are, so that swapping back loses nothing.
 STOCK_SOLVER_TYPES = ("bh1", "bh2", "logrho")
-FEW_LEVELS = 12  # up to which order 2 is better than order 3, for the ODE and the SDE (benchmarks/quality.py)
 VARIANCE_TYPES = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 COMMON_ARGUMENTS = """
@@ -37,10 +36,12 @@ COMMON_ARGUMENTS = """
         corrector: None, ``langevin``, ``annealed_langevin`` or ``ornstein_uhlenbeck``: MCMC at a fixed time.
         probability_flow: Integrate the probability-flow ODE instead of the reverse SDE.
         stochasticity: eta of the reverse SDE, dx = [f x - (1 + eta^2)/2 g^2 score] dt + eta g dw; 1 is Anderson's.
-            None is 1 too, and for ``exponential`` as much as each step allows: eta^2 = min(0.6/h, 2) for a step of
-            length h in log(alpha/sigma), more noise the more steps there are.
-        solver_order: 1, 2 or 3, of the ``exponential`` predictor; 3 is 2 where there are at most 12 levels, whose long
-            steps the third order makes worse.
+            None is 1 too, and for ``exponential`` as much as each step allows: eta^2 = min(0.6/h, 2), where h is the
+            length in log(alpha/sigma) of the step or of the next one, whichever is longer: more noise the more steps
+            there are.
+        solver_order: Order of the ``exponential`` predictor. None chooses 3 or 2 for each step from its length and
+            extrapolates no estimate further than it carries, which is safe on any grid. 1, 2 or 3 is the classical
+            multistep rule of that order on every step, also where a step is much longer than those before it.
         solver_type: ``heun`` or ``midpoint``, DPM-Solver++'s names for the weight of the slope in order 2; ``heun``
             is exact. ``bh1``, ``bh2`` and ``logrho`` of diffusers' other solvers are read as ``heun``.
         solver_correction: Redo each step of ``exponential`` with the estimate at its end once that is known, as UniPC
@@ -224,8 +225,6 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             config.solver_correction,
             config.gaussian_std,
         )
-        if len(times) <= FEW_LEVELS:
-            options = replace(options, solver_order=min(options.solver_order, 2))
         plan = make_plan(
             self.sde,
             times,
