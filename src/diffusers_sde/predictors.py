@@ -70,17 +70,17 @@ class Predictor:
 # Constants of ``default_stochasticity``; measured, see docs/results.md.
 RENEWED, LARGEST = 0.6, 2.0
 
-# Constants of the orders that ``exponential`` chooses (``solver_order`` None); measured by benchmarks/swapped.py and, on
-# the project's own grids, by benchmarks/quality.py.
+# Constants of ``exponential`` with ``solver_order`` None; measured by benchmarks/swapped.py, and on the project's own
+# grids by benchmarks/quality.py.
 #
-# Order 3 is taken where the interval and the two before it span at most this length in lambda: over longer ones a
-# parabola fits the estimates worse than a line.
-THIRD_ORDER_SPAN = 2.0
-# An estimate that lies k intervals back is taken to lie at least k h / reach away, where h is the interval to integrate.
-# The reach is REACH_OF_NOISE / sqrt(nu), where nu is the share of the sample's variance that the interval before has
-# renewed, within these limits. Above 1, so that grids whose neighbouring intervals tend to the same length keep their
-# order of convergence.
-SHORTEST_REACH, LONGEST_REACH, REACH_OF_NOISE = 1.1, 1.75, 0.82
+# Order 3 is taken on grids whose median interval is at most this long in lambda: over longer ones a parabola fits the
+# estimates worse than a line. Switching from interval to interval instead is worse than either order.
+THIRD_ORDER_INTERVAL = 0.6
+# An estimate k intervals back is taken to lie at least k h / reach away, where h is the length of the interval to
+# integrate. The reach is REACH_OF_NOISE / sqrt(nu) within these limits, where nu is the share of the sample's variance
+# that an interval between the estimates has renewed. It is above 1, so that grids whose neighbouring intervals tend to
+# the same length keep their order of convergence.
+SHORTEST_REACH, LONGEST_REACH, REACH_OF_NOISE = 1.1, 1.75, 0.85
 
 START = -5.0  # lambda to which E[x_0 | x_t] is as good as constant, sigma/alpha = 150; the paper's VP SDE starts there
 SOLVER_TYPES = ("heun", "midpoint")
@@ -186,11 +186,10 @@ def exponential(sde: SDE, times: Tensor, stochasticity: Tensor | float, options:
     sampling for eta = 1, order 2 DPM-Solver++(2M) and its SDE form. The integral needs no special case at
     lambda = -infinity, where alpha(t) = 0.
 
-    ``solver_order`` None chooses for every interval, from its own length and those before it, so that any grid is safe.
-    Order 3 where the three intervals are short together, order 2 otherwise. And no estimate is extrapolated further
-    than it carries: where the interval is longer than those before it, the estimates are taken to lie further back than
-    they do, which bounds what their differences contribute (``_reach``). On grids whose neighbouring intervals are
-    about alike this is the classical rule, to the last digit.
+    ``solver_order`` None is safe on any grid. It takes order 3 where the intervals of the grid are short and order 2
+    where they are long, and extrapolates no estimate further than it carries: where an interval is longer than those
+    before it, the earlier estimates are taken to lie further back than they do, which bounds what their differences
+    contribute (``_reach``). Where neighbouring intervals are about alike this is the classical rule, to the last digit.
 
     ``solver_correction``: once the estimate at the end of a step is known, the step's integral is redone with the
     polynomial that includes it, before the next step starts. It costs no model call (the estimate is not evaluated
@@ -219,14 +218,11 @@ def exponential(sde: SDE, times: Tensor, stochasticity: Tensor | float, options:
 
     # An infinite interval has no slope. The estimate at its start, the mean of the data, holds down to START anyway.
     whole, h = h, torch.where(torch.isfinite(h), h, (lam[1:] - START).clamp(min=1.0))
-    order = options.solver_order or 3
+    order = options.solver_order or _order_for(whole)
     back = _distances(h, order)
-    orders = torch.full(h.shape, order)
     if options.solver_order is None:
-        # Infinite where there are too few estimates for order 3, which then makes no difference.
-        orders = torch.where(h + back[2] <= THIRD_ORDER_SPAN, 3, 2)
-        back = _within_reach(back, h, _reach(h, decay))
-    exact = _adams_weights(h, q, orders, back)
+        back = _within_reach(back, h, _reach(decay, order))
+    exact = _adams_weights(h, q, back)
     exact[0] = exact[0] + (_moment(whole, q, 0) - _moment(h, q, 0))
     used = exact
     if options.solver_order == 2 and options.solver_type == "midpoint":
@@ -236,7 +232,7 @@ def exponential(sde: SDE, times: Tensor, stochasticity: Tensor | float, options:
     late = []
     if options.solver_correction:
         # What the step before would have been, with the estimate at its end, minus what it was.
-        late = _moulton_update(h, q, orders, back)
+        late = _moulton_update(h, q, back)
         for k in range(order):
             late[k + 1] = late[k + 1] + (exact[k] - used[k])
         late = [torch.cat([torch.zeros_like(h[:1]), (alpha[1:] * update)[:-1]]) for update in late]
@@ -260,19 +256,27 @@ def _distances(h: Tensor, order: int) -> list[Tensor]:
     return distances
 
 
-def _reach(h: Tensor, decay: Tensor) -> Tensor:
+def _order_for(h: Tensor) -> int:
+    """The order for a grid: 3 where its intervals are short, 2 otherwise."""
+    finite = h[torch.isfinite(h)]
+    return 3 if len(finite) and float(finite.median()) <= THIRD_ORDER_INTERVAL else 2
+
+
+def _reach(decay: Tensor, order: int) -> Tensor:
     """How many times further than the last interval was long its slope may be extrapolated, for each interval.
 
     The estimate at the start of an interval and the one before it differ by the slope of E[x_0 | x_t] along the path
     and by the noise that was drawn between them, which renewed the share nu = 1 - exp(-2 eta^2 h) of the variance.
-    Extrapolated over an interval r times as long, that noise is magnified r times: r sqrt(nu) is what is bounded.
+    Extrapolated over an interval r times as long, that noise is magnified r times: r sqrt(nu) is what is bounded, with
+    the largest nu of the intervals between the estimates used.
 
     Args:
-        h: Lengths of the intervals.
-        decay: eta^2 h of each.
+        decay: eta^2 h of each interval.
+        order: How many estimates are used.
     """
-    renewed = -torch.expm1(-2.0 * torch.cat([torch.zeros_like(h[:1]), decay[:-1]]))
-    renewed = torch.where(torch.isfinite(renewed), renewed, torch.zeros_like(renewed))
+    decay = torch.where(torch.isfinite(decay), decay, torch.zeros_like(decay))
+    before = [torch.cat([torch.zeros_like(decay[:k]), decay[:-k]])[: len(decay)] for k in range(1, order)]
+    renewed = -torch.expm1(-2.0 * torch.stack([torch.zeros_like(decay), *before]).amax(0))
     return (REACH_OF_NOISE / renewed.sqrt()).clamp(SHORTEST_REACH, LONGEST_REACH)
 
 
@@ -312,35 +316,36 @@ def _newton_moments(h: Tensor, q: Tensor, back: list[Tensor], degrees: int) -> l
     return result
 
 
-def _adams_weights(h: Tensor, q: Tensor, orders: Tensor, back: list[Tensor]) -> list[Tensor]:
+def _adams_weights(h: Tensor, q: Tensor, back: list[Tensor]) -> list[Tensor]:
     """Weights of the last estimates in q int_0^h exp(q (w - h)) x0_hat(lambda_t + w) dw (Adams-Bashforth).
 
-    The Newton form of the interpolation polynomial through lambda_t, the time before, ...: as many estimates as
-    ``orders`` says of each interval, fewer where there are not so many.
+    The Newton form of the interpolation polynomial through lambda_t, the time before, ...; its order is one less than
+    the number of distances.
     """
-    degrees = len(back) - 1
-    weights = [torch.zeros_like(h) for _ in range(degrees)]
-    for j, moment in enumerate(_newton_moments(h, q, back, degrees)):
+    order = len(back) - 1
+    weights = [torch.zeros_like(h) for _ in range(order)]
+    for j, moment in enumerate(_newton_moments(h, q, back, order)):
         for k, c in enumerate(_divided_difference([-distance for distance in back[: j + 1]])):
-            weights[k] = weights[k] + torch.where((c == 0) | (orders <= j), torch.zeros_like(c), c * moment)
+            weights[k] = weights[k] + torch.where(c == 0, c, c * moment)
     return weights
 
 
-def _moulton_update(h: Tensor, q: Tensor, orders: Tensor, back: list[Tensor]) -> list[Tensor]:
+def _moulton_update(h: Tensor, q: Tensor, back: list[Tensor]) -> list[Tensor]:
     """What the estimate at the end of each interval adds to the integral of ``_adams_weights`` (Adams-Moulton).
 
-    Coefficients of that estimate and of those before it: the Newton term of the polynomial that goes through all of
-    them, in place of the one through those that ``_adams_weights`` used.
+    Coefficients of that estimate and of the ``order`` before it: the Newton term of the polynomial that goes through
+    all of them, in place of the one through as many as there are.
     """
-    degrees = len(back) - 1
-    update = [torch.zeros_like(h) for _ in range(degrees + 1)]
-    moments = _newton_moments(h, q, back, degrees + 1)
-    for p in range(1, degrees + 1):
-        # Exactly p estimates before the end are used: as many as the order says, or as many as there are.
-        uses = torch.isfinite(back[p - 1]) & torch.isfinite(h) & (orders >= p)
-        uses &= (orders == p) | ~torch.isfinite(back[p])
+    order = len(back) - 1
+    update = [torch.zeros_like(h) for _ in range(order + 1)]
+    moments = _newton_moments(h, q, back, order + 1)
+    for p in range(1, order + 1):
+        # Exactly p estimates before the end exist (order, or fewer at the start).
+        deepest = torch.isfinite(back[p - 1]) & torch.isfinite(h)
+        if p < order:
+            deepest = deepest & ~torch.isfinite(back[p])
         for k, c in enumerate(_divided_difference([h, *(-distance for distance in back[:p])])):
-            update[k] = torch.where(uses, c * moments[p], update[k])
+            update[k] = torch.where(deepest, c * moments[p], update[k])
     return update
 
 

@@ -39,9 +39,9 @@ COMMON_ARGUMENTS = """
             None is 1 too, and for ``exponential`` as much as each step allows: eta^2 = min(0.6/h, 2), where h is the
             length in log(alpha/sigma) of the step or of the next one, whichever is longer: more noise the more steps
             there are.
-        solver_order: Order of the ``exponential`` predictor. None chooses 3 or 2 for each step from its length and
-            extrapolates no estimate further than it carries, which is safe on any grid. 1, 2 or 3 is the classical
-            multistep rule of that order on every step, also where a step is much longer than those before it.
+        solver_order: Order of the ``exponential`` predictor. None takes 3 where the steps are short and 2 where they
+            are long, and extrapolates no estimate further than it carries, which is safe on any grid. 1, 2 or 3 is the
+            classical multistep rule of that order, also where a step is much longer than those before it.
         solver_type: ``heun`` or ``midpoint``, DPM-Solver++'s names for the weight of the slope in order 2; ``heun``
             is exact. ``bh1``, ``bh2`` and ``logrho`` of diffusers' other solvers are read as ``heun``.
         solver_correction: Redo each step of ``exponential`` with the estimate at its end once that is known, as UniPC
