@@ -38,6 +38,7 @@ class FlowSDEScheduler(SDEScheduler):
     """
 
     _families = ("flow",)
+    _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
 
     @register_to_config
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -23,12 +24,19 @@ from ..plans import Plan, Row, advance, make_plan, memorise, squared_norm_ratio
 from ..predictors import PredictorOptions, get_predictor
 from ..sdes import SDE, expand_like
 from ..time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid
-from .conversion import stock_keys, translate_config, with_stock_defaults
+from .conversion import (
+    KEPT_KEY,
+    LEFT_OUT_KEY,
+    ORIGIN_KEY,
+    SAMPLER_KEYS,
+    exchanged,
+    is_stock_config,
+    stock_keys,
+    translate_config,
+    with_stock_defaults,
+)
 
 LANGEVIN_NORMS = ("sample", "batch")
-# What UniPC's and DEIS's configs hold under the same key. They name exact weights too, and stay in the config as they
-# are, so that swapping back loses nothing.
-STOCK_SOLVER_TYPES = ("bh1", "bh2", "logrho")
 FEW_LEVELS = 12  # up to which order 2 is better than order 3, for the ODE and the SDE (benchmarks/quality.py)
 VARIANCE_TYPES = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
@@ -42,7 +50,7 @@ COMMON_ARGUMENTS = """
         solver_order: 1, 2 or 3, of the ``exponential`` predictor; 3 is 2 where there are at most 12 levels, whose long
             steps the third order makes worse.
         solver_type: ``heun`` or ``midpoint``, DPM-Solver++'s names for the weight of the slope in order 2; ``heun``
-            is exact. ``bh1``, ``bh2`` and ``logrho`` of diffusers' other solvers are read as ``heun``.
+            is exact.
         solver_correction: Redo each step of ``exponential`` with the estimate at its end once that is known, as UniPC
             does; no model call, no noise, and no MCMC ``corrector``. Off behind ``langevin``, whose step varies.
         gaussian_std: Standard deviation, in units of the data, of the Gaussian part of the data that ``exponential``
@@ -124,7 +132,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     calls is ``len(scheduler.timesteps)``.
     """
 
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    _compatibles: list[str] = []  # stock classes that, made from this one's config, fit the same networks
     _families: tuple[str, ...] = ()
     _source_entries = ("schedulers",)
     order = 1
@@ -144,7 +152,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             self.register_to_config(time_grid=None)
         # Every value counts as given: diffusers would otherwise replace ours by the defaults of the class that is
         # swapped in, and would not know whose config it is.
-        self.register_to_config(_use_default_values=[], _class_name=type(self).__name__)
+        name = type(self).__name__
+        self.register_to_config(_use_default_values=[], _class_name=name, **{ORIGIN_KEY: name})
         config = self.config
         self.sde = sde
         self._final_time = final_time
@@ -199,16 +208,33 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             raise ValueError(f"{cls.__name__} has no argument {hints}. It takes {', '.join(sorted(known))}.")
         refuse_newer(config, lambda: known | stock_keys(), cls.__name__)
         config = with_stock_defaults(config)
+        lineage = [base.__name__ for base in cls.__mro__]
+        implied = translate_config(config, cls.__name__, lineage, cls._families, known)
+        if is_stock_config(config, cls.__name__):
+            config = exchanged(config)
+        kept_keys = (KEPT_KEY, LEFT_OUT_KEY)
         given = {k: v for k, v in config.items() if k in known}
-        implied = translate_config(config, cls.__name__, cls._families, known)
+        hidden = {k: v for k, v in config.items() if k not in known and (not k.startswith("_") or k in kept_keys)}
         if "predictor" not in config:
             # Straight from diffusers; a config that has been ours before already says what these keys would.
-            given = {**given, **implied}
+            given |= {k: v for k, v in implied.items() if k in known}
+            hidden |= {k: v for k, v in implied.items() if k not in known}
+        if kwargs.get("time_grid") not in (None, given.get("time_grid")) or "timestep_spacing" in kwargs:
+            hidden.pop(LEFT_OUT_KEY, None)  # it belongs to the grid of the config
         scheduler = cls(**{**given, **kwargs})
         # Keys of the scheduler that was swapped out, kept so that swapping back loses nothing.
-        hidden = {k: v for k, v in config.items() if k not in known and not k.startswith("_")}
         scheduler.register_to_config(**hidden)
+        if "_diffusers_version" in config:  # read from a file, which holds no such list
+            scheduler._internal_dict = FrozenDict(
+                {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+            )
+        hidden = {k: v for k, v in hidden.items() if not k.startswith("_")}
         return (scheduler, {**unknown, **hidden}) if return_unused_kwargs else scheduler
+
+    def to_json_string(self) -> str:
+        """The config as it is written; a stock class that reads it without this package takes no sampler setting."""
+        config = {**json.loads(super().to_json_string()), "_use_default_values": list(SAMPLER_KEYS)}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @property
     def stochasticity(self) -> float | None:
@@ -220,7 +246,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         options = PredictorOptions(
             config.solver_order,
             config.variance_type in ("fixed_large", "fixed_large_log"),
-            "heun" if config.solver_type in STOCK_SOLVER_TYPES else config.solver_type,
+            config.solver_type,
             config.solver_correction,
             config.gaussian_std,
         )
@@ -247,9 +273,10 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         """The SDE times of ``num_inference_steps`` noise levels on the configured grid, decreasing, float64."""
         config, sde = self.config, self.sde
         points = num_inference_steps + (0 if config.denoise_final else 1)
+        left_out = config.get(LEFT_OUT_KEY)  # of a swapped config
         if config.time_grid is None:
             timesteps = discrete_timesteps(
-                config.timestep_spacing, points, config.num_train_timesteps, config.steps_offset
+                config.timestep_spacing, points, config.num_train_timesteps, config.steps_offset, left_out is not None
             )
             return TimeConditioning("discrete", config.num_train_timesteps).time(
                 sde, torch.from_numpy(timesteps.astype(np.float64))
@@ -257,6 +284,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         start = sde.t_max
         if not get_predictor(config.predictor).finite_at_zero_snr and math.isinf(float(sde.log_snr(start))):
             start = float(sde.time_of(MIN_LOG_SNR))
+        if left_out is not None and config.time_grid == "uniform":
+            return get_time_grid("uniform", sde, points + 1, start, left_out)[:-1]
         return get_time_grid(config.time_grid, sde, points, start, self.last_time(), config.rho)
 
     def last_time(self) -> float:
