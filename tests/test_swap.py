@@ -892,6 +892,16 @@ def test_a_stock_solver_made_from_ours_has_its_own_defaults(name, tmp_path):
                 assert theirs.config[key] == cls().config[key]
 
 
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"])
+def test_a_file_of_ours_is_read_by_stock_solvers_without_this_package(name, tmp_path, monkeypatch):
+    monkeypatch.delattr(diffusers.SchedulerMixin, "extract_init_dict")  # what importing the package has added
+    cls = getattr(diffusers, name)
+    for ours in (VPSDEScheduler(solver_order=1), VPSDEScheduler.from_config(cls(solver_order=3).config)):
+        ours.save_pretrained(tmp_path)
+        theirs = cls.from_pretrained(tmp_path)
+        assert {key: theirs.config[key] for key in SAMPLER_KEYS} == {key: cls().config[key] for key in SAMPLER_KEYS}
+
+
 def test_an_explicit_argument_wins_on_both_sides():
     ours = VPSDEScheduler.from_config(diffusers.UniPCMultistepScheduler().config, solver_order=2)
     assert ours.config.solver_order == 2

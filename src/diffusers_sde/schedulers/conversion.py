@@ -415,3 +415,54 @@ def _from_flow(config: dict[str, Any]) -> dict[str, Any]:
     # UniPC's grid ends at 1/N before the shift, that of the others at 0.
     end = ours["sampling_eps"] if stock_class(config) == "UniPCMultistepScheduler" else 0.0
     return {**ours, **_left_out(config, end)}
+
+
+# ---------------------------------------------------------------------- arguments of other schedulers' methods
+
+_CHURN = "is the noise of EDM's sampler: set stochasticity, or a corrector, in the scheduler's config instead"
+_LCM = "belongs to distilled models (LCM, TCD), whose networks are no scores"
+_FLOW_MAP = "belongs to flow maps, whose networks take two times"
+_OWN_PIPELINE = "belongs to a sampler of its own kind, which no scheduler here is"
+# Method and argument to the values that ask for nothing, and why no other is taken.
+_FOREIGN_ARGUMENTS: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
+    "step": {
+        **dict.fromkeys(("s_churn", "s_tmin"), ((None, 0, 0.0), _CHURN)),
+        "s_tmax": ((None, math.inf), _CHURN),
+        "s_noise": ((None, 1, 1.0), _CHURN),
+        "per_token_timesteps": (
+            (None,),
+            "gives each token a time of its own (LTX conditioned on frames), and a plan has one time for all of them",
+        ),
+        "variance_noise": ((None,), "is noise drawn by the caller: pass a generator instead"),
+        "pred_original_sample": ((None,), "is x0_hat in place of the network's output, which is asked for here"),
+        "r_timestep": ((None,), _FLOW_MAP),
+        "order": ((None,), "is LMS's: set solver_order in the scheduler's config instead"),
+        **dict.fromkeys(("old_pred_original_sample", "timestep_back"), ((None,), "is CogVideoX's own sampler's")),
+        **dict.fromkeys(("original_image", "mask"), ((None,), "is RePaint's: use InpaintSDEPipeline")),
+    },
+    "set_timesteps": {
+        "mu": ((None,), "shifts the grid of a flow: use FlowSDEScheduler"),
+        **dict.fromkeys(("original_inference_steps", "strength"), ((None, 1.0), _LCM)),
+        **dict.fromkeys(("jump_length", "jump_n_sample"), ((None, 1), "is RePaint's: use InpaintSDEPipeline")),
+        "num_train_timesteps": ((None,), "is set in the scheduler's config"),
+        "sampling_eps": ((None,), "is set in the scheduler's config"),
+        **dict.fromkeys(("max_timesteps", "intermediate_timesteps"), ((None,), _LCM)),
+        **dict.fromkeys(("stage_index", "is_amplify_first_chunk"), ((None,), _OWN_PIPELINE)),
+        **dict.fromkeys(("start_time", "temperature", "block_length"), ((None,), _OWN_PIPELINE)),
+    },
+}
+
+
+def refuse_foreign(scheduler: str, method: str, arguments: dict[str, Any]) -> None:
+    """Refuse arguments of a method that other schedulers have, unless their value asks for nothing.
+
+    Raises:
+        ValueError: One that would change the result, with the reason.
+        TypeError: One that no scheduler has.
+    """
+    for name, value in arguments.items():
+        if name not in _FOREIGN_ARGUMENTS[method]:
+            raise TypeError(f"{scheduler}.{method}() got an unexpected keyword argument {name!r}")
+        neutral, reason = _FOREIGN_ARGUMENTS[method][name]
+        if not any(value is known or (isinstance(value, (int, float)) and value == known) for known in neutral):
+            raise ValueError(f"{scheduler}.{method} takes no {name}: it {reason}.")

@@ -31,6 +31,7 @@ from .conversion import (
     SAMPLER_KEYS,
     exchanged,
     is_stock_config,
+    refuse_foreign,
     stock_keys,
     translate_config,
     with_stock_defaults,
@@ -298,6 +299,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: Sequence[float] | Tensor | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
+        **foreign: Any,
     ) -> None:
         """Lay out the sampler; resets all state of an earlier run.
 
@@ -306,10 +308,14 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             device: Where ``timesteps`` live. All coefficients stay on the host.
             timesteps: Decreasing network timesteps to use instead of the configured grid, one per noise level.
             sigmas: Decreasing noise-to-signal ratios sigma/alpha instead; a final 0 is allowed and means the data.
+            **foreign: Arguments of other schedulers, refused with the reason unless they ask for nothing.
 
         Raises:
             ValueError: None or several of the three given, or values out of range.
+            TypeError: An argument that no scheduler has.
         """
+        if foreign:
+            refuse_foreign(type(self).__name__, "set_timesteps", foreign)
         if timesteps is not None and sigmas is not None:
             raise ValueError("Pass either timesteps or sigmas, not both.")
         if timesteps is not None:
@@ -489,6 +495,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
         eta: float | None = None,
         use_clipped_model_output: bool | None = None,
+        prev_timestep: int | Tensor | None = None,
+        **foreign: Any,
     ) -> SDESchedulerOutput | tuple[Tensor, Tensor]:
         """Execute the next row of the plan: one predictor or corrector update after one model call.
 
@@ -501,18 +509,26 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             eta: Pipelines written for DDIM always pass their own default, 0, which must not turn a reverse SDE into an
                 ODE. So 0 means nothing here: stochasticity is set in the config, and any other value is refused.
             use_clipped_model_output: Accepted for the same pipelines; only False or None.
+            prev_timestep: Accepted for UnCLIP's pipelines, which pass the entry of ``timesteps`` that follows; the plan
+                knows it.
+            **foreign: Arguments of other schedulers' steps, such as ``s_churn``: refused with what to set instead,
+                unless they ask for nothing.
 
         Returns:
             The new sample and x0_hat, in the dtype of ``sample``.
 
         Raises:
-            ValueError: ``set_timesteps`` was not called, the plan has come to its end, or ``eta`` asks for something.
+            ValueError: ``set_timesteps`` was not called, the plan has come to its end, or an argument of another
+                scheduler asks for something.
+            TypeError: An argument that no scheduler has.
         """
         if eta or use_clipped_model_output:
             raise ValueError(
                 f"eta={eta!r} and use_clipped_model_output={use_clipped_model_output!r} are DDIM's: set stochasticity "
                 "(or probability_flow) and clip_sample in the scheduler's config instead."
             )
+        if foreign:
+            refuse_foreign(type(self).__name__, "step", foreign)
         index = self._step_index
         if index is None:
             if self.num_inference_steps is None:
@@ -612,23 +628,57 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         """
         return self.conditioning.time(self.sde, timestep)
 
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: float | Sequence[float] | Tensor) -> Tensor:
         """Draw from the marginal: alpha(t) x_0 + sigma(t) noise.
 
         Args:
             original_samples: x_0, shape (B, ...).
             noise: Unit noise of the same shape.
             timesteps: Network timesteps, shape (B,) or ().
+
+        Raises:
+            ValueError: A timestep at which the path does not exist.
         """
-        t = self.sde_time(timesteps.to(original_samples.device))
-        alpha, sigma = (
-            expand_like(v, original_samples).to(original_samples) for v in (self.sde.alpha(t), self.sde.sigma(t))
-        )
+        alpha, sigma = self._marginal(timesteps, original_samples)
         return alpha * original_samples + sigma * noise
 
-    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+    def scale_noise(self, sample: Tensor, timestep: float | Sequence[float] | Tensor, noise: Tensor) -> Tensor:
         """``add_noise`` under the name and argument order that flow-matching pipelines use."""
         return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: float | Sequence[float] | Tensor) -> Tensor:
+        """The target of a network with ``v_prediction``: alpha(t) noise - sigma(t) x_0, on any path.
+
+        Args:
+            sample: x_0, shape (B, ...).
+            noise: Unit noise of the same shape.
+            timesteps: Network timesteps, shape (B,) or ().
+
+        Raises:
+            ValueError: A timestep at which the path does not exist.
+        """
+        alpha, sigma = self._marginal(timesteps, sample)
+        return alpha * noise - sigma * sample
+
+    def _marginal(self, timesteps: float | Sequence[float] | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Alpha and sigma at network timesteps, to be multiplied with ``like``."""
+        fed = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(timesteps, dtype=torch.float32)
+        # Entries of ``timesteps`` are right. Others are looked at, for which the host waits for the device.
+        trusted = torch.compiler.is_compiling() or (
+            fed.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
+        )
+        t = self.sde_time(fed.to(like.device))
+        if not trusted:
+            t_max = self.sde.t_max
+            # A pipeline may have cast them to half precision; index -1 of a table would be the data.
+            slack = 5e-3 if fed.dtype in (torch.float16, torch.bfloat16) else 1e-5
+            first = 1.0 / self.config.num_train_timesteps if self.conditioning.name == "discrete" else 0.0
+            if not bool(((t >= (first - slack) * t_max) & (t <= (1.0 + slack) * t_max)).all()):
+                low, high = (float(self.conditioning.timestep(self.sde, u * t_max)) for u in (first, 1.0))
+                raise ValueError(f"timesteps must lie between {low:g} and {high:g}, got {fed.tolist()}.")
+            t = t.clamp(first * t_max, t_max)
+        alpha, sigma = (expand_like(v, like).to(like) for v in (self.sde.alpha(t), self.sde.sigma(t)))
+        return alpha, sigma
 
     def denoiser(self, network: Callable[..., Any], **kwargs: Any) -> Callable[[Tensor, Tensor | float], Tensor]:
         """(x_t, SDE time) -> x0_hat for a network that this scheduler describes; see ``network_denoiser``."""
