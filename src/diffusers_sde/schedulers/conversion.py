@@ -189,6 +189,23 @@ def config_family(config: dict[str, Any]) -> str | None:
     return _family_of_keys({k: v for k, v in config.items() if k in own})
 
 
+def config_of(scheduler: Any) -> dict[str, Any]:
+    """The config of a scheduler with the name of its class, which one in memory may lack."""
+    return with_stock_defaults({**scheduler.config, "_class_name": type(scheduler).__name__})
+
+
+def fitting_class(config: dict[str, Any]) -> str:
+    """Name of the scheduler here for the kind of path that a config describes.
+
+    Raises:
+        ValueError: It describes none that is known.
+    """
+    family = config_family(config)
+    if family is None:
+        raise ValueError(f"{config.get('_class_name') or 'This config'} describes no SDE that is known here.")
+    return FITTING_SCHEDULER[family]
+
+
 def _family_of_keys(config: dict[str, Any]) -> str | None:
     if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
         return "flow"
