@@ -49,7 +49,7 @@ def check_run(pipe: SDEPipeline, output_type: str, sampler: str, callback: Callb
     return pipe.scheduler
 
 
-def step_arguments(scheduler: Any, generator: Generators) -> dict[str, Any]:
+def arguments_of_step(scheduler: Any, generator: Generators) -> dict[str, Any]:
     """What ``scheduler.step`` takes beside output, timestep and sample; stock schedulers differ in it.
 
     Raises:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..hub.pipelines import SharedPipeline
 from ..likelihood import BitsPerDim, Generators, LogProb, TraceOptions
 from ..schedulers import SCHEDULERS
-from .execution import OUTPUT_TYPES, check_choice, execute_adaptive, step_arguments
+from .execution import OUTPUT_TYPES, arguments_of_step, check_choice, execute_adaptive
 from .probability_flow import ProbabilityFlow
 
 logger = logging.get_logger(__name__)
@@ -179,7 +179,7 @@ class SDEPipeline(SharedPipeline):
             self.maybe_free_model_hooks()
             return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-        arguments = step_arguments(self.scheduler, generator)
+        step_arguments = arguments_of_step(self.scheduler, generator)
         needs_next = type(self.scheduler).__name__ == "UnCLIPScheduler"  # which takes t - 1 for it otherwise
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         if hasattr(self.scheduler, "set_begin_index"):
@@ -196,8 +196,8 @@ class SDEPipeline(SharedPipeline):
                 model_input = scale_input(x, t).to(self.unet.dtype)
                 output = self.unet(model_input, t, **unconditional, return_dict=False)[0].to(x.dtype)
                 if needs_next:
-                    arguments["prev_timestep"] = timesteps[i + 1] if i + 1 < len(timesteps) else None
-                x = self.scheduler.step(output, t, x, **arguments, return_dict=False)[0]
+                    step_arguments["prev_timestep"] = timesteps[i + 1] if i + 1 < len(timesteps) else None
+                x = self.scheduler.step(output, t, x, **step_arguments, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     replaced = callback_on_step_end(self, i, t, {"latents": x})
                     x = (replaced or {}).get("latents", x)
