@@ -796,6 +796,31 @@ def test_a_detour_through_a_scheduler_of_another_path_is_refused_with_the_keys_l
             cls.from_config(config)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_whose_network_is_fed_t_itself(shift):
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=shift)
+    ours = FlowSDEScheduler.from_config(
+        theirs.config, probability_flow=True, solver_order=1, solver_correction=False, gaussian_std=0.0
+    )
+    sigmas = [1.0, 0.7, 0.4, 0.1]
+    x, results = torch.randn(1, 2, 3, 3), []
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(sigmas=sigmas)
+        y = x
+        for t in scheduler.timesteps:
+            y = scheduler.step(torch.cos(3.0 * t) * y, t, y).prev_sample
+        results.append(y)
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    ours.set_timesteps(5)
+    assert 0 < float(ours.timesteps[-1]) < float(ours.timesteps[0]) == 1.0
+
+
+def test_a_table_of_one_entry_is_refused():
+    with pytest.raises(ValueError, match="num_train_timesteps must be at least 2"):
+        VPSDEScheduler(num_train_timesteps=1)
+
+
 # ---------------------------------------------------------------------- _compatibles
 
 

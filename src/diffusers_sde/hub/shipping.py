@@ -39,6 +39,7 @@ class ShipsItsCode:
 
     _source_file = f"{LIBRARY}.py"  # diffusers looks for a component's code under the library's name
     _source_entries: tuple[str, ...]
+    _internal_dict: dict[str, Any]  # diffusers' config
 
     @property
     def _is_ours(self) -> bool:

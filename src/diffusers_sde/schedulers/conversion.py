@@ -418,7 +418,9 @@ def _from_flow(config: dict[str, Any]) -> dict[str, Any]:
     for key in ("use_karras_sigmas", "use_exponential_sigmas"):
         if config.get(key):
             raise ValueError(f"{key}=True cannot be honoured for a flow; pass time_grid='karras' or 'log_snr'.")
-    ours: dict[str, Any] = {"time_grid": "uniform", "sampling_eps": 1.0 / config.get("num_train_timesteps", 1000)}
+    # Where the network is fed t itself, N = 1, the stock grid is one point: its pipelines bring their own.
+    n = config.get("num_train_timesteps", 1000)
+    ours: dict[str, Any] = {"time_grid": "uniform", "sampling_eps": 1.0 / n if n > 1 else 1e-3}
     if "flow_shift" in config and config.get("use_flow_sigmas"):
         ours["shift"] = config["flow_shift"]
     if "beta_start" in config and config.get("prediction_type") not in (None, "flow_prediction"):
