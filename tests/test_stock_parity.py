@@ -359,6 +359,13 @@ def test_a_timestep_outside_the_path_is_refused(cls, values):
             assert bool(torch.isfinite(ours.add_noise(x, x + 1, end.clone().to(dtype))).all())
 
 
+def test_samples_on_another_device_than_the_timesteps():
+    x = torch.zeros(1, 2, device="meta")  # nothing there can be read by the host
+    assert VPSDEScheduler().add_noise(x, x, torch.tensor([5])).device.type == "meta"
+    with pytest.raises(ValueError, match="timesteps must lie between"):
+        VPSDEScheduler().add_noise(x, x, torch.tensor([5000]))
+
+
 # ---------------------------------------------------------------------- arguments of other schedulers' methods
 
 

@@ -1065,6 +1065,16 @@ def test_a_config_written_before_classes_were_noted_is_read():
         VPSDEScheduler.from_config(config)
 
 
+def test_a_config_written_when_solver_types_were_shared_is_read():
+    theirs = diffusers.UniPCMultistepScheduler(solver_order=3)
+    config = {k: v for k, v in VPSDEScheduler.from_config(theirs.config).config.items() if not k.startswith("_")}
+    old = {**config, "solver_order": 3, "solver_type": "bh2", "_class_name": "VPSDEScheduler"}
+    ours = VPSDEScheduler.from_config(old)
+    assert (ours.config.solver_order, ours.config.solver_type) == (VPSDEScheduler().config.solver_order, "heun")
+    back = diffusers.UniPCMultistepScheduler.from_config(ours.config)
+    assert (back.config.solver_order, back.config.solver_type) == (3, "bh2")
+
+
 def test_a_flow_made_of_a_vp_config_is_refused():
     ours = VPSDEScheduler.from_config(diffusers.UniPCMultistepScheduler().config)
     flow = diffusers.UniPCMultistepScheduler.from_config(ours.config, use_flow_sigmas=True)

@@ -39,6 +39,7 @@ from .conversion import (
 
 LANGEVIN_NORMS = ("sample", "batch")
 FEW_LEVELS = 12  # up to which order 2 is better than order 3, for the ODE and the SDE (benchmarks/quality.py)
+OLD_SOLVER_TYPES = ("bh1", "bh2", "logrho")  # stock solvers' names, which configs of ours once held in place of our own
 VARIANCE_TYPES = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 COMMON_ARGUMENTS = """
@@ -211,7 +212,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         config = with_stock_defaults(config)
         lineage = [base.__name__ for base in cls.__mro__]
         implied = translate_config(config, cls.__name__, lineage, cls._families, known)
-        if is_stock_config(config, cls.__name__):
+        if is_stock_config(config, cls.__name__) or config.get("solver_type") in OLD_SOLVER_TYPES:
             config = exchanged(config)
         kept_keys = (KEPT_KEY, LEFT_OUT_KEY)
         given = {k: v for k, v in config.items() if k in known}
@@ -663,17 +664,15 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     def _marginal(self, timesteps: float | Sequence[float] | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Alpha and sigma at network timesteps, to be multiplied with ``like``."""
         fed = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(timesteps, dtype=torch.float32)
-        # Entries of ``timesteps`` are right. Others are looked at, for which the host waits for the device.
-        trusted = torch.compiler.is_compiling() or (
-            fed.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
-        )
         t = self.sde_time(fed.to(like.device))
-        if not trusted:
-            t_max = self.sde.t_max
+        # Entries of ``timesteps`` are right. Others are looked at, for which the host waits if they are on a device.
+        own = fed.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
+        if not own and not torch.compiler.is_compiling():
+            t_max, seen = self.sde.t_max, self.sde_time(fed)
             # A pipeline may have cast them to half precision; index -1 of a table would be the data.
             slack = 5e-3 if fed.dtype in (torch.float16, torch.bfloat16) else 1e-5
             first = 1.0 / self.config.num_train_timesteps if self.conditioning.name == "discrete" else 0.0
-            if not bool(((t >= (first - slack) * t_max) & (t <= (1.0 + slack) * t_max)).all()):
+            if not bool(((seen >= (first - slack) * t_max) & (seen <= (1.0 + slack) * t_max)).all()):
                 low, high = (float(self.conditioning.timestep(self.sde, u * t_max)) for u in (first, 1.0))
                 raise ValueError(f"timesteps must lie between {low:g} and {high:g}, got {fed.tolist()}.")
             t = t.clamp(first * t_max, t_max)
