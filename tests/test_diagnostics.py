@@ -64,7 +64,7 @@ def test_a_sound_pipeline():
         "the noise (epsilon)",
         "the index of a table of 1000 timesteps",
         "images, in [-1, 1]",
-        "VPSDEScheduler.from_config(pipe.scheduler.config, ",
+        "VPSDEScheduler.from_config(pipe.scheduler.config)",
         "nothing suspicious",
     ):
         assert words in text
@@ -229,3 +229,34 @@ def test_it_changes_nothing():
 def test_what_is_no_pipeline():
     with pytest.raises(ValueError, match="a pipeline with a scheduler, got UNet2DModel"):
         diagnose(unet())
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "cls"),
+    [
+        (diffusers.DDIMScheduler(), "VPSDEScheduler"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "FlowSDEScheduler"),
+        (diffusers.EDMEulerScheduler(), "VESDEScheduler"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
+)
+def test_the_first_suggestion_sets_nothing(scheduler, cls):
+    pipe = SDEPipeline(unet(), scheduler)
+    first, *others = diagnose(pipe).suggestions
+    assert first == f"pipe.scheduler = {cls}.from_config(pipe.scheduler.config)"
+    assert all("=" in line.split("config(")[1] for line in others)
+
+
+def test_a_flow_map_is_known_by_its_class():
+    # Its config in memory is that of a flow scheduler.
+    diagnosis = diagnose(diffusers.DDPMPipeline(unet(), diffusers.FlowMapEulerDiscreteScheduler()))
+    assert diagnosis.suggestions == []
+    assert "flow map" in str(diagnosis)
+
+
+def test_the_latent_upscaler_is_for_variance_exploding_samplers():
+    class StableDiffusionLatentUpscalePipeline(diffusers.DDPMPipeline):
+        pass
+
+    pipe = StableDiffusionLatentUpscalePipeline(unet(), diffusers.EulerDiscreteScheduler())
+    assert warned(pipe, "variance-exploding samplers", "leave its scheduler")

@@ -623,7 +623,7 @@ CONSTRUCTION = [
     ({"time_grid": "karras", "rho": -1.0}, ["rho"]),
     ({"clip_sample": True, "clip_sample_range": 0.0}, ["clip_sample_range"]),
     ({"prediction_type": "edm", "sigma_data": -1.0}, ["sigma_data"]),
-    ({"num_train_timesteps": 1}, ["num_train_timesteps"]),
+    ({"num_train_timesteps": 0}, ["num_train_timesteps"]),
 ]
 
 

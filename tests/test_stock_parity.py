@@ -5,11 +5,16 @@ next. Where a stock scheduler keeps its table in float32, the comparison is also
 place: then nothing but the arithmetic is left, and the tolerance can be 1e-9.
 """
 
+import inspect
+import math
+
 import diffusers
+import numpy as np
 import pytest
 import torch
 
-from diffusers_sde import FlowSDEScheduler, VESDEScheduler, VPSDEScheduler
+from diffusers_sde import FlowSDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
+from diffusers_sde.schedulers.conversion import stock_arguments
 
 # Nothing but the first order: what the stock samplers below are.
 FIRST_ORDER = {"solver_order": 1, "solver_correction": False, "gaussian_std": 0.0}
@@ -293,3 +298,156 @@ def test_add_noise_is_edms():
     x, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     expected = stock.add_noise(x, noise, stock.timesteps[[1, 5]])
     torch.testing.assert_close(ours.add_noise(x, noise, ours.timesteps[[1, 5]]), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stock", ["DDPMScheduler", "DDIMScheduler", "DDIMParallelScheduler"])
+def test_get_velocity_is_theirs(stock):
+    theirs = getattr(diffusers, stock)(beta_schedule="scaled_linear", prediction_type="v_prediction")
+    ours = VPSDEScheduler.from_config(theirs.config)
+    x, noise, timesteps = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2), torch.tensor([0, 500, 999])
+    expected = theirs.get_velocity(x, noise, timesteps)
+    torch.testing.assert_close(ours.get_velocity(x, noise, timesteps), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("cls", [VPSDEScheduler, SubVPSDEScheduler, VESDEScheduler, FlowSDEScheduler])
+def test_get_velocity_is_the_target_of_v_prediction(cls, dtype):
+    ours = cls(prediction_type="v_prediction")
+    x, noise = torch.randn(2, 3, 4, dtype=torch.float64)
+    t = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    timesteps = ours.conditioning.timestep(ours.sde, t)
+    velocity = ours.get_velocity(x.to(dtype), noise.to(dtype), timesteps)
+    assert velocity.dtype == dtype
+    for i in range(3):
+        expected = float(ours.sde.alpha(t[i])) * noise[i] - float(ours.sde.sigma(t[i])) * x[i]
+        torch.testing.assert_close(
+            velocity[i].double(), expected, rtol=2e-3, atol=2e-2 if dtype == torch.float16 else 1e-9
+        )
+    # x_0 comes back from x_t and the velocity by the parametrisation of the same name.
+    noisy = ours.add_noise(x, noise, timesteps)
+    alpha, sigma = ours.sde.alpha(t), ours.sde.sigma(t)
+    back = ours.parametrization.to_x0(ours.get_velocity(x, noise, timesteps), noisy, alpha, sigma)
+    torch.testing.assert_close(back, x, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("timesteps", [500, 500.0, [500], np.array([500]), np.int64(500), torch.tensor(500)])
+def test_add_noise_takes_numbers_lists_and_arrays(timesteps):
+    x, noise = torch.randn(1, 2), torch.randn(1, 2)
+    ours = VPSDEScheduler()
+    assert torch.equal(ours.add_noise(x, noise, timesteps), ours.add_noise(x, noise, torch.tensor([500])))
+
+
+@pytest.mark.parametrize(
+    ("cls", "values"),
+    [
+        (VPSDEScheduler, [-5, -1, 1000, 5000, 999.1, math.nan]),
+        (SubVPSDEScheduler, [-1.0, 1000.1, math.nan]),
+        (FlowSDEScheduler, [-1.0, 1000.1, math.inf]),
+        (VESDEScheduler, [-1.0, 0.0, 1e-3, 50.1, math.nan]),
+    ],
+)
+def test_a_timestep_outside_the_path_is_refused(cls, values):
+    ours, x = cls(), torch.zeros(2, 1)
+    inside = float(ours.timesteps[3])
+    for value in values:
+        for method in (ours.add_noise, ours.get_velocity, lambda a, b, t: ours.scale_noise(a, t, b)):
+            with pytest.raises(ValueError, match="timesteps must lie between"):
+                method(x, x, torch.tensor([inside, value]))
+    # The ends belong to it, and so does what a pipeline has rounded to half precision.
+    for end in (ours.timesteps.max(), ours.timesteps.min()):
+        for dtype in (ours.timesteps.dtype, torch.bfloat16):
+            assert bool(torch.isfinite(ours.add_noise(x, x + 1, end.clone().to(dtype))).all())
+
+
+def test_samples_on_another_device_than_the_timesteps():
+    x = torch.zeros(1, 2, device="meta")  # nothing there can be read by the host
+    assert VPSDEScheduler().add_noise(x, x, torch.tensor([5])).device.type == "meta"
+    with pytest.raises(ValueError, match="timesteps must lie between"):
+        VPSDEScheduler().add_noise(x, x, torch.tensor([5000]))
+
+
+# ---------------------------------------------------------------------- arguments of other schedulers' methods
+
+
+def test_prev_timestep_of_unclip_is_accepted_and_changes_nothing():
+    x = start()
+    ours = VPSDEScheduler.from_config(diffusers.UnCLIPScheduler().config, predictor="ancestral")
+    results = []
+    for passes in (False, True):
+        ours.set_timesteps(5)
+        y, generator = x, torch.Generator().manual_seed(0)
+        for i, t in enumerate(ours.timesteps):
+            following = {"prev_timestep": ours.timesteps[i + 1] if i + 1 < len(ours.timesteps) else None}
+            y = ours.step(network(y, t), t, y, generator=generator, **(following if passes else {})).prev_sample
+        results.append(y)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"per_token_timesteps": torch.ones(2)}, "gives each token a time of its own"),
+        ({"s_churn": 1.0}, "set stochasticity"),
+        ({"s_noise": 1.003}, "set stochasticity"),
+        ({"s_tmax": 5.0}, "set stochasticity"),
+        ({"variance_noise": torch.ones(2)}, "pass a generator"),
+        ({"r_timestep": 3}, "flow maps"),
+        ({"order": 4}, "solver_order"),
+    ],
+)
+def test_an_argument_of_another_step_is_refused_with_the_reason(arguments, reason):
+    ours = FlowSDEScheduler()
+    ours.set_timesteps(3)
+    with pytest.raises(ValueError, match=f"takes no {next(iter(arguments))}: it .*{reason}"):
+        ours.step(torch.zeros(1, 2), ours.timesteps[0], torch.zeros(1, 2), **arguments)
+    assert ours.step_index is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"original_inference_steps": 50}, "distilled"),
+        ({"strength": 0.5}, "distilled"),
+        ({"jump_length": 10}, "InpaintSDEPipeline"),
+        ({"mu": 1.0}, "FlowSDEScheduler"),
+    ],
+)
+def test_an_argument_of_another_set_timesteps_is_refused_with_the_reason(arguments, reason):
+    ours = VPSDEScheduler()
+    with pytest.raises(ValueError, match=f"takes no {next(iter(arguments))}: it .*{reason}"):
+        ours.set_timesteps(5, **arguments)
+    assert ours.num_inference_steps is None
+
+
+def test_arguments_that_ask_for_nothing_are_accepted_and_typos_are_not():
+    ours = FlowSDEScheduler()
+    ours.set_timesteps(3, original_inference_steps=None)
+    churn = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": float("inf"), "s_noise": 1.0}
+    x = torch.zeros(1, 2)
+    assert ours.step(x, ours.timesteps[0], x, per_token_timesteps=None, **churn).prev_sample.shape == x.shape
+    with pytest.raises(TypeError, match="unexpected keyword argument 'generatr'"):
+        ours.step(x, ours.timesteps[1], x, generatr=None)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'num_steps'"):
+        ours.set_timesteps(num_steps=3)
+
+
+@pytest.mark.parametrize("method", ["step", "set_timesteps"])
+def test_every_argument_of_the_stock_methods_is_thought_of(method):
+    """Of every scheduler whose method a pipeline may call on ours; those of discrete data and molecules are not."""
+    others = ("Amused", "BlockRefinement", "DiscreteDDIM", "EntropyBound", "Helios", "KarrasVe", "RFD4", "VQDiffusion")
+    ours = FlowSDEScheduler()
+    ours.set_timesteps(3)
+    for name in stock_arguments():
+        cls = getattr(diffusers, name, None) or getattr(diffusers.schedulers, name)
+        if name.startswith(others) or not hasattr(cls, method):
+            continue
+        for key, parameter in inspect.signature(getattr(cls, method)).parameters.items():
+            known = key in inspect.signature(getattr(ours, method)).parameters
+            if known or key == "self" or parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                continue
+            with pytest.raises(ValueError, match=f"takes no {key}: it "):
+                arguments = {key: object()}
+                if method == "step":
+                    ours.step(torch.zeros(1, 2), ours.timesteps[0], torch.zeros(1, 2), **arguments)
+                else:
+                    ours.set_timesteps(3, **arguments)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_sde import FlowSDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
+from diffusers_sde import FlowSDEScheduler, RectifiedFlowSDE, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
+from diffusers_sde.schedulers.conversion import SAMPLER_KEYS, stock_arguments
 
 OURS = {
     "vp": VPSDEScheduler,
@@ -81,8 +82,6 @@ STOCK = [
     ("DEISMultistepScheduler", {**TABLE, "use_exponential_sigmas": True}, "vp"),
     ("SASolverScheduler", {}, "vp"),
     ("SASolverScheduler", {**TABLE, "predictor_order": 3}, "vp"),
-    ("LCMScheduler", {}, "vp"),
-    ("LCMScheduler", {"original_inference_steps": 100, "clip_sample": True, "set_alpha_to_one": False}, "vp"),
     ("ScoreSdeVeScheduler", {}, "ve"),
     (
         "ScoreSdeVeScheduler",
@@ -337,7 +336,8 @@ def assert_same_network(ours, theirs, family):
         torch.testing.assert_close(ours.alphas_cumprod, stock_table, rtol=2e-4, atol=1e-8)
         assert ours.config.prediction_type == config.prediction_type
         assert ours.conditioning.name == "discrete"
-        assert ours.config.timestep_spacing == config.get("timestep_spacing", "leading")
+        # DPMSolverSinglestep has one grid, and no name for it.
+        assert ours.config.timestep_spacing == config.get("timestep_spacing", "linspace")
         assert ours.config.steps_offset == config.get("steps_offset", 0)
         assert ours.config.clip_sample == config.get("clip_sample", False)
         assert ours.config.clip_sample_range == config.get("clip_sample_range", 1.0)
@@ -507,9 +507,8 @@ def test_a_json_config_older_than_an_argument_takes_its_own_class_default(name, 
         ("IPNDMScheduler", {}, "names no betas"),
         ("CMStochasticIterativeScheduler", {}, "consistency"),
         ("DDPMWuerstchenScheduler", {}, "no SDE that is known"),
-        ("LTXEulerAncestralRFScheduler", {}, "no SDE that is known"),
         ("KarrasVeScheduler", {}, "no SDE that is known"),
-        ("SCMScheduler", {}, "trigflow"),
+        ("SCMScheduler", {}, "TrigFlow"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_every_class(name, arguments, message):
@@ -635,3 +634,449 @@ def test_infinities_survive_json(tmp_path):
     again = from_json(ours, tmp_path / "b")
     assert math.isinf(float(again["lambda_min_clipped"]))
     assert diffusers.DPMSolverMultistepScheduler.from_config(again).config.lambda_min_clipped == -math.inf
+
+
+# ---------------------------------------------------------------------- every scheduler that diffusers exports
+
+# What each becomes, and a word of the reason where none of ours takes it. Arguments that have no default are in NEEDED.
+TAKEN_BY = {
+    **dict.fromkeys(
+        (
+            "DDIMParallelScheduler",
+            "DDIMScheduler",
+            "DDPMParallelScheduler",
+            "DDPMScheduler",
+            "DEISMultistepScheduler",
+            "DPMSolverMultistepScheduler",
+            "DPMSolverSDEScheduler",
+            "DPMSolverSinglestepScheduler",
+            "EulerAncestralDiscreteScheduler",
+            "EulerDiscreteScheduler",
+            "HeunDiscreteScheduler",
+            "KDPM2AncestralDiscreteScheduler",
+            "KDPM2DiscreteScheduler",
+            "LMSDiscreteScheduler",
+            "PNDMScheduler",
+            "RePaintScheduler",
+            "SASolverScheduler",
+            "ScoreSdeVpScheduler",
+            "UnCLIPScheduler",
+            "UniPCMultistepScheduler",
+        ),
+        VPSDEScheduler,
+    ),
+    **dict.fromkeys(
+        ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "ScoreSdeVeScheduler"),
+        VESDEScheduler,
+    ),
+    **dict.fromkeys(
+        ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "LTXEulerAncestralRFScheduler"),
+        FlowSDEScheduler,
+    ),
+    "AmusedScheduler": "no SDE that is known",
+    "BlockRefinementScheduler": "no SDE that is known",
+    "CMStochasticIterativeScheduler": "consistency model",
+    "CogVideoXDDIMScheduler": "snr_shift_scale",
+    "CogVideoXDPMScheduler": "snr_shift_scale",
+    "ConsistencyDecoderScheduler": "consistency decoder",
+    "CosineDPMSolverMultistepScheduler": "atan",
+    "DDIMInverseScheduler": "from data to noise",
+    "DDPMWuerstchenScheduler": "no SDE that is known",
+    "DPMSolverMultistepInverseScheduler": "from data to noise",
+    "DiscreteDDIMScheduler": "no SDE that is known",
+    "EntropyBoundScheduler": "no SDE that is known",
+    "FlowMapEulerDiscreteScheduler": "flow map",
+    "FlowMatchLCMScheduler": "distilled",
+    "HeliosDMDScheduler": "stage-wise",
+    "HeliosScheduler": "stage-wise",
+    "IPNDMScheduler": "names no betas",
+    "KarrasVeScheduler": "no SDE that is known",
+    "LCMScheduler": "distilled",
+    "MiniMaxH3Scheduler": "1 - sigma",
+    "PiflowScheduler": "n_grid",
+    "RFD4ProteinaScheduler": "no SDE that is known",
+    "SCMScheduler": "TrigFlow",
+    "TCDScheduler": "distilled",
+    "VQDiffusionScheduler": "no SDE that is known",
+}
+NEEDED = {
+    "AmusedScheduler": {"mask_token_id": 1},
+    "VQDiffusionScheduler": {"num_vec_classes": 5},
+    "RFD4ProteinaScheduler": {"schedule_mode": "log", "noise_mode": "1/t", "tsr_k": 1.0, "tsr_sigma": 1.0},
+}
+
+
+def stock_by_name(name, **arguments):
+    cls = getattr(diffusers, name, None) or getattr(diffusers.schedulers, name)
+    try:
+        return cls(**NEEDED.get(name, {}), **arguments)
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+def test_no_scheduler_of_diffusers_is_forgotten():
+    exported = {n for n in dir(diffusers.schedulers) if n.endswith("Scheduler")} | set(stock_arguments())
+    assert exported - set(OURS_BY_NAME) <= set(TAKEN_BY), "say in TAKEN_BY what becomes of these"
+
+
+OURS_BY_NAME = {cls.__name__: cls for cls in OURS.values()}
+
+
+@pytest.mark.parametrize("source", ["memory", "json"])
+@pytest.mark.parametrize("name", TAKEN_BY)
+def test_every_scheduler_of_diffusers_is_taken_by_its_class_or_refused_with_a_reason(name, source, tmp_path):
+    if not hasattr(diffusers.schedulers, name):
+        pytest.skip(f"this diffusers has no {name}")
+    theirs = stock_by_name(name)
+    config = theirs.config if source == "memory" else from_json(theirs, tmp_path)
+    taken = TAKEN_BY[name]
+    if (name, source) == ("FlowMapEulerDiscreteScheduler", "memory"):
+        taken = FlowSDEScheduler  # its arguments are those of FlowMatchHeun: nothing tells them apart
+    for cls in OURS.values():
+        if cls is taken:
+            assert cls.from_config(config).config.num_train_timesteps == theirs.config.num_train_timesteps
+            continue
+        with pytest.raises(ValueError) as error:
+            cls.from_config(config)
+        message = str(error.value)
+        if isinstance(taken, str):
+            assert taken in message
+        named = [n for n in OURS_BY_NAME if f"Use {n}" in message]
+        assert named == ([] if isinstance(taken, str) else [taken.__name__])
+
+
+@pytest.mark.parametrize(
+    ("name", "through"),
+    [
+        ("LCMScheduler", "DDIMScheduler"),
+        ("TCDScheduler", "DDIMScheduler"),
+        ("FlowMatchLCMScheduler", "FlowMatchEulerDiscreteScheduler"),
+        ("DDIMInverseScheduler", "DDIMScheduler"),
+        ("DPMSolverMultistepInverseScheduler", "DPMSolverMultistepScheduler"),
+    ],
+)
+def test_what_a_refusal_advises_is_accepted(name, through, tmp_path):
+    theirs = stock_by_name(name)
+    with pytest.raises(ValueError, match=rf"{through}\.from_config\(pipe\.scheduler\.config\)\.config"):
+        FlowSDEScheduler.from_config(theirs.config)
+    way_out = getattr(diffusers, through).from_config(theirs.config)
+    for config in (way_out.config, from_json(way_out, tmp_path)):
+        assert TAKEN_BY[through].from_config(config).config.num_train_timesteps == 1000
+
+
+def test_a_shift_alone_is_minimax():
+    # The same key, the other sign of time and of the velocity.
+    with pytest.raises(ValueError, match="MiniMaxH3Scheduler"):
+        FlowSDEScheduler.from_config({"shift": 12.0, "note": "a config that nobody wrote"})
+
+
+def test_the_ltx_scheduler_keeps_the_shift_of_the_one_before():
+    before = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    theirs = diffusers.LTXEulerAncestralRFScheduler.from_config(before.config)
+    ours = FlowSDEScheduler.from_config(theirs.config)
+    theirs.set_timesteps(7)
+    ours.set_timesteps(7)
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("first", "arguments", "second", "key"),
+    [
+        ("DDIMScheduler", TABLE, "EDMEulerScheduler", "beta_start"),
+        ("DDIMScheduler", TABLE, "FlowMatchEulerDiscreteScheduler", "beta_start"),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "DDIMScheduler", "shift"),
+        ("EDMEulerScheduler", {"sigma_data": 1.0, "sigma_max": 70.0}, "DDIMScheduler", "sigma_data"),
+    ],
+)
+def test_a_detour_through_a_scheduler_of_another_path_is_refused_with_the_keys_left(first, arguments, second, key):
+    # Only values that are not a class's default are handed on by diffusers, so only those leave a trace.
+    config = getattr(diffusers, second).from_config(stock_by_name(first, **arguments).config).config
+    for cls in OURS.values():
+        with pytest.raises(ValueError, match=rf"has left \(.*{key}.*the scheduler that the model came with"):
+            cls.from_config(config)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_whose_network_is_fed_t_itself(shift):
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=shift)
+    ours = FlowSDEScheduler.from_config(
+        theirs.config, probability_flow=True, solver_order=1, solver_correction=False, gaussian_std=0.0
+    )
+    sigmas = [1.0, 0.7, 0.4, 0.1]
+    x, results = torch.randn(1, 2, 3, 3), []
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(sigmas=sigmas)
+        y = x
+        for t in scheduler.timesteps:
+            y = scheduler.step(torch.cos(3.0 * t) * y, t, y).prev_sample
+        results.append(y)
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    ours.set_timesteps(5)
+    assert 0 < float(ours.timesteps[-1]) < float(ours.timesteps[0]) == 1.0
+
+
+def test_a_table_of_one_entry_is_refused():
+    with pytest.raises(ValueError, match="num_train_timesteps must be at least 2"):
+        VPSDEScheduler(num_train_timesteps=1)
+
+
+# ---------------------------------------------------------------------- _compatibles
+
+
+@pytest.mark.parametrize("cls", OURS.values())
+def test_compatibles_are_the_stock_schedulers_that_fit(cls):
+    ours = cls()
+    expected = {
+        "VPSDEScheduler": {name for name, taken in TAKEN_BY.items() if taken is VPSDEScheduler},
+        "FlowSDEScheduler": {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"},
+    }.get(cls.__name__, set())
+    assert set(cls._compatibles) <= expected
+    assert (len(cls._compatibles) >= 2) == bool(expected)
+    for name in cls._compatibles:
+        if name == "DPMSolverSDEScheduler":
+            continue  # needs torchsde
+        back = cls.from_config(getattr(diffusers, name).from_config(ours.config).config)
+        assert {k: v for k, v in back.config.items() if k in ours.config} == dict(ours.config), name
+
+
+@pytest.mark.parametrize("cls", OURS.values())
+def test_saving_leaves_the_config_in_memory_as_it_is(cls, tmp_path):
+    ours = cls()
+    before = dict(ours.config)
+    ours.save_pretrained(tmp_path)
+    repr(ours)
+    assert dict(ours.config) == before
+    again = cls.from_pretrained(tmp_path)
+    assert dict(again.config) == {k: v for k, v in before.items() if k != "_use_default_values"}
+
+
+# ---------------------------------------------------------------------- the sampler's settings stay on their side
+
+SOLVERS = [
+    ("DPMSolverMultistepScheduler", {"solver_order": 3, "solver_type": "midpoint"}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 2, "solver_type": "heun"}),
+    ("DPMSolverSinglestepScheduler", {"solver_order": 3, "solver_type": "heun"}),
+    ("UniPCMultistepScheduler", {"solver_order": 3, "solver_type": "bh1"}),
+    ("DEISMultistepScheduler", {"solver_order": 3, "solver_type": "logrho"}),
+    ("SASolverScheduler", {"predictor_order": 3, "corrector_order": 2}),
+]
+SOLVER_IDS = [f"{name}-{i}" for i, (name, _) in enumerate(SOLVERS)]
+
+
+def swapped(scheduler, cls, through, path, **arguments):
+    config = scheduler.config if through == "memory" else from_json(scheduler, path / cls.__name__)
+    return cls.from_config(config, **arguments)
+
+
+@pytest.mark.parametrize("through", ["memory", "json"])
+@pytest.mark.parametrize(("name", "arguments"), SOLVERS, ids=SOLVER_IDS)
+def test_the_old_sampler_does_not_leak_and_comes_back(name, arguments, through, tmp_path):
+    default = VPSDEScheduler().config
+    stock_cls = getattr(diffusers, name)
+    ours = swapped(stock_cls(**arguments), VPSDEScheduler, through, tmp_path / "a")
+    for key in SAMPLER_KEYS:
+        assert ours.config[key] == default[key]
+    # Ours to ours keeps both sides, and an argument of ours is not the stock's.
+    again = swapped(ours, VPSDEScheduler, through, tmp_path / "b", solver_order=1)
+    assert again.config.solver_order == 1
+    for scheduler in (ours, again):
+        back = swapped(scheduler, stock_cls, through, tmp_path / "c")
+        assert {key: back.config[key] for key in arguments} == arguments
+    # And on the way out once more: ours is as it was.
+    for key in SAMPLER_KEYS:
+        assert swapped(back, VPSDEScheduler, through, tmp_path / "d").config[key] == again.config[key]
+
+
+@pytest.mark.parametrize("through", ["memory", "json"])
+@pytest.mark.parametrize("cls", OURS.values())
+@pytest.mark.parametrize("name", [n for n, taken in TAKEN_BY.items() if taken in (VPSDEScheduler, FlowSDEScheduler)])
+def test_a_round_trip_through_any_stock_class_loses_nothing(name, cls, through, tmp_path):
+    if name in ("DPMSolverSDEScheduler", "ScoreSdeVpScheduler", "RePaintScheduler", "UnCLIPScheduler"):
+        pytest.skip("cannot be made from this config here, or is deprecated")
+    if TAKEN_BY[name] is FlowSDEScheduler and cls is not FlowSDEScheduler and through == "json":
+        pytest.skip("a scheduler of another path: only what stays in memory is asked for")
+    ours = cls(solver_type="midpoint", solver_order=2, gaussian_std=0.0, time_grid="karras", predictor="exponential")
+    theirs = swapped(ours, getattr(diffusers, name), through, tmp_path / "a")
+    back = swapped(theirs, cls, through, tmp_path / "b")
+    for key, value in public(ours.config).items():
+        assert back.config[key] == value, key
+    for scheduler in (ours, back):
+        scheduler.set_timesteps(9, **({"mu": 1.0} if cls is FlowSDEScheduler else {}))
+    assert back.rows == ours.rows
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"])
+def test_a_stock_solver_made_from_ours_has_its_own_defaults(name, tmp_path):
+    # None is no order that they know, and heun and midpoint are names that some of them do not have.
+    cls = getattr(diffusers, name)
+    for ours in (VPSDEScheduler(solver_order=1), VPSDEScheduler.from_config(diffusers.DDIMScheduler().config)):
+        for through in ("memory", "json"):
+            theirs = swapped(ours, cls, through, tmp_path)
+            for key in SAMPLER_KEYS:
+                assert theirs.config[key] == cls().config[key]
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler"])
+def test_a_file_of_ours_is_read_by_stock_solvers_without_this_package(name, tmp_path, monkeypatch):
+    monkeypatch.delattr(diffusers.SchedulerMixin, "extract_init_dict")  # what importing the package has added
+    cls = getattr(diffusers, name)
+    for ours in (VPSDEScheduler(solver_order=1), VPSDEScheduler.from_config(cls(solver_order=3).config)):
+        ours.save_pretrained(tmp_path)
+        theirs = cls.from_pretrained(tmp_path)
+        assert {key: theirs.config[key] for key in SAMPLER_KEYS} == {key: cls().config[key] for key in SAMPLER_KEYS}
+
+
+def test_an_explicit_argument_wins_on_both_sides():
+    ours = VPSDEScheduler.from_config(diffusers.UniPCMultistepScheduler().config, solver_order=2)
+    assert ours.config.solver_order == 2
+    theirs = diffusers.UniPCMultistepScheduler.from_config(ours.config, solver_order=3)
+    assert theirs.config.solver_order == 3
+    assert VPSDEScheduler.from_config(theirs.config).config.solver_order == 2
+
+
+def test_every_key_that_both_sides_know_is_thought_of():
+    """A name that a new diffusers shares with us must be sorted: is it the network's, the grid's or a sampler's?"""
+    shared = set()
+    for cls in OURS.values():
+        theirs = {key for name, keys in stock_arguments().items() if TAKEN_BY.get(name) is cls for key in keys}
+        shared |= (cls._get_init_keys(cls) - {"self"}) & theirs
+    network = {
+        *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
+        *("rescale_betas_zero_snr", "thresholding", "dynamic_thresholding_ratio", "sample_max_value", "clip_sample"),
+        *("clip_sample_range", "variance_type", "sigma_data", "sigma_min", "sigma_max"),
+    }
+    grid = {
+        *("timestep_spacing", "steps_offset", "final_sigmas_type", "rho", "sampling_eps", "shift", "shift_terminal"),
+        *("use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
+        "time_shift_type",
+    }
+    recipe = {"snr", "correct_steps"}  # ScoreSdeVe's, which is taken over whole
+    assert shared == network | grid | recipe | set(SAMPLER_KEYS)
+
+
+# ---------------------------------------------------------------------- grids of DPM-Solver's kin
+
+
+@pytest.mark.parametrize(("spacing", "offset"), [("linspace", 0), ("leading", 0), ("leading", 1), ("trailing", 0)])
+@pytest.mark.parametrize(
+    "name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "SASolverScheduler"]
+)
+def test_timesteps_of_dpm_solvers_kin_are_theirs(name, spacing, offset, tmp_path):
+    theirs = getattr(diffusers, name)(timestep_spacing=spacing, steps_offset=offset)
+    ours = VPSDEScheduler.from_config(theirs.config, time_grid=None, predictor="ancestral")
+    # The grid survives saving, ours and theirs.
+    saved = VPSDEScheduler.from_config(from_json(ours, tmp_path / "ours"))
+    again = VPSDEScheduler.from_config(from_json(theirs, tmp_path / "theirs"), time_grid=None, predictor="ancestral")
+    through = VPSDEScheduler.from_config(diffusers.DDIMScheduler.from_config(ours.config).config)
+    for n in (1, 2, 3, 5, 7, 10, 13, 20, 25, 50, 77, 100, 333, 500):
+        theirs.set_timesteps(n)
+        for scheduler in (ours, saved, again, through):
+            scheduler.set_timesteps(n)
+            assert scheduler.timesteps.tolist() == theirs.timesteps.tolist()
+
+
+def test_a_spacing_that_the_user_names_is_the_documented_one():
+    config = diffusers.DPMSolverMultistepScheduler().config
+    for arguments in ({"timestep_spacing": "linspace", "time_grid": None}, {"time_grid": "uniform"}):
+        ours, plain = (
+            cls(**arguments) for cls in (functools.partial(VPSDEScheduler.from_config, config), VPSDEScheduler)
+        )
+        for scheduler in (ours, plain):
+            scheduler.set_timesteps(5)
+        assert ours.rows[-1].t == pytest.approx(plain.rows[-1].t, abs=1e-3)
+    # DDIM made from DPM-Solver's config has DDIM's spacing, though the keys of the other are still there.
+    theirs = diffusers.DDIMScheduler.from_config(config)
+    ours = VPSDEScheduler.from_config(theirs.config, time_grid=None)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(5)
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize("name", ["DPMSolverSinglestepScheduler", "UnCLIPScheduler"])
+def test_a_scheduler_without_a_name_for_its_grid(name):
+    theirs = getattr(diffusers, name)()
+    ours = VPSDEScheduler.from_config(theirs.config, time_grid=None, predictor="ancestral")
+    for n in (2, 6, 10, 50):
+        theirs.set_timesteps(n)
+        ours.set_timesteps(n)
+        assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 7.0])
+@pytest.mark.parametrize(
+    "name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "SASolverScheduler"]
+)
+def test_flow_grids_of_dpm_solvers_kin_are_theirs(name, shift):
+    theirs = getattr(diffusers, name)(use_flow_sigmas=True, flow_shift=shift, prediction_type="flow_prediction")
+    ours = FlowSDEScheduler.from_config(theirs.config, time_grid="uniform", predictor="ancestral")
+    for n in (1, 2, 5, 10, 30, 100):
+        theirs.set_timesteps(n)
+        ours.set_timesteps(n)
+        # They cut the timesteps down to integers, and all but UniPC start at t = 0.999.
+        difference = ours.timesteps.double() - theirs.timesteps.double()
+        assert -1e-6 <= float(difference.min())
+        assert float(difference.max()) < 2.0
+
+
+# ---------------------------------------------------------------------- schedulers of a user
+
+
+class UserSDEScheduler(SubVPSDEScheduler):
+    """A user's scheduler: the arguments of one of ours, another SDE."""
+
+    def _setup(self, sde, final_time=None):
+        super()._setup(RectifiedFlowSDE(), final_time)
+
+
+@pytest.mark.parametrize("through", ["memory", "json"])
+def test_a_users_scheduler_reads_its_own_config(through, tmp_path):
+    own = UserSDEScheduler(prediction_type="flow_prediction", predictor="ancestral", snr=0.3)
+    again = swapped(own, UserSDEScheduler, through, tmp_path)
+    assert type(again) is UserSDEScheduler
+    assert public(again.config) == public(own.config)
+    if through == "json":
+        assert public(UserSDEScheduler.from_pretrained(tmp_path / "UserSDEScheduler").config) == public(own.config)
+
+
+@pytest.mark.parametrize("detour", [None, "DDPMScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("through", ["memory", "json"])
+def test_a_users_config_is_no_other_class_s(through, detour, tmp_path):
+    own = UserSDEScheduler(prediction_type="flow_prediction", predictor="ancestral", snr=0.3)
+    source = own if detour is None else swapped(own, getattr(diffusers, detour), through, tmp_path / "a")
+    config = source.config if through == "memory" else from_json(source, tmp_path / "b")
+    for cls in OURS.values():
+        with pytest.raises(ValueError, match=r"Use UserSDEScheduler\.from_config"):
+            cls.from_config(config)
+    assert public(UserSDEScheduler.from_config(config).config).items() >= public(own.config).items()
+
+
+def test_a_users_subclass_takes_what_its_base_takes():
+    config = SubVPSDEScheduler(beta_end=0.01).config
+    assert UserSDEScheduler.from_config(config).config.beta_end == 0.01
+    with pytest.raises(ValueError, match=r"Use VPSDEScheduler\.from_config"):
+        UserSDEScheduler.from_config(diffusers.DDPMScheduler().config)
+
+
+def test_a_config_written_before_classes_were_noted_is_read():
+    config = {k: v for k, v in VESDEScheduler(sigma_max=20.0).config.items() if k != "_sde_class"}
+    assert VESDEScheduler.from_config(config).config.sigma_max == 20.0
+    with pytest.raises(ValueError, match=r"Use VESDEScheduler\.from_config"):
+        VPSDEScheduler.from_config(config)
+
+
+def test_a_config_written_when_solver_types_were_shared_is_read():
+    theirs = diffusers.UniPCMultistepScheduler(solver_order=3)
+    config = {k: v for k, v in VPSDEScheduler.from_config(theirs.config).config.items() if not k.startswith("_")}
+    old = {**config, "solver_order": 3, "solver_type": "bh2", "_class_name": "VPSDEScheduler"}
+    ours = VPSDEScheduler.from_config(old)
+    assert (ours.config.solver_order, ours.config.solver_type) == (VPSDEScheduler().config.solver_order, "heun")
+    back = diffusers.UniPCMultistepScheduler.from_config(ours.config)
+    assert (back.config.solver_order, back.config.solver_type) == (3, "bh2")
+
+
+def test_a_flow_made_of_a_vp_config_is_refused():
+    ours = VPSDEScheduler.from_config(diffusers.UniPCMultistepScheduler().config)
+    flow = diffusers.UniPCMultistepScheduler.from_config(ours.config, use_flow_sigmas=True)
+    with pytest.raises(ValueError, match="use_flow_sigmas"):
+        VPSDEScheduler.from_config(flow.config)

@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 import diffusers
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
 
 from .adaptive import sample_adaptive
 from .classifiers import NoiseConditionalClassifier
@@ -32,6 +32,7 @@ from .pipelines import (
 from .plans import Plan, Row, make_plan, restart_plan
 from .sampling import sample
 from .schedulers import FlowSDEScheduler, SDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
+from .schedulers.conversion import for_stock
 from .sdes import (
     EDMSDE,
     SDE,
@@ -94,6 +95,9 @@ def _register_with_diffusers() -> None:
 
     A repository of ours also carries code, for those without the package, and says so in its index. Whoever has the
     package needs none of it: ``DiffusionPipeline`` reads such an index as one of installed classes.
+
+    And where a stock scheduler is made from the config of one of ours, it gets back the sampler settings that the stock
+    scheduler before ours had, in place of ours of the same names.
     """
     setattr(diffusers.pipelines, __name__, sys.modules[__name__])
     pipelines = (SDEPipeline, ClassConditionalSDEPipeline, InpaintSDEPipeline, RestorationSDEPipeline)
@@ -108,6 +112,11 @@ def _register_with_diffusers() -> None:
         return own_index(read(cls, *args, **kwargs))
 
     DiffusionPipeline._dict_from_json_file = classmethod(_dict_from_json_file)
+
+    def extract_init_dict(cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return ConfigMixin.extract_init_dict.__func__(cls, for_stock(config_dict), **kwargs)
+
+    SchedulerMixin.extract_init_dict = classmethod(extract_init_dict)
 
 
 _register_with_diffusers()

@@ -27,7 +27,7 @@ from torch import Tensor
 from .hub.flattening import LIBRARY
 from .pipelines import SDEPipeline
 from .schedulers import SCHEDULERS, SDEScheduler, SubVPSDEScheduler, VPSDEScheduler
-from .schedulers.conversion import FITTING_SCHEDULER, config_family, with_stock_defaults
+from .schedulers.conversion import fitting_class, with_stock_defaults
 
 State = dict[str, Tensor]
 CHECKPOINT_SDES = ("vp", "sub_vp")
@@ -58,10 +58,10 @@ def convert_repository(name: str, token: str | None = None) -> SDEPipeline:
     if index["scheduler"][0] == LIBRARY:
         raise ValueError(f"{name!r} has a scheduler of this package already: load it as it is.")
     config = VPSDEScheduler.load_config(name, subfolder="scheduler", token=token)
-    family = config_family(with_stock_defaults(config))
-    if family is None:
-        raise ValueError(f"{name!r}: its scheduler, {config.get('_class_name')}, describes no SDE that is known here.")
-    scheduler = SCHEDULERS[FITTING_SCHEDULER[family]].from_config(config)
+    try:
+        scheduler = SCHEDULERS[fitting_class(with_stock_defaults(config))].from_config(config)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from None
     unet = UNet2DModel.from_pretrained(name, subfolder="unet", token=token)
     return SDEPipeline(unet, scheduler, data_min=0.0 if index.get("_class_name") == "ScoreSdeVePipeline" else -1.0)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffusers import ModularPipeline
+
 from .schedulers import SCHEDULERS, FlowSDEScheduler, SDEScheduler
-from .schedulers.conversion import FAMILY_NAMES, config_family, with_stock_defaults
+from .schedulers.conversion import FAMILY_NAMES, config_family, config_of
 
 PREDICTIONS = {
     "epsilon": "the noise (epsilon)",
@@ -83,7 +86,7 @@ def diagnose(pipe: Any) -> Diagnosis:
     Nothing is run or changed: it reads the configs, so it knows what they say and no more.
 
     Args:
-        pipe: Any diffusers pipeline with a scheduler.
+        pipe: Any diffusers pipeline with a scheduler, modular ones included.
 
     Returns:
         The findings; ``print(diagnose(pipe))`` for a report.
@@ -98,13 +101,13 @@ def diagnose(pipe: Any) -> Diagnosis:
     diagnosis = Diagnosis(
         type(pipe).__name__, type(scheduler).__name__, None if network is None else type(network).__name__
     )
-    config = with_stock_defaults({"_class_name": type(scheduler).__name__, **scheduler.config})
+    config = config_of(scheduler)
     diagnosis.family = config_family(config)
 
     fitting: SDEScheduler | None = None
     for name, cls in SCHEDULERS.items():
         try:
-            candidate = scheduler if isinstance(scheduler, cls) else cls.from_config(scheduler.config)
+            candidate = scheduler if isinstance(scheduler, cls) else cls.from_config(config)
         except ValueError as error:
             diagnosis.reasons[name] = str(error)
             continue
@@ -139,18 +142,27 @@ def _suggestions(pipe: Any, network: Any, fitting: SDEScheduler | None, latent: 
     if fitting is None:
         return []
     name, pipeline = type(fitting).__name__, type(pipe).__name__
-    choices = ['predictor="ancestral", corrector="langevin"', "probability_flow=True", 'predictor="ancestral"']
+    # With nothing set first: the default sampler is the one that was measured to be best.
+    choices = ["", 'predictor="ancestral", corrector="langevin"', "probability_flow=True", 'predictor="ancestral"']
     if family == "flow":
-        choices = ["probability_flow=True", 'corrector="langevin"', 'predictor="exponential"']
+        choices = ["", "probability_flow=True", 'corrector="langevin"', 'predictor="ancestral"']
     if pipeline == "ScoreSdeVePipeline":
         choices = ['langevin_norm="batch"', 'predictor="ancestral"']
+    if _guider(pipe) is not None:
+        choices = [choice for choice in choices if "corrector" not in choice]
+    needed = []
     if latent and fitting.config.clip_sample:
-        choices = [f"{choice}, clip_sample=False" for choice in choices]
+        needed.append("clip_sample=False")
     if latent and fitting.config.get("thresholding"):
-        choices = [f"{choice}, thresholding=False" for choice in choices]
+        needed.append("thresholding=False")
     if _returns_unused_variance(pipe, network, fitting):
-        choices = [f'{choice}, variance_type="learned_range"' for choice in choices]
-    swaps = [f"{name}.from_config(pipe.scheduler.config, {choice})" for choice in choices]
+        needed.append('variance_type="learned_range"')
+    swaps = [
+        f"{name}.from_config({', '.join(['pipe.scheduler.config', *filter(None, [choice]), *needed])})"
+        for choice in choices
+    ]
+    if isinstance(pipe, ModularPipeline):
+        return [f"pipe.update_components(scheduler={swap})" for swap in swaps]
     if type(pipe.scheduler).__name__ == "ScoreSdeVeScheduler":  # its networks are for data in [0, 1]
         return [f"pipe = SDEPipeline(pipe.unet, {swap}, data_min=0.0)" for swap in swaps]
     if pipeline in _NO_INITIAL_SCALE and (fitting.init_noise_sigma != 1.0 or _scales_input(fitting)):
@@ -174,12 +186,37 @@ def _check_pipeline(pipe: Any, network: Any, fitting: SDEScheduler | None, sched
         )
     if name == "ScoreSdeVePipeline":
         found.append("ScoreSdeVePipeline runs no scheduler but its own (it calls step_pred): use SDEPipeline.")
+    if name == "StableDiffusionLatentUpscalePipeline":
+        found.append(
+            f"{name} adds noise and scales its input for variance-exploding samplers of k-diffusion (Euler, LMS) only: "
+            "leave its scheduler as it is."
+        )
+    order = int(getattr(scheduler, "order", 1))
+    if _guider(pipe) is not None and order > 1:
+        found.append(_guider_warning(fitting, order))
     if _drops_generator(pipe):
         found.append(
             f"{name} does not hand its generator to step(): stochastic sampling is reproducible by torch.manual_seed "
             "only."
         )
     return found
+
+
+def _guider(pipe: Any) -> Any:
+    """The guider of a modular pipeline, None where there is none."""
+    return getattr(pipe, "guider", None) if isinstance(pipe, ModularPipeline) else None
+
+
+def _guider_warning(fitting: SDEScheduler | None, order: int) -> str:
+    levels = "pipe.scheduler.set_timesteps(n), then timesteps=pipe.scheduler.timesteps[::pipe.scheduler.order].tolist()"
+    if isinstance(fitting, FlowSDEScheduler):
+        levels = "sigmas=[1 - i / n for i in range(n)]"
+    return (
+        f"The scheduler calls the network {order} times per level, and a guider counts calls against "
+        "num_inference_steps: guidance ends early, and the next run of the pipeline fails for want of a negative "
+        "prompt (pipe.update_components(guider=pipe.guider.new()) renews the guider). Pass the levels in place of "
+        f"num_inference_steps: {levels}. Pipelines that choose sigmas themselves (Flux, Qwen-Image, Z-Image) are right."
+    )
 
 
 def _scales_input(scheduler: SDEScheduler) -> bool:
@@ -190,8 +227,11 @@ def _scales_input(scheduler: SDEScheduler) -> bool:
 def _drops_generator(pipe: Any) -> bool:
     """Whether every call of ``scheduler.step`` in the pipeline's ``__call__`` leaves the generator out."""
     try:
-        source = inspect.getsource(type(pipe).__call__)
-    except (OSError, TypeError):
+        where: Any = type(pipe).__call__
+        if isinstance(pipe, ModularPipeline):  # its steps are blocks, in a module of that name
+            where = sys.modules[f"{type(pipe).__module__.rpartition('.')[0]}.denoise"]
+        source = inspect.getsource(where)
+    except (KeyError, OSError, TypeError):
         return False
     calls = re.findall(r"scheduler\.step\(([^)]*)\)", source)
     hands_over = re.compile(r"generator|extra_step_kwargs|step_arguments")

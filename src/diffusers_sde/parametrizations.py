@@ -168,8 +168,12 @@ class TimeConditioning:
     def __post_init__(self) -> None:
         if self.name not in TIME_CONDITIONINGS:
             raise ValueError(f"time_conditioning must be one of {', '.join(TIME_CONDITIONINGS)}, got {self.name!r}.")
-        if self.num_train_timesteps < 2:
-            raise ValueError(f"num_train_timesteps must be at least 2, got {self.num_train_timesteps!r}.")
+        least = 1 if self.name == "continuous" else 2  # a flow may be fed t itself; a table of one entry is none
+        if self.num_train_timesteps < least:
+            raise ValueError(
+                f"num_train_timesteps must be at least {least} where time_conditioning is {self.name!r}, got "
+                f"{self.num_train_timesteps!r}."
+            )
 
     def timestep(self, sde: SDE, t: Tensor | float) -> Tensor:
         """The network's input for SDE time ``t``, same shape."""

@@ -105,23 +105,36 @@ def get_time_grid(name: str, sde: SDE, n: int, t_start: float, t_end: float, rho
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
 
-def discrete_timesteps(spacing: str, n: int, num_train_timesteps: int, steps_offset: int = 0) -> np.ndarray:
+def discrete_timesteps(
+    spacing: str, n: int, num_train_timesteps: int, steps_offset: int = 0, drops_last: bool = False
+) -> np.ndarray:
     """Diffusers' integer timesteps (Lin et al. 2023, arXiv:2305.08891, Table 2), decreasing, int64.
 
+    Args:
+        spacing: ``leading``, ``linspace`` or ``trailing``.
+        n: How many.
+        num_train_timesteps: N, the length of the table.
+        steps_offset: Added to the ``leading`` ones.
+        drops_last: As DPM-Solver, UniPC, DEIS and SASolver have it: ``leading`` and ``linspace`` spread n + 1 timesteps
+            and leave out the last, which stands at the data.
+
     Raises:
-        ValueError: Unknown spacing, or n outside 1..num_train_timesteps.
+        ValueError: Unknown spacing, or more timesteps than the table has.
     """
     if spacing not in TIMESTEP_SPACINGS:
         raise ValueError(f"timestep_spacing must be one of {', '.join(TIMESTEP_SPACINGS)}, got {spacing!r}.")
-    if not 1 <= n <= num_train_timesteps:
+    dropped = int(drops_last and spacing != "trailing")
+    if not 1 <= n <= num_train_timesteps - dropped:
         raise ValueError(
-            f"num_inference_steps must lie in 1..{num_train_timesteps} (num_train_timesteps) on the {spacing!r} "
-            f"spacing, got {n!r}."
+            f"num_inference_steps must lie in 1..{num_train_timesteps - dropped} (num_train_timesteps"
+            f"{' - 1' if dropped else ''}) on the {spacing!r} spacing, got {n!r}."
         )
     if spacing == "linspace":
-        return np.linspace(0, num_train_timesteps - 1, n).round()[::-1].astype(np.int64)
-    if spacing == "leading":
-        timesteps = (np.arange(n) * (num_train_timesteps // n))[::-1].astype(np.int64) + steps_offset
-        return np.minimum(timesteps, num_train_timesteps - 1)
-    timesteps = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / n)).astype(np.int64) - 1
+        timesteps = np.linspace(0, num_train_timesteps - 1, n + dropped).round()[::-1].astype(np.int64)
+    elif spacing == "leading":
+        ratio = num_train_timesteps // (n + dropped)
+        timesteps = (np.arange(n + dropped) * ratio)[::-1].astype(np.int64) + steps_offset
+        timesteps = np.minimum(timesteps, num_train_timesteps - 1)
+    else:
+        timesteps = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / n)).astype(np.int64) - 1
     return timesteps[:n]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers.configuration_utils import FrozenDict
 from packaging.version import Version
 
 from ..version import __version__
@@ -38,6 +39,7 @@ class ShipsItsCode:
 
     _source_file = f"{LIBRARY}.py"  # diffusers looks for a component's code under the library's name
     _source_entries: tuple[str, ...]
+    _internal_dict: dict[str, Any]  # diffusers' config
 
     @property
     def _is_ours(self) -> bool:
@@ -59,7 +61,9 @@ class ShipsItsCode:
 
     def to_json_string(self) -> str:
         """The config as it is written."""
+        in_memory = dict(self._internal_dict)
         config = json.loads(super().to_json_string())  # type: ignore[misc]
+        self._internal_dict = FrozenDict(in_memory)  # diffusers writes its version into it
         config.pop("_name_or_path", None)
         config[VERSION_KEY] = __version__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"

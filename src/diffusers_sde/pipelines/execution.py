@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from ..denoisers import call_network
 from ..guidance import Denoiser, Generators, Replacement, renoise, resampled
 from ..ode import FlowDenoiser, SolverError
 from ..schedulers import SDEScheduler
+from ..schedulers.conversion import config_of, fitting_class
 from .probability_flow import ProbabilityFlow, Progress, as_tensor
 
 if TYPE_CHECKING:
@@ -41,10 +43,28 @@ def check_run(pipe: SDEPipeline, output_type: str, sampler: str, callback: Callb
         raise ValueError("callback_on_step_end does not exist for adaptive methods: images have steps of their own.")
     if not isinstance(pipe.scheduler, SDEScheduler):
         raise ValueError(
-            f"scheduler must be one of this package's, got {type(pipe.scheduler).__name__}: convert it by from_config, "
-            "such as VPSDEScheduler.from_config(pipe.scheduler.config)."
+            f"scheduler must be one of this package's, got {type(pipe.scheduler).__name__}: convert it by "
+            f"{fitting_class(config_of(pipe.scheduler))}.from_config(pipe.scheduler.config)."
         )
     return pipe.scheduler
+
+
+def arguments_of_step(scheduler: Any, generator: Generators) -> dict[str, Any]:
+    """What ``scheduler.step`` takes beside output, timestep and sample; stock schedulers differ in it.
+
+    Raises:
+        ValueError: A scheduler that steps in another way, or needs what this pipeline does not have.
+    """
+    name = type(scheduler).__name__
+    parameters = inspect.signature(scheduler.step).parameters if hasattr(scheduler, "step") else {}
+    needed = [key for key, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    if needed != ["model_output", "timestep", "sample"]:
+        what = f"its step() needs {', '.join(needed[3:])}" if len(needed) > 3 else "it has no step() of the usual kind"
+        raise ValueError(
+            f"scheduler is a {name}, which this pipeline cannot run: {what}. Convert it by "
+            f"{fitting_class(config_of(scheduler))}.from_config(pipe.scheduler.config)."
+        )
+    return {"generator": generator} if "generator" in parameters else {}
 
 
 def check_count(name: str, value: int) -> None:

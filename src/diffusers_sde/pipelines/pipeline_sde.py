@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from ..hub.pipelines import SharedPipeline
 from ..likelihood import BitsPerDim, Generators, LogProb, TraceOptions
 from ..schedulers import SCHEDULERS
-from .execution import OUTPUT_TYPES, check_choice, execute_adaptive
+from .execution import OUTPUT_TYPES, arguments_of_step, check_choice, execute_adaptive
 from .probability_flow import ProbabilityFlow
 
 logger = logging.get_logger(__name__)
@@ -180,20 +179,24 @@ class SDEPipeline(SharedPipeline):
             self.maybe_free_model_hooks()
             return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+        step_arguments = arguments_of_step(self.scheduler, generator)
+        needs_next = type(self.scheduler).__name__ == "UnCLIPScheduler"  # which takes t - 1 for it otherwise
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
-        x = latents.to(device=device, dtype=torch.float32) * self.scheduler.init_noise_sigma
-        accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        step_arguments: dict[str, Any] = {"generator": generator} if accepts_generator else {}
+        # Stock schedulers of flows start at unit variance and scale nothing, and have no names for that.
+        x = latents.to(device=device, dtype=torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        scale_input = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
         unconditional = self.unconditional(len(x))
 
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
-                model_input = self.scheduler.scale_model_input(x, t).to(self.unet.dtype)
+                model_input = scale_input(x, t).to(self.unet.dtype)
                 output = self.unet(model_input, t, **unconditional, return_dict=False)[0].to(x.dtype)
+                if needs_next:
+                    step_arguments["prev_timestep"] = timesteps[i + 1] if i + 1 < len(timesteps) else None
                 x = self.scheduler.step(output, t, x, **step_arguments, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     replaced = callback_on_step_end(self, i, t, {"latents": x})

@@ -23,7 +23,7 @@ from ..likelihood import (
 from ..ode import FlowDenoiser, FlowSolution, ODEOptions, decode, edit, encode, interpolate, sample_flow
 from ..parametrizations import Epsilon, Score
 from ..schedulers import SCHEDULERS, SDEScheduler
-from ..schedulers.conversion import FITTING_SCHEDULER, config_family, with_stock_defaults
+from ..schedulers.conversion import config_of, fitting_class
 
 
 class ProbabilityFlow:
@@ -385,11 +385,8 @@ def _fitting_scheduler(scheduler: Any) -> SDEScheduler:
     """The scheduler itself if it is ours, or our scheduler of the same path."""
     if isinstance(scheduler, SDEScheduler):
         return scheduler
-    config = with_stock_defaults(dict(scheduler.config))
-    family = config_family(config)
-    if family is None:
-        raise ValueError(f"{type(scheduler).__name__} describes no SDE that is known here.")
-    fitting: SDEScheduler = SCHEDULERS[FITTING_SCHEDULER[family]].from_config(scheduler.config)
+    config = config_of(scheduler)
+    fitting: SDEScheduler = SCHEDULERS[fitting_class(config)].from_config(config)
     return fitting
 
 

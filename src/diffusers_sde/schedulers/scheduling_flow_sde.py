@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -38,6 +39,7 @@ class FlowSDEScheduler(SDEScheduler):
     """
 
     _families = ("flow",)
+    _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
 
     @register_to_config
     def __init__(
@@ -91,6 +93,7 @@ class FlowSDEScheduler(SDEScheduler):
         timesteps: Sequence[float] | Tensor | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
         mu: float | None = None,
+        **foreign: Any,
     ) -> None:
         """Lay out the sampler; resets all state of an earlier run.
 
@@ -101,6 +104,7 @@ class FlowSDEScheduler(SDEScheduler):
             sigmas: Decreasing times t instead; they are shifted like the scheduler's own grid, as flow-matching
                 pipelines expect.
             mu: The shift, where ``use_dynamic_shifting`` is on (otherwise it is ignored, as diffusers does).
+            **foreign: As in ``SDEScheduler.set_timesteps``.
 
         Raises:
             ValueError: ``mu`` is missing, or see ``SDEScheduler.set_timesteps``.
@@ -108,7 +112,7 @@ class FlowSDEScheduler(SDEScheduler):
         if self.config.use_dynamic_shifting and mu is None and timesteps is None:
             raise ValueError("mu must be passed to set_timesteps when use_dynamic_shifting is on.")
         self._mu = mu
-        super().set_timesteps(num_inference_steps, device, timesteps, sigmas)
+        super().set_timesteps(num_inference_steps, device, timesteps, sigmas, **foreign)
 
     def level_times(self, num_inference_steps: int) -> Tensor:
         """As in ``SDEScheduler``, shifted."""

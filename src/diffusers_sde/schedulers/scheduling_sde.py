@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -23,12 +24,21 @@ from ..plans import Plan, Row, advance, make_plan, memorise, squared_norm_ratio
 from ..predictors import PredictorOptions, get_predictor
 from ..sdes import SDE, expand_like
 from ..time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid
-from .conversion import stock_keys, translate_config, with_stock_defaults
+from .conversion import (
+    KEPT_KEY,
+    LEFT_OUT_KEY,
+    ORIGIN_KEY,
+    SAMPLER_KEYS,
+    exchanged,
+    is_stock_config,
+    refuse_foreign,
+    stock_keys,
+    translate_config,
+    with_stock_defaults,
+)
 
 LANGEVIN_NORMS = ("sample", "batch")
-# What UniPC's and DEIS's configs hold under the same key. They name exact weights too, and stay in the config as they
-# are, so that swapping back loses nothing.
-STOCK_SOLVER_TYPES = ("bh1", "bh2", "logrho")
+OLD_SOLVER_TYPES = ("bh1", "bh2", "logrho")  # stock solvers' names, which configs of ours once held in place of our own
 VARIANCE_TYPES = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 COMMON_ARGUMENTS = """
@@ -43,7 +53,7 @@ COMMON_ARGUMENTS = """
             are long, and extrapolates no estimate further than it carries, which is safe on any grid. 1, 2 or 3 is the
             classical multistep rule of that order, also where a step is much longer than those before it.
         solver_type: ``heun`` or ``midpoint``, DPM-Solver++'s names for the weight of the slope in order 2; ``heun``
-            is exact. ``bh1``, ``bh2`` and ``logrho`` of diffusers' other solvers are read as ``heun``.
+            is exact.
         solver_correction: Redo each step of ``exponential`` with the estimate at its end once that is known, as UniPC
             does; no model call, no noise, and no MCMC ``corrector``. Off behind ``langevin``, whose step varies.
         gaussian_std: Standard deviation, in units of the data, of the Gaussian part of the data that ``exponential``
@@ -125,7 +135,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     calls is ``len(scheduler.timesteps)``.
     """
 
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    _compatibles: list[str] = []  # stock classes that, made from this one's config, fit the same networks
     _families: tuple[str, ...] = ()
     _source_entries = ("schedulers",)
     order = 1
@@ -145,7 +155,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             self.register_to_config(time_grid=None)
         # Every value counts as given: diffusers would otherwise replace ours by the defaults of the class that is
         # swapped in, and would not know whose config it is.
-        self.register_to_config(_use_default_values=[], _class_name=type(self).__name__)
+        name = type(self).__name__
+        self.register_to_config(_use_default_values=[], _class_name=name, **{ORIGIN_KEY: name})
         config = self.config
         self.sde = sde
         self._final_time = final_time
@@ -200,16 +211,33 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             raise ValueError(f"{cls.__name__} has no argument {hints}. It takes {', '.join(sorted(known))}.")
         refuse_newer(config, lambda: known | stock_keys(), cls.__name__)
         config = with_stock_defaults(config)
+        lineage = [base.__name__ for base in cls.__mro__]
+        implied = translate_config(config, cls.__name__, lineage, cls._families, known)
+        if is_stock_config(config, cls.__name__) or config.get("solver_type") in OLD_SOLVER_TYPES:
+            config = exchanged(config)
+        kept_keys = (KEPT_KEY, LEFT_OUT_KEY)
         given = {k: v for k, v in config.items() if k in known}
-        implied = translate_config(config, cls.__name__, cls._families, known)
+        hidden = {k: v for k, v in config.items() if k not in known and (not k.startswith("_") or k in kept_keys)}
         if "predictor" not in config:
             # Straight from diffusers; a config that has been ours before already says what these keys would.
-            given = {**given, **implied}
+            given |= {k: v for k, v in implied.items() if k in known}
+            hidden |= {k: v for k, v in implied.items() if k not in known}
+        if kwargs.get("time_grid") not in (None, given.get("time_grid")) or "timestep_spacing" in kwargs:
+            hidden.pop(LEFT_OUT_KEY, None)  # it belongs to the grid of the config
         scheduler = cls(**{**given, **kwargs})
         # Keys of the scheduler that was swapped out, kept so that swapping back loses nothing.
-        hidden = {k: v for k, v in config.items() if k not in known and not k.startswith("_")}
         scheduler.register_to_config(**hidden)
+        if "_diffusers_version" in config:  # read from a file, which holds no such list
+            scheduler._internal_dict = FrozenDict(
+                {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+            )
+        hidden = {k: v for k, v in hidden.items() if not k.startswith("_")}
         return (scheduler, {**unknown, **hidden}) if return_unused_kwargs else scheduler
+
+    def to_json_string(self) -> str:
+        """The config as it is written; a stock class that reads it without this package takes no sampler setting."""
+        config = {**json.loads(super().to_json_string()), "_use_default_values": list(SAMPLER_KEYS)}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @property
     def stochasticity(self) -> float | None:
@@ -221,7 +249,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         options = PredictorOptions(
             config.solver_order,
             config.variance_type in ("fixed_large", "fixed_large_log"),
-            "heun" if config.solver_type in STOCK_SOLVER_TYPES else config.solver_type,
+            config.solver_type,
             config.solver_correction,
             config.gaussian_std,
         )
@@ -246,9 +274,10 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         """The SDE times of ``num_inference_steps`` noise levels on the configured grid, decreasing, float64."""
         config, sde = self.config, self.sde
         points = num_inference_steps + (0 if config.denoise_final else 1)
+        left_out = config.get(LEFT_OUT_KEY)  # of a swapped config
         if config.time_grid is None:
             timesteps = discrete_timesteps(
-                config.timestep_spacing, points, config.num_train_timesteps, config.steps_offset
+                config.timestep_spacing, points, config.num_train_timesteps, config.steps_offset, left_out is not None
             )
             return TimeConditioning("discrete", config.num_train_timesteps).time(
                 sde, torch.from_numpy(timesteps.astype(np.float64))
@@ -256,6 +285,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         start = sde.t_max
         if not get_predictor(config.predictor).finite_at_zero_snr and math.isinf(float(sde.log_snr(start))):
             start = float(sde.time_of(MIN_LOG_SNR))
+        if left_out is not None and config.time_grid == "uniform":
+            return get_time_grid("uniform", sde, points + 1, start, left_out)[:-1]
         return get_time_grid(config.time_grid, sde, points, start, self.last_time(), config.rho)
 
     def last_time(self) -> float:
@@ -268,6 +299,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: Sequence[float] | Tensor | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
+        **foreign: Any,
     ) -> None:
         """Lay out the sampler; resets all state of an earlier run.
 
@@ -276,10 +308,14 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             device: Where ``timesteps`` live. All coefficients stay on the host.
             timesteps: Decreasing network timesteps to use instead of the configured grid, one per noise level.
             sigmas: Decreasing noise-to-signal ratios sigma/alpha instead; a final 0 is allowed and means the data.
+            **foreign: Arguments of other schedulers, refused with the reason unless they ask for nothing.
 
         Raises:
             ValueError: None or several of the three given, or values out of range.
+            TypeError: An argument that no scheduler has.
         """
+        if foreign:
+            refuse_foreign(type(self).__name__, "set_timesteps", foreign)
         if timesteps is not None and sigmas is not None:
             raise ValueError("Pass either timesteps or sigmas, not both.")
         if timesteps is not None:
@@ -459,6 +495,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
         eta: float | None = None,
         use_clipped_model_output: bool | None = None,
+        prev_timestep: int | Tensor | None = None,
+        **foreign: Any,
     ) -> SDESchedulerOutput | tuple[Tensor, Tensor]:
         """Execute the next row of the plan: one predictor or corrector update after one model call.
 
@@ -471,18 +509,26 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             eta: Pipelines written for DDIM always pass their own default, 0, which must not turn a reverse SDE into an
                 ODE. So 0 means nothing here: stochasticity is set in the config, and any other value is refused.
             use_clipped_model_output: Accepted for the same pipelines; only False or None.
+            prev_timestep: Accepted for UnCLIP's pipelines, which pass the entry of ``timesteps`` that follows; the plan
+                knows it.
+            **foreign: Arguments of other schedulers' steps, such as ``s_churn``: refused with what to set instead,
+                unless they ask for nothing.
 
         Returns:
             The new sample and x0_hat, in the dtype of ``sample``.
 
         Raises:
-            ValueError: ``set_timesteps`` was not called, the plan has come to its end, or ``eta`` asks for something.
+            ValueError: ``set_timesteps`` was not called, the plan has come to its end, or an argument of another
+                scheduler asks for something.
+            TypeError: An argument that no scheduler has.
         """
         if eta or use_clipped_model_output:
             raise ValueError(
                 f"eta={eta!r} and use_clipped_model_output={use_clipped_model_output!r} are DDIM's: set stochasticity "
                 "(or probability_flow) and clip_sample in the scheduler's config instead."
             )
+        if foreign:
+            refuse_foreign(type(self).__name__, "step", foreign)
         index = self._step_index
         if index is None:
             if self.num_inference_steps is None:
@@ -582,23 +628,55 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         """
         return self.conditioning.time(self.sde, timestep)
 
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: float | Sequence[float] | Tensor) -> Tensor:
         """Draw from the marginal: alpha(t) x_0 + sigma(t) noise.
 
         Args:
             original_samples: x_0, shape (B, ...).
             noise: Unit noise of the same shape.
             timesteps: Network timesteps, shape (B,) or ().
+
+        Raises:
+            ValueError: A timestep at which the path does not exist.
         """
-        t = self.sde_time(timesteps.to(original_samples.device))
-        alpha, sigma = (
-            expand_like(v, original_samples).to(original_samples) for v in (self.sde.alpha(t), self.sde.sigma(t))
-        )
+        alpha, sigma = self._marginal(timesteps, original_samples)
         return alpha * original_samples + sigma * noise
 
-    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+    def scale_noise(self, sample: Tensor, timestep: float | Sequence[float] | Tensor, noise: Tensor) -> Tensor:
         """``add_noise`` under the name and argument order that flow-matching pipelines use."""
         return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: float | Sequence[float] | Tensor) -> Tensor:
+        """The target of a network with ``v_prediction``: alpha(t) noise - sigma(t) x_0, on any path.
+
+        Args:
+            sample: x_0, shape (B, ...).
+            noise: Unit noise of the same shape.
+            timesteps: Network timesteps, shape (B,) or ().
+
+        Raises:
+            ValueError: A timestep at which the path does not exist.
+        """
+        alpha, sigma = self._marginal(timesteps, sample)
+        return alpha * noise - sigma * sample
+
+    def _marginal(self, timesteps: float | Sequence[float] | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Alpha and sigma at network timesteps, to be multiplied with ``like``."""
+        fed = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(timesteps, dtype=torch.float32)
+        t = self.sde_time(fed.to(like.device))
+        # Entries of ``timesteps`` are right. Others are looked at, for which the host waits if they are on a device.
+        own = fed.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
+        if not own and not torch.compiler.is_compiling():
+            t_max, seen = self.sde.t_max, self.sde_time(fed)
+            # A pipeline may have cast them to half precision; index -1 of a table would be the data.
+            slack = 5e-3 if fed.dtype in (torch.float16, torch.bfloat16) else 1e-5
+            first = 1.0 / self.config.num_train_timesteps if self.conditioning.name == "discrete" else 0.0
+            if not bool(((seen >= (first - slack) * t_max) & (seen <= (1.0 + slack) * t_max)).all()):
+                low, high = (float(self.conditioning.timestep(self.sde, u * t_max)) for u in (first, 1.0))
+                raise ValueError(f"timesteps must lie between {low:g} and {high:g}, got {fed.tolist()}.")
+            t = t.clamp(first * t_max, t_max)
+        alpha, sigma = (expand_like(v, like).to(like) for v in (self.sde.alpha(t), self.sde.sigma(t)))
+        return alpha, sigma
 
     def denoiser(self, network: Callable[..., Any], **kwargs: Any) -> Callable[[Tensor, Tensor | float], Tensor]:
         """(x_t, SDE time) -> x0_hat for a network that this scheduler describes; see ``network_denoiser``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
 from ..sdes import SDE, VPSDE, DiscreteVPSDE, ddpm_betas
 from .scheduling_sde import SDEScheduler, document_common_arguments
@@ -37,6 +38,7 @@ class VPSDEScheduler(SDEScheduler):
     """
 
     _families = ("vp",)
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers if not e.name.startswith("EDM")]
 
     @register_to_config
     def __init__(
