@@ -355,9 +355,12 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             dtype=torch.float32,
             device=self._table_device,
         )
-        # The first level has every kind of row, except that noise may be missing at the end.
+        # The first level has every kind of row; whether a kind draws noise is what most of its rows do, and the others
+        # (above all the last row) are listed.
         self._kinds = [(r.is_corrector, r.langevin is not None, r.remember) for r in self._rows[: self._order]]
-        self._draws = any(r.noise != 0.0 for r in self._rows)
+        draws = [r.noise != 0.0 for r in self._rows]
+        self._draws = [2 * sum(draws[k :: self._order]) > len(draws[k :: self._order]) for k in range(self._order)]
+        self._otherwise = tuple(i for i, d in enumerate(draws) if d != self._draws[i % self._order])
 
     def _fed(self, t: Tensor) -> Tensor:
         """Timesteps of SDE times: int64 where they are entries of a DDPM table, as in diffusers, float32 otherwise."""
@@ -532,6 +535,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     ) -> tuple[Tensor, Tensor]:
         """The update of ``advance`` with coefficients from a tensor, for ``torch.compile``; equal to float32 round-off.
 
+        It draws noise where ``advance`` does and nowhere else, so that the next draw is the same too.
+
         Python numbers, which the eager step uses, would be constants of the graph and cost a compilation per step. Here
         the graph depends on the place in a level only.
         """
@@ -554,7 +559,11 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         else:
             for k, estimate in enumerate(self._memory):
                 update = update + c[8 + k] * estimate
-            if self._draws:
+            draws = self._draws[index % self.order]
+            for i in self._otherwise:  # compared one by one: ``in`` of a traced number is no guard
+                if index == i:
+                    draws = not draws
+            if draws:
                 update = update + c[2] * standard_normal_like(sample, generator)
         if remember:
             self._memory = [sample * c[6] + x0_hat * c[7], *self._memory][: self._memory_length]
