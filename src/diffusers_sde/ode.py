@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import check_integer, check_number, check_tolerances
 from .noise import standard_normal_like
 from .plans import make_plan
 from .sampling import sample
@@ -75,20 +76,12 @@ class ODEOptions:
     data_std: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            if not (0.0 <= value < 1.0):
-                raise ValueError(f"{name} must lie in [0, 1), got {value!r}.")
-        if not self.atol + self.rtol >= 1e-13:
-            raise ValueError(f"rtol and atol must not both be zero, got {self.rtol!r} and {self.atol!r}.")
+        check_tolerances(self.rtol, self.atol, largest_atol=1.0)
+        # Whole numbers such as 64.0 become integers: the batch size is a slice.
         for name in ("max_calls", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or value != int(value) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
-        if not math.isfinite(self.data_mean):
-            raise ValueError(f"data_mean must be finite, got {self.data_mean!r}.")
-        if not 0.0 < self.data_std < math.inf:
-            raise ValueError(f"data_std must be a positive number, got {self.data_std!r}.")
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), at_least=1))
+        check_number("data_mean", self.data_mean)
+        check_number("data_std", self.data_std, above=0.0)
 
 
 @dataclass(frozen=True)
@@ -409,15 +402,17 @@ def integrate(
             allowed = options.atol + options.rtol * torch.maximum(s.z.abs(), (s.z + highest).abs())
             sizes = (errors / allowed.flatten(1)[:, None]).square().mean(2).sqrt()
             slopes = slope.flatten(1).square().mean(1, keepdim=True).sqrt()
-            on_arrival = torch.cat([sizes, slopes], 1).to("cpu", torch.float64).numpy()
-            sizes_of_orders, steepness = on_arrival[:, :-1], on_arrival[:, -1]
+            finite = torch.isfinite(x0).flatten(1).all(1, keepdim=True).to(slopes)
+            on_arrival = torch.cat([sizes, slopes, finite], 1).to("cpu", torch.float64).numpy()
+            sizes_of_orders, steepness, is_finite = on_arrival[:, :-2], on_arrival[:, -2], on_arrival[:, -1] == 1.0
             best = _best_order(sizes_of_orders, s.count)
-            size = np.where(is_first, steepness * 0.0, sizes_of_orders[np.arange(len(best)), best - 1])
+            size = np.where(is_first, 0.0, sizes_of_orders[np.arange(len(best)), best - 1])
             correct = moulton[np.arange(len(best)), best]
             corrected = s.z + _combine(correct * signed[:, None], history)
-            if not np.isfinite(size[is_first]).all() or not np.isfinite(rate).all():
-                where = float(t[int(np.argmin(np.isfinite(size) & np.isfinite(rate).all(1)))])
-                raise RuntimeError(
+            is_finite &= np.isfinite(rate).all(1) & np.isfinite(np.where(is_first, steepness, 0.0))
+            if not is_finite.all():
+                where = float(t[int(np.argmin(is_finite))])
+                raise SolverError(
                     f"the denoiser is not finite at t = {where:g}. (An epsilon or score prediction does not determine "
                     "the data where alpha = 0; and a network is only good for times that it was trained on.)"
                 )

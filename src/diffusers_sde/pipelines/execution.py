@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adaptive import sample_adaptive
+from ..checks import check_choice
 from ..denoisers import call_network
 from ..guidance import Denoiser, Generators, Replacement, renoise, resampled
 from ..ode import FlowDenoiser, SolverError
@@ -22,12 +23,6 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 Model = Callable[[Tensor, int, Tensor], Tensor]
 """(x_t, index of the row, timestep) -> network output."""
-
-
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise a ValueError unless the value is one of those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
 
 
 def check_run(pipe: SDEPipeline, output_type: str, sampler: str, callback: Callback | None) -> SDEScheduler:
@@ -178,8 +173,8 @@ def execute_adaptive(
                 )
     except SolverError as error:
         raise SolverError(
-            f"{error} Take larger tolerances than rtol={rtol:g} and atol={atol:g}, or the scheduler's own steps, the "
-            "default, which always end. A network that is hardly trained may need either."
+            f"{error} If the network itself is sound, take larger tolerances than rtol={rtol:g} and atol={atol:g}, or "
+            "the scheduler's own steps, which always end. A network that is hardly trained may need either."
         ) from error
     pipe._calls, pipe._num_timesteps = solution.calls, int(solution.calls.max())
     return solution.sample

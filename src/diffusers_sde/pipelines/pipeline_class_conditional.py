@@ -11,6 +11,7 @@ from diffusers import ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..checks import check_choice
 from ..classifiers import NoiseConditionalClassifier
 from ..guidance import (
     check_interval,
@@ -21,7 +22,6 @@ from ..guidance import (
 )
 from .execution import (
     Callback,
-    check_choice,
     check_latents,
     check_run,
     execute,

@@ -11,12 +11,12 @@ from diffusers import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..checks import check_choice
 from ..guidance import Replacement
 from ..operators import Mask
 from ..schedulers import SDEScheduler
 from .execution import (
     Callback,
-    check_choice,
     check_count,
     check_latents,
     check_run,

@@ -11,6 +11,7 @@ from diffusers import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..checks import check_choice
 from ..guidance import POSTERIOR_METHODS, posterior_denoiser, smc_sample
 from ..operators import (
     ChannelMixture,
@@ -27,7 +28,6 @@ from ..predictors import PredictorOptions
 from ..schedulers import SDEScheduler
 from .execution import (
     Callback,
-    check_choice,
     check_count,
     check_latents,
     check_run,

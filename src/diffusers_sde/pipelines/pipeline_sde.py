@@ -13,10 +13,11 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..checks import check_choice
 from ..hub.pipelines import SharedPipeline
 from ..likelihood import BitsPerDim, Generators, LogProb, TraceOptions
 from ..schedulers import SCHEDULERS
-from .execution import OUTPUT_TYPES, check_choice, execute_adaptive
+from .execution import OUTPUT_TYPES, execute_adaptive
 from .probability_flow import ProbabilityFlow
 
 logger = logging.get_logger(__name__)
