@@ -39,6 +39,29 @@ def check_number(
     return float(number)
 
 
+def check_ordered(
+    low_name: str, low: Any, high_name: str, high: Any, above: float | None = None, at_least: float | None = None
+) -> tuple[float, float]:
+    """Two finite numbers, the first below the second; the bounds are the first one's."""
+    low, high = check_number(low_name, low, above, at_least), check_number(high_name, high)
+    if not low < high:
+        raise ValueError(f"{low_name} must be less than {high_name}, got {low!r} and {high!r}.")
+    return low, high
+
+
+def check_pair(name: str, value: Any, at_least: float | None = None) -> tuple[float, float]:
+    """Two increasing numbers; the second may be infinite."""
+    try:
+        low, high = check_numbers(name, value, at_least=2).tolist()
+    except ValueError:
+        low, high = math.nan, math.nan
+    if not (math.isfinite(low) and low < high and (at_least is None or low >= at_least)):
+        raise ValueError(
+            f"{name} must be two increasing numbers{_range(None, at_least, None, None)}, got {_shown(value)}."
+        )
+    return low, high
+
+
 def check_integer(name: str, value: Any, at_least: int | None = None, at_most: int | None = None) -> int:
     """A whole number within bounds; 2.0 is one."""
     number = _plain(value)
@@ -53,7 +76,8 @@ def check_integer(name: str, value: Any, at_least: int | None = None, at_most: i
 def check_choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
     """One of the words ``allowed``, which may hold None."""
     if not (value is None or isinstance(value, str)) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {_shown(value)}.")
+        words = ", ".join(str(word) for word in allowed if word is not None)
+        raise ValueError(f"{name} must be {'None or ' * (None in allowed)}one of {words}, got {_shown(value)}.")
     return value
 
 
@@ -67,21 +91,20 @@ def check_flag(name: str, value: Any) -> bool:
 def check_numbers(name: str, values: Any, at_least: int = 1) -> Tensor:
     """A sequence of numbers as float64, shape (n,), on the CPU; ``at_least`` is the smallest n. Infinity passes."""
     try:
-        tensor = torch.as_tensor(values)
+        tensor = values.detach().cpu() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
         fits = tensor.ndim == 1 and len(tensor) >= at_least and tensor.dtype != torch.bool and not tensor.is_complex()
-        fits = fits and not isinstance(values, str)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        fits = False
+    except (TypeError, ValueError):  # words, or rows of different lengths
+        tensor, fits = torch.empty(0), False
     if not fits:
         raise ValueError(f"{name} must be a sequence of at least {at_least} numbers, got {_shown(values)}.")
-    return tensor.to("cpu", torch.float64)
+    return tensor.to(torch.float64)
 
 
 def check_shape(name: str, value: Any) -> tuple[int, ...]:
     """A shape: a sequence of positive integers, as a tuple."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
         raise ValueError(f"{name} must be a shape, a sequence of positive integers, got {_shown(value)}.")
-    if not all(isinstance(n, numbers.Integral) and not isinstance(n, bool) and n > 0 for n in value):
+    if not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n > 0 for n in value):
         raise ValueError(f"{name} must be a shape of positive integers, got {_shown(value)}.")
     return tuple(int(n) for n in value)
 
@@ -118,14 +141,15 @@ def check_tensor(name: str, value: Any, shape: tuple[int | None, ...] | None = N
     return value
 
 
-def check_generators(generator: Any, count: int) -> None:
-    """None, one generator, or a sequence of ``count`` generators; nothing is drawn from them."""
+def check_generators(generator: Any, count: int) -> torch.Generator | list[torch.Generator] | None:
+    """None, one generator, or a sequence of ``count`` generators, as a list; nothing is drawn from them."""
     if generator is None or isinstance(generator, torch.Generator):
-        return
+        return generator
     if not isinstance(generator, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generator):
         raise ValueError(f"generator must be a torch.Generator, a list of them, or None, got {_shown(generator)}.")
     if len(generator) != count:
         raise ValueError(f"generator is a list of {len(generator)}, but there are {count} samples.")
+    return list(generator)
 
 
 def _plain(value: Any) -> Any:

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import check_integer, check_number, check_tolerances
+from .checks import check_generators, check_integer, check_number, check_tolerances
 from .noise import standard_normal_like
 from .plans import make_plan
 from .sampling import sample
@@ -198,6 +198,7 @@ def adams_weights(nodes: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 def _times(sde: SDE, t_start: float, t_end: float) -> None:
     for name, t in (("t_start", t_start), ("t_end", t_end)):
+        check_number(name, t)
         if not (0.0 <= t <= sde.t_max) or math.isinf(float(sde.log_sigma(t))):
             raise ValueError(
                 f"{name} must lie in (0, {sde.t_max}], where sigma is positive; got {t!r}. The smallest time of this "
@@ -586,8 +587,7 @@ def sample_flow(
         ValueError: Bad arguments.
         RuntimeError: The solver gives up; see ``integrate``.
     """
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a positive number, got {temperature!r}.")
+    temperature = check_number("temperature", temperature, above=0.0)
     options = ODEOptions() if options is None else options
     t_min = sde.t_min if t_min is None else t_min
     start = check_state(latents, "latents") * (temperature * sde.prior_std)
@@ -711,8 +711,8 @@ def interpolate(
         ValueError: Bad arguments.
         RuntimeError: The solver gives up; see ``integrate``.
     """
-    if isinstance(num, bool) or num != int(num) or num < 2:
-        raise ValueError(f"num must be an integer >= 2, got {num!r}.")
+    num = check_integer("num", num, at_least=2)
+    x_a, x_b = check_state(x_a, "x_a"), check_state(x_b, "x_b")
     if x_a.shape != x_b.shape:
         raise ValueError(f"x_a and x_b must have the same shape, got {tuple(x_a.shape)} and {tuple(x_b.shape)}.")
     codes = encode(denoiser, sde, torch.cat([x_a, x_b]), options, t_min, None, progress).sample
@@ -752,12 +752,13 @@ def edit(
     Raises:
         ValueError: Bad arguments.
     """
-    if not 0.0 < strength <= 1.0:
-        raise ValueError(f"strength must lie in (0, 1], got {strength!r}.")
+    strength = check_number("strength", strength, above=0.0, at_most=1.0)
+    num_steps = check_integer("num_steps", num_steps, at_least=1)
     t_min = sde.t_min if t_min is None else t_min
     levels = get_time_grid("log_snr", sde, 1001, sde.t_max, t_min)
     t = float(levels[max(0, 1000 - math.ceil(1000 * strength))])
     x0 = check_state(x0, "x0")
+    check_generators(generator, len(x0))
     mean, sigma = sde.marginal(x0, t)
     noisy = mean + sigma * standard_normal_like(x0, generator)
     plan = make_plan(sde, get_time_grid("log_snr", sde, num_steps, t, t_min), "exponential")

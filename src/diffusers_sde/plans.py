@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_flag, check_integer, check_number, check_numbers
 from .correctors import get_corrector
 from .parametrizations import Parametrization
 from .predictors import PredictorOptions, Stage, default_stochasticity, get_predictor
@@ -80,8 +81,11 @@ class Plan:
             predictors: False leaves the predictors' coefficients on x0_hat, for an executor that clips it first.
 
         Raises:
-            ValueError: The parametrisation does not determine x0_hat at one of the plan's times.
+            ValueError: The parametrisation does not determine x0_hat at one of the plan's times, or the plan has been
+                folded already.
         """
+        if any(row.skip != 0.0 or row.out != 1.0 for row in self.rows):
+            raise ValueError("this plan is folded: its rows take the network's output, not x0_hat.")
         t = torch.tensor([row.t for row in self.rows], dtype=torch.float64)
         skip, out = (c.tolist() for c in parametrization.coefficients(sde.alpha(t), sde.sigma(t)))
         if not all(map(math.isfinite, skip + out)):
@@ -134,11 +138,10 @@ def make_plan(
         ValueError: Unknown names, a grid that does not decrease, or a combination without meaning.
     """
     rule = get_predictor(predictor)
-    times = torch.as_tensor(times, dtype=torch.float64)
-    if times.ndim != 1 or len(times) < (1 if denoise_final else 2) or not bool((times[1:] < times[:-1]).all()):
-        raise ValueError(f"times must be a strictly decreasing sequence, got {times.tolist()}.")
-    if stochasticity is not None and not 0.0 <= stochasticity < math.inf:
-        raise ValueError(f"stochasticity must be a finite number >= 0 or None, got {stochasticity!r}.")
+    check_flag("denoise_final", denoise_final)
+    times = check_times(sde, times, 1 if denoise_final else 2)
+    if stochasticity is not None:
+        stochasticity = check_number("stochasticity", stochasticity, at_least=0.0)
     if rule.deterministic and stochasticity != 0.0:
         raise ValueError(
             f"predictor {predictor!r} integrates the probability-flow ODE only: set probability_flow=True "
@@ -146,10 +149,9 @@ def make_plan(
         )
     if corrector is None and rule.calls == 0:
         raise ValueError("predictor 'none' needs a corrector, such as 'langevin'.")
-    if corrector is not None and (correct_steps < 1 or int(correct_steps) != correct_steps):
-        raise ValueError(f"correct_steps must be an integer >= 1 when a corrector is set, got {correct_steps!r}.")
-    if corrector is not None and not (snr > 0 and math.isfinite(snr)):
-        raise ValueError(f"snr must be a positive number, got {snr!r}.")
+    if corrector is not None:
+        correct_steps = check_integer("correct_steps", correct_steps, at_least=1)
+        snr = check_number("snr", snr, above=0.0)
     if not rule.finite_at_zero_snr and torch.isneginf(sde.log_snr(times[0])):
         raise ValueError(
             f"predictor {predictor!r} needs finite f(t) and g(t), but alpha({float(times[0])}) = 0: "
@@ -210,12 +212,12 @@ def restart_plan(
     Raises:
         ValueError: ``high`` is not before ``low`` on the grid, ``repeats`` is negative, or see ``make_plan``.
     """
-    times = torch.as_tensor(times, dtype=torch.float64)
+    times = check_times(sde, times, 2)
+    low, high = check_number("low", low), check_number("high", high)
     bottom, top = (int((times - t).abs().argmin()) for t in (low, high))
     if not top < bottom:
         raise ValueError(f"high must be a time of the grid before low, got low={low!r} and high={high!r}.")
-    if repeats < 0 or int(repeats) != repeats:
-        raise ValueError(f"repeats must be an integer >= 0, got {repeats!r}.")
+    repeats = check_integer("repeats", repeats, at_least=0)
     whole = make_plan(sde, times, **arguments)
     if repeats == 0:
         return whole
@@ -241,11 +243,22 @@ def restart_plan(
     return Plan(tuple(rows), whole.order, max(len(row.history) for row in rows))
 
 
+def check_times(sde: SDE, times: Any, at_least: int) -> Tensor:
+    """A grid as float64: at least so many times of the path, strictly decreasing.
+
+    Raises:
+        ValueError: It is not.
+    """
+    grid = check_numbers("times", times, at_least)
+    if not bool((grid[1:] < grid[:-1]).all() & (grid >= 0.0).all() & (grid <= sde.t_max * (1.0 + 1e-9)).all()):
+        raise ValueError(f"times must be a strictly decreasing sequence in [0, {sde.t_max:g}], got {grid.tolist()}.")
+    return grid
+
+
 def _final_row(sde: SDE, t: float, final_time: float | None) -> Row:
     if final_time is None:
         return Row(t, None, 0.0, 1.0)
-    if not 0.0 < final_time <= t:
-        raise ValueError(f"final_time must lie in (0, {t}], the last time of the grid, got {final_time!r}.")
+    final_time = check_number("final_time", final_time, above=0.0, at_most=t)
     x = float(sde.sigma(final_time) / sde.sigma(t))
     return Row(t, final_time, x, float(sde.alpha(final_time) - sde.alpha(t) * x))
 

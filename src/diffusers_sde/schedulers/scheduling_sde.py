@@ -15,6 +15,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from ..checks import check_number, check_numbers
 from ..denoisers import network_denoiser
 from ..hub.shipping import ShipsItsCode, refuse_newer
 from ..noise import standard_normal_like
@@ -23,14 +24,10 @@ from ..plans import Plan, Row, advance, make_plan, memorise, squared_norm_ratio
 from ..predictors import PredictorOptions, get_predictor
 from ..sdes import SDE, expand_like
 from ..time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid
+from .config_checks import STOCK_SOLVER_TYPES, checked_config
 from .conversion import stock_keys, translate_config, with_stock_defaults
 
-LANGEVIN_NORMS = ("sample", "batch")
-# What UniPC's and DEIS's configs hold under the same key. They name exact weights too, and stay in the config as they
-# are, so that swapping back loses nothing.
-STOCK_SOLVER_TYPES = ("bh1", "bh2", "logrho")
 FEW_LEVELS = 12  # up to which order 2 is better than order 3, for the ODE and the SDE (benchmarks/quality.py)
-VARIANCE_TYPES = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 COMMON_ARGUMENTS = """
         predictor: ``exponential``, ``ancestral``, ``reverse_diffusion``, ``euler_maruyama``, ``heun`` or ``none``.
@@ -144,7 +141,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             self.register_to_config(time_grid=None)
         # Every value counts as given: diffusers would otherwise replace ours by the defaults of the class that is
         # swapped in, and would not know whose config it is.
-        self.register_to_config(_use_default_values=[], _class_name=type(self).__name__)
+        self.register_to_config(_use_default_values=[], _class_name=type(self).__name__, **checked_config(self.config))
         config = self.config
         self.sde = sde
         self._final_time = final_time
@@ -152,18 +149,10 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             config.prediction_type, config.sigma_data, config.get("preconditioning")
         )
         self.conditioning = TimeConditioning(config.time_conditioning, config.num_train_timesteps)
-        if config.langevin_norm not in LANGEVIN_NORMS:
-            raise ValueError(f"langevin_norm must be one of {', '.join(LANGEVIN_NORMS)}, got {config.langevin_norm!r}.")
-        if config.variance_type not in VARIANCE_TYPES:
-            names = ", ".join(map(repr, VARIANCE_TYPES))
-            raise ValueError(f"variance_type must be one of {names}, got {config.variance_type!r}.")
-        if config.clip_sample and not config.clip_sample_range > 0:
-            raise ValueError(f"clip_sample_range must be positive, got {config.clip_sample_range!r}.")
         self._clips = config.clip_sample or config.get("thresholding", False)
         self._learns_variance = config.variance_type in ("learned", "learned_range")
         self._batch_norms = config.langevin_norm == "batch"
-        if not 0 < config.sampling_eps < sde.t_max:
-            raise ValueError(f"sampling_eps must lie in (0, {sde.t_max}), got {config.sampling_eps!r}.")
+        check_number("sampling_eps", config.sampling_eps, above=0.0, below=sde.t_max)
         if config.time_grid is not None:
             get_time_grid(config.time_grid, sde, 2, sde.t_max, config.sampling_eps, config.rho)
         self.init_noise_sigma = sde.prior_std
@@ -171,8 +160,17 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         # A trial plan: whatever combination make_plan refuses is refused here, before anything is trained.
         self._set_plan(torch.tensor([0.5, 0.4], dtype=torch.float64) * sde.t_max, "cpu")
         self.order = self._order
+        self._refuse_undetermined_start()
         every = torch.arange(config.num_train_timesteps, 0, -1, dtype=torch.float64) / config.num_train_timesteps
         self.timesteps = self._fed(every * sde.t_max)
+
+    def _refuse_undetermined_start(self) -> None:
+        """Refuse a prediction type that does not determine the data at the first level of the configured grid."""
+        entries = self.config.num_train_timesteps
+        starts_at_the_end = self.config.time_grid is not None or self.config.timestep_spacing != "leading"
+        if starts_at_the_end and math.isinf(float(self.sde.log_snr(self.sde.t_max))):
+            points = min(entries, 3) - (0 if self.config.denoise_final else 1)
+            self._make_plan(self.level_times(points))
 
     @classmethod
     def from_config(
@@ -304,20 +302,25 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         self._set_plan(times, "cpu" if device is None else device)
 
     def _times_of_timesteps(self, timesteps: Sequence[float] | Tensor) -> Tensor:
-        values = torch.as_tensor(timesteps, dtype=torch.float64).cpu()
+        values = check_numbers("timesteps", timesteps)
         times = self.conditioning.time(self.sde, values)
-        if not bool(((times > 0) & (times <= self.sde.t_max * (1 + 1e-9))).all()):
+        if not bool(((times > 0) & self.conditioning.lies_on(self.sde, values)).all()):
             low, high = (float(self.conditioning.timestep(self.sde, t)) for t in (self.sde.t_min, self.sde.t_max))
             raise ValueError(f"timesteps must lie between {low:g} and {high:g}, got {values.tolist()}.")
         return times.clamp(max=self.sde.t_max)
 
     def _times_of_sigmas(self, sigmas: Sequence[float] | Tensor) -> Tensor:
-        values = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+        values = check_numbers("sigmas", sigmas)
         if len(values) > 1 and float(values[-1]) == 0.0:
             values = values[:-1]
-        if not bool((values > 0).all()):
-            raise ValueError(f"sigmas must be positive (a final 0 is allowed), got {values.tolist()}.")
-        return self.sde.time_of(-2.0 * values.log()).clamp(max=self.sde.t_max)
+        by_sigma = TimeConditioning("sigma")
+        if not bool((torch.isfinite(values) & (values > 0) & by_sigma.lies_on(self.sde, values)).all()):
+            low, high = (float(by_sigma.timestep(self.sde, t)) for t in (0.0, self.sde.t_max))
+            raise ValueError(
+                f"sigmas must be positive numbers from {low:g} to {high:g}, the ends of the path (a final 0 is "
+                f"allowed), got {values.tolist()}."
+            )
+        return by_sigma.time(self.sde, values).clamp(0.0, self.sde.t_max)
 
     def _set_plan(self, times: Tensor, device: str | torch.device) -> None:
         plan = self._make_plan(times)
@@ -598,9 +601,16 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         Args:
             original_samples: x_0, shape (B, ...).
             noise: Unit noise of the same shape.
-            timesteps: Network timesteps, shape (B,) or ().
+            timesteps: Network timesteps, shape (B,) or (): a tensor, an array or a number.
+
+        Raises:
+            ValueError: A timestep at which the path has no time.
         """
-        t = self.sde_time(timesteps.to(original_samples.device))
+        timesteps = torch.as_tensor(timesteps).to(original_samples.device)
+        t = self.sde_time(timesteps)
+        if not torch.compiler.is_compiling() and not bool(self.conditioning.lies_on(self.sde, timesteps).all()):
+            low, high = (float(self.conditioning.timestep(self.sde, end)) for end in (0.0, self.sde.t_max))
+            raise ValueError(f"timesteps must lie between {low:g} and {high:g}, got {timesteps.tolist()}.")
         alpha, sigma = (
             expand_like(v, original_samples).to(original_samples) for v in (self.sde.alpha(t), self.sde.sigma(t))
         )
