@@ -107,3 +107,20 @@ def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
             f"beta_start must be less than beta_end = {checked['beta_end']}, got {checked['beta_start']!r}."
         )
     return checked
+
+
+# Keys of stock configs with which ``conversion`` calculates.
+STOCK_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "num_train_timesteps": CONFIG_CHECKS["num_train_timesteps"],
+    "correct_steps": partial(check_integer, at_least=0, at_most=MOST_CORRECTIONS),
+    "beta_min": partial(check_number, at_least=0.0),
+    "beta_max": _POSITIVE,
+    "flow_shift": _or_none(check_number, above=0.0),
+    "lambda_min_clipped": lambda name, value: check_numbers(name, [value]),  # -inf is what it should be
+}
+
+
+def check_stock_numbers(config: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a number with which a stock config is read is none."""
+    for key in STOCK_CHECKS.keys() & config.keys():
+        STOCK_CHECKS[key](key, config[key])

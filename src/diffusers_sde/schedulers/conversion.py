@@ -51,7 +51,7 @@ def config_family(config: dict[str, Any]) -> str | None:
     not carry the class name.
     """
     name = config.get("_class_name")
-    if name in _OWN:
+    if isinstance(name, str) and name in _OWN:
         return _OWN[name]
     if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
         return "flow"
@@ -129,7 +129,7 @@ def translate_config(
             f"{source} describes {FAMILY_NAMES[family]}, which {target} cannot represent. Use "
             f"{FITTING_SCHEDULER[family]}.from_config(...)."
         )
-    if config.get("_class_name") in _OWN:
+    if str(config.get("_class_name")) in _OWN:
         return {}
     _refuse(config, family)
     return {"vp": _from_vp, "ve": _from_ve, "edm": _from_edm, "flow": _from_flow}[family](config)

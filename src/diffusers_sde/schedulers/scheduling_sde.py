@@ -24,7 +24,7 @@ from ..plans import Plan, Row, advance, make_plan, memorise, squared_norm_ratio
 from ..predictors import PredictorOptions, get_predictor
 from ..sdes import SDE, expand_like
 from ..time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid
-from .config_checks import STOCK_SOLVER_TYPES, checked_config
+from .config_checks import STOCK_SOLVER_TYPES, check_stock_numbers, checked_config
 from .conversion import stock_keys, translate_config, with_stock_defaults
 
 FEW_LEVELS = 12  # up to which order 2 is better than order 3, for the ODE and the SDE (benchmarks/quality.py)
@@ -197,6 +197,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             raise ValueError(f"{cls.__name__} has no argument {hints}. It takes {', '.join(sorted(known))}.")
         refuse_newer(config, lambda: known | stock_keys(), cls.__name__)
         config = with_stock_defaults(config)
+        check_stock_numbers(config)
         given = {k: v for k, v in config.items() if k in known}
         implied = translate_config(config, cls.__name__, cls._families, known)
         if "predictor" not in config:
