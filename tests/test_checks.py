@@ -84,6 +84,9 @@ def test_bounds(bounds, inside, outside, text):
 
 
 def test_integers_have_no_fractions():
+    for value in (1e30, 2**31):
+        with pytest.raises(ValueError, match=r"^x must be an integer in \[1, 2147483647\], got"):
+            check_integer("x", value, at_least=1)
     for value in (1.5, 0, 11):
         with pytest.raises(ValueError, match=rf"^x must be an integer in \[1, 10\], got {value}\.$"):
             check_integer("x", value, at_least=1, at_most=10)
@@ -562,7 +565,7 @@ def test_shapes_are_checked_before_the_network_is_called(pipes, method):
     pipe = pipes["plain"]
     for value in STRANGE:
         pipe.unet.calls = 0
-        with pytest.raises(ValueError, match="images|latents"):
+        with pytest.raises(ValueError, match="^(images|latents|x) must"):
             getattr(pipe, method)(value, **FAST)
         assert pipe.unet.calls == 0
 

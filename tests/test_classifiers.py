@@ -1,6 +1,7 @@
 """Classifiers of noisy images: what they see, what they refuse, and guidance by them in a pipeline, by exact laws."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -232,6 +233,26 @@ def test_pipeline_errors():
 
 
 # ---------------------------------------------------------------------- a network with classes, without a condition
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"sample_size": v} for v in ("8", None, 0, 10**9)),
+        *({"in_channels": v} for v in ("1", 10**9)),
+        *({"num_classes": v} for v in ("10", 10**9, 1.5)),
+        *({"layers_per_block": v} for v in ("2", 10**9)),
+        *({"block_out_channels": v} for v in ("ab", [10**9, 4], ["4", "8"], 4)),
+        *({"dropout": v} for v in ("0", 1.0, math.nan)),
+        *({"data_min": v} for v in ("0", 2.0)),
+        *({"lowest_log_snr": v} for v in ("0", 30.0)),
+        {"id2label": ["a"]},
+    ],
+    ids=str,
+)
+def test_every_key_of_a_classifiers_config_is_checked(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        NoiseConditionalClassifier(**{"sample_size": 8, **options})
 
 
 def test_the_null_class_is_unconditional_everywhere(tmp_path):

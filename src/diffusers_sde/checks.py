@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LARGEST_COUNT = 2**31 - 1
 SMALLEST_TOLERANCE = 1e-13  # below it nothing but round-off is left, in float64
 
 
@@ -63,10 +64,12 @@ def check_pair(name: str, value: Any, at_least: float | None = None) -> tuple[fl
 
 
 def check_integer(name: str, value: Any, at_least: int | None = None, at_most: int | None = None) -> int:
-    """A whole number within bounds; 2.0 is one."""
+    """A whole number within bounds; 2.0 is one. Without ``at_most`` it is a count, below 2^31."""
     number = _plain(value)
     fits = isinstance(number, numbers.Real) and not isinstance(number, bool) and math.isfinite(number)
     fits = fits and (isinstance(number, numbers.Integral) or float(number).is_integer())
+    if at_most is None and fits and number > LARGEST_COUNT:
+        at_most = LARGEST_COUNT
     fits = fits and (at_least is None or number >= at_least) and (at_most is None or number <= at_most)
     if not fits:
         raise ValueError(f"{name} must be an integer{_range(None, at_least, None, at_most)}, got {_shown(value)}.")

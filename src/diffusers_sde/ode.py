@@ -291,7 +291,7 @@ class _Slots:
 
 
 def _host(z: Tensor, values: np.ndarray | Tensor) -> Tensor:
-    """Host numbers as a tensor of z's dtype on its device, with z's number of axes where they are one per sample."""
+    """Numbers of the host as a tensor of z's dtype on its device, in their own shape."""
     tensor = (torch.from_numpy(values) if isinstance(values, np.ndarray) else values).to(dtype=z.dtype)
     return tensor.to(z.device)
 

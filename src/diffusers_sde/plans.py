@@ -21,6 +21,8 @@ from .parametrizations import Parametrization
 from .predictors import PredictorOptions, Stage, default_stochasticity, get_predictor
 from .sdes import SDE
 
+LARGEST_NUMBER = torch.finfo(torch.float32).max  # of samples and their coefficients
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -88,18 +90,20 @@ class Plan:
             raise ValueError("this plan is folded: its rows take the network's output, not x0_hat.")
         t = torch.tensor([row.t for row in self.rows], dtype=torch.float64)
         skip, out = (c.tolist() for c in parametrization.coefficients(sde.alpha(t), sde.sigma(t)))
-        if not all(map(math.isfinite, skip + out)):
-            raise ValueError(
-                f"prediction_type of {type(parametrization).__name__} does not determine the data where alpha(t) = 0 "
-                f"(t = {self.rows[0].t}); use 'v_prediction', 'flow_prediction', 'sample' or 'edm' there."
-            )
-        rows = (
+        rows = tuple(
             replace(row, x=row.x + row.model * a, model=row.model * b, skip=a, out=b)
             if predictors or row.is_corrector
             else replace(row, skip=a, out=b)
             for row, a, b in zip(self.rows, skip, out, strict=True)
         )
-        return replace(self, rows=tuple(rows))
+        # Infinite where alpha = 0; and samples are float32, in which an alpha of 1e-39 is as good as 0.
+        if not all(abs(v) < LARGEST_NUMBER for row in rows for v in (row.x, row.model, row.skip, row.out)):
+            raise ValueError(
+                f"prediction_type of {type(parametrization).__name__} does not determine the data where alpha(t) = 0 "
+                f"(t = {self.rows[0].t}); use 'v_prediction', 'flow_prediction', 'sample' or 'edm' there. (A "
+                "beta_start or beta_end that is too large leaves as good as no signal, too.)"
+            )
+        return replace(self, rows=rows)
 
 
 def make_plan(
@@ -178,7 +182,7 @@ def make_plan(
     else:
         rows = [row for p in predictions for row in p]
     order = rule.calls + (correct_steps if corrector is not None else 0)
-    if not all(math.isfinite(v) for row in rows for v in (row.x, row.model, row.noise, *row.history)):
+    if not all(abs(v) < LARGEST_NUMBER for row in rows for v in (row.x, row.model, row.noise, *row.history)):
         raise ValueError(
             f"predictor {predictor!r} with stochasticity {stochasticity!r} has infinite or undefined coefficients on "
             f"this grid of {type(sde).__name__}."

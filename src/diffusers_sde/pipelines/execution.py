@@ -98,10 +98,7 @@ def data_tensor(pipe: SDEPipeline, images: Any, name: str) -> Tensor:
 
     PIL images and uint8 data are scaled, floating-point data are in the network's range already.
     """
-    try:
-        x = as_tensor(images)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    x = as_tensor(images, name)
     if x.ndim == 3:
         x = x[None]
     check_tensor(name, x, (None,) * 4, finite=False)

@@ -162,7 +162,7 @@ class ProbabilityFlow:
             ValueError: Bad arguments.
             RuntimeError: The solver gives up.
         """
-        x = self._state(x)
+        x = self._state(x, "x")
         with Progress(progress_bar, len(x), "log-density") as progress:
             return log_prob(
                 self.denoiser,
@@ -348,7 +348,7 @@ class ProbabilityFlow:
 
     def _state(self, x: Any, name: str = "images") -> Tensor:
         """Data in the network's range on its device: integer images are scaled, floating-point data are left alone."""
-        x = self._shaped(as_tensor(x), name).to(self.device)
+        x = self._shaped(as_tensor(x, name), name).to(self.device)
         if x.is_floating_point():
             self._warn_about_range(x, name)
             return x
@@ -381,8 +381,8 @@ def check_sides(network: Any, shape: tuple[int, ...], name: str) -> None:
         )
 
 
-def as_tensor(images: Any) -> Tensor:
-    """PIL images, arrays or tensors as a tensor (B, C, H, W); the values are left alone.
+def as_tensor(images: Any, name: str = "images") -> Tensor:
+    """PIL images, arrays or tensors as a tensor (B, C, H, W); the values are left alone. ``name`` is for messages.
 
     Raises:
         ValueError: Something else, or images of different sizes or modes.
@@ -394,18 +394,18 @@ def as_tensor(images: Any) -> Tensor:
     if isinstance(images, (list, tuple)) and len(images) and all(hasattr(image, "getbands") for image in images):
         if len({(image.size, image.mode) for image in images}) > 1 or images[0].mode not in ("L", "RGB"):
             raise ValueError(
-                "images must all have one size and mode, L or RGB, got "
+                f"{name} must all have one size and mode, L or RGB, got "
                 f"{sorted({f'{i.size[0]}x{i.size[1]} {i.mode}' for i in images})}."
             )
         images = np.stack([np.asarray(image) for image in images])
     if not isinstance(images, np.ndarray):
-        raise ValueError(f"images must be PIL images, an array or a tensor, got {type(images).__name__}.")
+        raise ValueError(f"{name} must be PIL images, an array or a tensor, got {type(images).__name__}.")
     if images.dtype.kind not in "biuf":
-        raise ValueError(f"an array of images must hold numbers, got {images.dtype}.")
+        raise ValueError(f"{name} must hold numbers, got {images.dtype}.")
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4:
-        raise ValueError(f"an array of images must have shape (B, H, W) or (B, H, W, C), got {images.shape}.")
+        raise ValueError(f"{name} as an array must have shape (B, H, W) or (B, H, W, C), got {images.shape}.")
     return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 

@@ -168,7 +168,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         """Refuse a prediction type that does not determine the data at the first level of the configured grid."""
         entries = self.config.num_train_timesteps
         starts_at_the_end = self.config.time_grid is not None or self.config.timestep_spacing != "leading"
-        if starts_at_the_end and math.isinf(float(self.sde.log_snr(self.sde.t_max))):
+        if starts_at_the_end and float(self.sde.log_alpha(self.sde.t_max)) < -80.0:
             points = min(entries, 3) - (0 if self.config.denoise_final else 1)
             self._make_plan(self.level_times(points))
 
