@@ -184,7 +184,7 @@ OF_CLASS = {
         "rescale_betas_zero_snr": ["true", None],
         "continuous": ["true", None],
     },
-    SubVPSDEScheduler: {"beta_start": [-1.0, NAN, "1e-4", INF, 2.0], "beta_end": [0.0, NAN, "0.02", -1.0]},
+    SubVPSDEScheduler: {"beta_start": [-1.0, NAN, "1e-4", INF, 2.0], "beta_end": [0.0, NAN, "0.02", -1.0, 5.0]},
     VESDEScheduler: {
         "sigma_min": [0.0, -1.0, NAN, "a", 60.0],
         "sigma_max": [0.0, NAN, INF, "b", 1e-4],

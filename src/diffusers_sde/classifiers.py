@@ -79,7 +79,7 @@ class NoiseConditionalClassifier(ShipsItsCode, ModelMixin, ConfigMixin):
         check_number("dropout", dropout, at_least=0.0, below=1.0)
         check_ordered("data_min", data_min, "data_max", data_max)
         check_ordered("lowest_log_snr", lowest_log_snr, "highest_log_snr", highest_log_snr)
-        if not isinstance(id2label or {}, Mapping):
+        if id2label is not None and not isinstance(id2label, Mapping):
             raise ValueError(f"id2label must map numbers of classes to their names, got {id2label!r}.")
         if len(down_block_types) != len(block_out_channels):
             raise ValueError(

@@ -587,7 +587,7 @@ def sample_flow(
         ValueError: Bad arguments.
         RuntimeError: The solver gives up; see ``integrate``.
     """
-    temperature = check_number("temperature", temperature, above=0.0)
+    temperature = check_number("temperature", temperature, above=0.0, at_most=1e6)
     options = ODEOptions() if options is None else options
     t_min = sde.t_min if t_min is None else t_min
     start = check_state(latents, "latents") * (temperature * sde.prior_std)

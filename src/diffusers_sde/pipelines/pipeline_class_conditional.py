@@ -82,7 +82,7 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         if unet.config.num_class_embeds is None and classifier is None:
             raise ValueError("unet has no num_class_embeds: it knows no classes. Pass a classifier or use SDEPipeline.")
         self.register_modules(classifier=classifier)
-        if not isinstance(id2label or {}, Mapping):
+        if id2label is not None and not isinstance(id2label, Mapping):
             raise ValueError(f"id2label must map numbers of classes to their names, got {id2label!r}.")
         names = {str(number): str(name) for number, name in (id2label or {}).items()}
         bad = [number for number in names if not number.isdecimal() or int(number) >= self.num_classes]

@@ -123,6 +123,8 @@ class InpaintSDEPipeline(RestorationSDEPipeline):
         is_posterior = method not in ("replacement", "repaint")
         if sampler != "scheduler" and not is_posterior:
             raise ValueError(f"sampler {sampler!r} needs method mmps, pigdm or dps, got {method!r}: it has no levels.")
+        if method_options is not None and not isinstance(method_options, Mapping):
+            raise ValueError(f"method_options must be a dictionary or None, got {method_options!r}.")
         if method_options and not is_posterior:
             raise ValueError(f"method {method!r} takes no method_options, got {sorted(method_options)}.")
         options = self._method_options(method, method_options) if is_posterior else {}

@@ -189,7 +189,7 @@ class RestorationSDEPipeline(SDEPipeline):
         """Checked options, with the scale of this pipeline's data: a standard deviation of a quarter of its range."""
         is_smc = method == "smc"
         names = SMC_OPTIONS if is_smc else tuple(inspect.signature(POSTERIOR_METHODS[method]).parameters)[5:]
-        if not isinstance(options or {}, Mapping):
+        if options is not None and not isinstance(options, Mapping):
             raise ValueError(f"method_options must be a dictionary of {', '.join(names)}, got {options!r}.")
         unknown = set(options or {}) - set(names)
         if unknown:

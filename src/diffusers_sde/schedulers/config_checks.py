@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from ..checks import check_choice, check_flag, check_integer, check_number, check_numbers
+from ..checks import check_choice, check_flag, check_integer, check_number, check_numbers, check_ordered
 from ..correctors import CORRECTORS
 from ..parametrizations import PREDICTION_TYPES, TIME_CONDITIONINGS
 from ..predictors import PREDICTORS, SOLVER_TYPES
@@ -16,6 +16,9 @@ from ..time_grids import TIME_GRIDS, TIMESTEP_SPACINGS
 # A table is built and a time is listed for each: a config of a few hundred bytes must not cost gigabytes.
 LONGEST_TABLE = 100_000
 MOST_CORRECTIONS = 1000
+LARGEST_BETA = 1000.0  # beta(1) of a linear SDE, 20 in the paper; beyond it no signal is left at most times
+LARGEST_BETA = 1000.0  # beta(1) of a linear SDE, 20 in the paper; beyond it no signal is left at most times
+SMALLEST_TIME = 1e-9  # nearer to the data coefficients leave the range of float32
 LANGEVIN_NORMS = ("sample", "batch")
 # What UniPC's and DEIS's configs hold under the same key. They name exact weights too, and stay in the config as they
 # are, so that swapping back loses nothing.
@@ -77,7 +80,7 @@ CONFIG_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     # the grid
     "time_grid": partial(check_choice, allowed=(None, *TIME_GRIDS)),
     "rho": partial(check_number, above=0.0, at_most=1000.0),
-    "sampling_eps": _POSITIVE,
+    "sampling_eps": partial(check_number, at_least=SMALLEST_TIME),
     "timestep_spacing": partial(check_choice, allowed=TIMESTEP_SPACINGS),
     "steps_offset": partial(check_integer, at_least=0, at_most=LONGEST_TABLE - 1),
     "shift": _POSITIVE,
@@ -102,10 +105,9 @@ def checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if offset >= entries:
         raise ValueError(f"steps_offset must be less than num_train_timesteps = {entries}, got {offset!r}.")
     is_linear = checked.get("continuous", "beta_schedule" not in checked)  # sub-VP has no other
-    if is_linear and "beta_start" in checked and not checked["beta_start"] < checked["beta_end"]:
-        raise ValueError(
-            f"beta_start must be less than beta_end = {checked['beta_end']}, got {checked['beta_start']!r}."
-        )
+    if is_linear and "beta_start" in checked:
+        check_ordered("beta_start", checked["beta_start"], "beta_end", checked["beta_end"])
+        check_number("beta_end times num_train_timesteps", checked["beta_end"] * entries, at_most=LARGEST_BETA)
     return checked
 
 
@@ -121,6 +123,8 @@ STOCK_CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 
 def check_stock_numbers(config: Mapping[str, Any]) -> None:
-    """Raise a ValueError if a number with which a stock config is read is none."""
+    """Raise a ValueError if a number with which a stock config is read is none, or is missing."""
+    if "beta_min" in config and "beta_max" not in config:
+        raise ValueError("beta_max is missing in this config, beside beta_min.")
     for key in STOCK_CHECKS.keys() & config.keys():
         STOCK_CHECKS[key](key, config[key])

@@ -24,7 +24,7 @@ from ..plans import Plan, Row, advance, make_plan, memorise, squared_norm_ratio
 from ..predictors import PredictorOptions, get_predictor
 from ..sdes import SDE, expand_like
 from ..time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid
-from .config_checks import STOCK_SOLVER_TYPES, check_stock_numbers, checked_config
+from .config_checks import SMALLEST_TIME, STOCK_SOLVER_TYPES, check_stock_numbers, checked_config
 from .conversion import stock_keys, translate_config, with_stock_defaults
 
 FEW_LEVELS = 12  # up to which order 2 is better than order 3, for the ODE and the SDE (benchmarks/quality.py)
@@ -152,7 +152,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         self._clips = config.clip_sample or config.get("thresholding", False)
         self._learns_variance = config.variance_type in ("learned", "learned_range")
         self._batch_norms = config.langevin_norm == "batch"
-        check_number("sampling_eps", config.sampling_eps, above=0.0, below=sde.t_max)
+        check_number("sampling_eps", config.sampling_eps, at_least=SMALLEST_TIME, below=sde.t_max)
         if config.time_grid is not None:
             get_time_grid(config.time_grid, sde, 2, sde.t_max, config.sampling_eps, config.rho)
         self.init_noise_sigma = sde.prior_std
@@ -550,6 +550,10 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             model_output = model_output[:, : sample.shape[1]]
         model_output = model_output.to(sample.dtype)
         c = self._table[index].to(sample.dtype)
+        # As long from the first step on as it will be, so that its length makes no graph of its own: rows that look
+        # back on nothing have weights of 0.
+        missing = self._memory_length - len(self._memory)
+        self._memory = [*self._memory, *[torch.zeros_like(sample) for _ in range(missing)]]
         is_corrector, is_langevin, remember = self._kinds[index % self.order]
         x0_hat = self._clip(sample * c[4] + model_output * c[5])
         if index < self._first_row:
