@@ -50,7 +50,7 @@ class LoopbackHub:
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
-        self.failures: list[re.Pattern[str]] = []  # each makes one request that matches it fail
+        self.failures: list[tuple[str, int]] = []  # each makes one request that matches the pattern fail so
         self.lock = threading.RLock()
 
     def __enter__(self):
@@ -121,10 +121,10 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.hub
         with hub.lock:
             hub.requests.append((self.command, path))
-            for pattern in hub.failures:
-                if pattern.search(f"{self.command} {path}"):
-                    hub.failures.remove(pattern)
-                    return self._fail(500, "InternalError", "the power went out")
+            for pattern, status in hub.failures:
+                if re.search(pattern, f"{self.command} {path}"):
+                    hub.failures.remove((pattern, status))
+                    return self._fail(status, "InternalError", "the power went out")
             if self.headers.get("Authorization") not in (None, f"Bearer {TOKEN}"):
                 return self._fail(401, "InvalidToken", "Invalid user token.")
             for methods, pattern, function in ROUTES:

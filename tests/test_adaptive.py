@@ -7,6 +7,7 @@ import torch
 from analytic import GaussianMixture, PointwiseGaussian, z_threshold
 
 from diffusers_sde.adaptive import _BrownianPath, sample_adaptive
+from diffusers_sde.ode import SolverError
 from diffusers_sde.sdes import SDES
 
 INSTANCES = {name: cls() for name, cls in SDES.items()}
@@ -93,16 +94,55 @@ def test_a_sample_depends_on_its_own_generator_only():
 @pytest.mark.parametrize(
     "change, word",
     [
-        ({"rtol": 0.0}, "rtol"),
-        ({"atol": -1.0}, "atol"),
-        ({"stochasticity": -1.0}, "stochasticity"),
-        ({"t_end": 2.0}, "t_end"),
+        *(({"rtol": v}, "rtol") for v in (0.0, -1.0, math.nan, math.inf, "a", None)),
+        *(({"atol": v}, "atol") for v in (0.0, -1.0, math.nan, math.inf, "a", None)),
+        ({"rtol": 1e-30, "atol": 1e-30}, "rtol and atol"),
+        *(({"stochasticity": v}, "stochasticity") for v in (-1.0, math.nan, math.inf, "1", None)),
+        *(({"t_end": v}, "t_end") for v in (0.0, 1.0, 2.0, math.nan, "a")),
+        *(({"max_calls": v}, "max_calls") for v in (0, math.nan, math.inf, "a", None)),
+        *(({"generator": v}, "generator") for v in (5, "x", [], [torch.Generator()], [1, 2])),
+        ({"conditioning": {"label": torch.zeros(5)}}, "conditioning 'label'"),
     ],
 )
 def test_bad_arguments_are_named(change, word):
     sde = SDES["vp"]()
     with pytest.raises(ValueError, match=word):
         sample_adaptive(sde, MODEL.denoiser(sde), torch.randn(2, 3), **change)
+
+
+@pytest.mark.parametrize("x", [torch.full((2, 3), math.nan), torch.zeros(0, 3), torch.zeros(2, 3).long(), "x"])
+def test_a_start_that_is_no_batch_of_numbers_is_refused(x):
+    sde = SDES["vp"]()
+    with pytest.raises(ValueError, match="^x must"):
+        sample_adaptive(sde, MODEL.denoiser(sde), x)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_first_estimate_that_is_not_finite_ends_the_run(value):
+    """A NaN error would be rejected for ever, each time at the cost of a longer Brownian path."""
+    sde, calls = SDES["vp"](), []
+
+    def denoiser(x, t):
+        calls.append(len(x))
+        bad = (t < 0.5)[:, None] & (torch.arange(len(x)) == 1)[:, None]
+        return torch.where(bad, value, MODEL.denoiser(sde)(x, t))
+
+    with pytest.raises(SolverError, match=r"not finite at t = 0\.4[0-9]*, in 1 samples"):
+        sample_adaptive(sde, denoiser, torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))
+    assert len(calls) < 100
+
+
+def test_an_estimate_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"returned shape \(2, 1\) for a state of \(2, 3\)"):
+        sample_adaptive(SDES["vp"](), lambda x, t: x[:, :1], torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("stochasticity", [0.0, 1.0])
+def test_steps_that_vanish_end_the_run(stochasticity):
+    sde = SDES["vp"]()
+    with pytest.raises(SolverError, match="step size vanished"):
+        rough = lambda x, t: torch.randn_like(x)  # noqa: E731
+        sample_adaptive(sde, rough, torch.randn(2, 3).double(), 1e-12, 1e-12, stochasticity=stochasticity)
 
 
 def test_a_limit_of_calls():

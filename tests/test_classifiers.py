@@ -1,6 +1,7 @@
 """Classifiers of noisy images: what they see, what they refuse, and guidance by them in a pipeline, by exact laws."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -218,10 +219,10 @@ def test_pipeline_errors():
     free = quiet(ClassConditionalSDEPipeline(unet(num_class_embeds=4), VPSDEScheduler(), null_class=3))
     other = quiet(ClassConditionalSDEPipeline(unet(), VPSDEScheduler(), 0.0, 1.0, classifier=tiny()))
     for run, message in (
-        (lambda: pipe([3]), r"integers in \[0, 3\)"),
+        (lambda: pipe([3]), r"integer in \[0, 2\]"),
         (lambda: pipe("fish"), "the names are cat, dog, bird"),
         (lambda: pipe([0], guidance_scale=2.0), "guidance_scale must be 1 for a network without classes"),
-        (lambda: pipe([0], classifier_guidance_scale=-1.0), "classifier_guidance_scale must be a number >= 0"),
+        (lambda: pipe([0], classifier_guidance_scale=-1.0), "classifier_guidance_scale must be a finite number"),
         (lambda: free([0], classifier_guidance_scale=1.0), "needs a pipeline with a classifier"),
         (lambda: other([0]), "images in"),
         (lambda: pipe([0], method="ddim"), "method must be one of scheduler, ode"),
@@ -234,11 +235,32 @@ def test_pipeline_errors():
 # ---------------------------------------------------------------------- a network with classes, without a condition
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"sample_size": v} for v in ("8", None, 0, 10**9)),
+        *({"in_channels": v} for v in ("1", 10**9)),
+        *({"num_classes": v} for v in ("10", 10**9, 1.5)),
+        *({"layers_per_block": v} for v in ("2", 10**9)),
+        *({"block_out_channels": v} for v in ("ab", [10**9, 4], ["4", "8"], 4)),
+        *({"dropout": v} for v in ("0", 1.0, math.nan)),
+        *({"data_min": v} for v in ("0", 2.0)),
+        *({"lowest_log_snr": v} for v in ("0", 30.0)),
+        {"id2label": ["a"]},
+    ],
+    ids=str,
+)
+def test_every_key_of_a_classifiers_config_is_checked(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        NoiseConditionalClassifier(**{"sample_size": 8, **options})
+
+
 def test_the_null_class_is_unconditional_everywhere(tmp_path):
     network = unet(num_class_embeds=4)
     torch.nn.init.normal_(network.class_embedding.weight, std=3.0)
     pipe = quiet(ClassConditionalSDEPipeline(network, VPSDEScheduler(), null_class=3, id2label={0: "cat"}))
-    expected = pipe([3], generator=seeded(), **RUN).images
+    as_a_class = quiet(ClassConditionalSDEPipeline(network, VPSDEScheduler()))
+    expected = as_a_class([3], generator=seeded(), **RUN).images
     pipe.save_pretrained(tmp_path)
     plain = quiet(SDEPipeline.from_pretrained(tmp_path))
     assert torch.equal(pipe([0], guidance_scale=0.0, generator=seeded(), **RUN).images, expected)
@@ -255,7 +277,7 @@ def test_the_null_class_is_unconditional_everywhere(tmp_path):
     blind = quiet(SDEPipeline(network, VPSDEScheduler()))
     with pytest.raises(ValueError, match="has no null_class"):
         blind(1, **RUN)
-    with pytest.raises(ValueError, match="null_class must lie in"):
+    with pytest.raises(ValueError, match="null_class must be None"):
         SDEPipeline(UNet2DModel(sample_size=8, block_out_channels=(32, 32), **BLOCKS), VPSDEScheduler(), null_class=1)
 
 

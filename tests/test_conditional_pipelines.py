@@ -207,7 +207,7 @@ def test_replacement_costs_one_call_per_row():
         ({"mask_image": torch.full((SIZE, SIZE), 2.0)}, "mask_image must be boolean"),
         ({"mask_image": "mask.png"}, "mask_image must be PIL"),
         ({"mask_image": torch.zeros(2, 2, SIZE, SIZE)}, "channels"),
-        ({"image": picture(2, 3)}, "image must have 1 channels, got 3"),
+        ({"image": picture(2, 3)}, "image must have shape \\(B, 1, H, W\\)"),
         ({"image": picture() * torch.nan}, "finite"),
         ({"image": "image.png"}, "image"),
         ({"method": "ddrm"}, "method must be one of replacement"),
@@ -382,7 +382,8 @@ def test_guidance_is_the_difference_of_two_runs_of_the_network():
     results = {s: pipe([1], guidance_scale=s, generator=seeded(), **run).images for s in (0.0, 1.0, 3.0)}
     expected = results[0.0] + 3.0 * (results[1.0] - results[0.0])
     torch.testing.assert_close(results[3.0], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-    null = pipe([3], guidance_scale=1.0, generator=seeded(), **run).images
+    as_a_class = quiet(ClassConditionalSDEPipeline(pipe.unet, pipe.scheduler))
+    null = as_a_class([3], guidance_scale=1.0, generator=seeded(), **run).images
     torch.testing.assert_close(results[0.0], null)
 
 
@@ -417,10 +418,14 @@ def test_unguided_is_the_network_as_it_is():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"class_labels": [4]}, r"integers in \[0, 4\)"),
-        ({"class_labels": [-1]}, r"integers in \[0, 4\)"),
-        ({"class_labels": [1.5]}, "integers"),
-        ({"class_labels": [True]}, "integers"),
+        *(
+            ({"class_labels": [v]}, r"class_labels must be an integer in \[0, 3\]")
+            for v in (4, -1, 1.5, True, None, [0])
+        ),
+        ({"class_labels": [0, 3]}, "must not hold 3, the null class"),
+        ({"class_labels": np.array([3])}, "must not hold 3, the null class"),
+        ({"class_labels": np.array([9])}, r"in \[0, 3\], got 9"),
+        *(({"class_labels": v}, "must be numbers or names") for v in (b"a", {"a": 1}, None, 1.5)),
         ({"class_labels": []}, "at least one"),
         ({"class_labels": "fish"}, "'fish', but the names are cat, dog, bird"),
         ({"class_labels": [0], "guidance_scale": -1.0}, "scale"),

@@ -11,7 +11,7 @@ import diffusers_sde
 ROOT = Path(next(iter(diffusers_sde.__path__)))
 
 LAYERS = [
-    {"version", "sdes", "parametrizations", "time_grids"},
+    {"version", "checks", "sdes", "parametrizations", "time_grids"},
     {"predictors", "correctors", "plans", "noise"},
     {"adaptive", "sampling", "denoisers", "losses", "ode", "likelihood", "guidance", "operators"},
     {"schedulers", "options", "files", "generation", "metrics", "training", "evaluation", "pipelines", "diagnostics"}

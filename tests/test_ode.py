@@ -7,8 +7,10 @@ import pytest
 import torch
 from analytic import GaussianMixture
 
+from diffusers_sde.likelihood import TraceOptions, log_prob
 from diffusers_sde.ode import (
     ODEOptions,
+    SolverError,
     adams_weights,
     decode,
     edit,
@@ -271,11 +273,23 @@ def test_bad_input_is_refused(arguments, message):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"rtol": -1.0}, {"rtol": 0.0, "atol": 0.0}, {"max_calls": 0}, {"batch_size": 2.5}, {"data_std": 0.0}],
+    [
+        *({"rtol": v} for v in (-1.0, 0.0, 1.0, math.nan, math.inf, "1e-3", None, True)),
+        *({"atol": v} for v in (-1.0, 0.0, 1.0, math.nan, math.inf, "1e-3", None, True)),
+        {"rtol": 1e-30, "atol": 1e-30},
+        *({"max_calls": v} for v in (0, math.nan, math.inf, "5", None, True)),
+        *({"batch_size": v} for v in (0, 2.5, math.nan, "5", None, True)),
+        *({"data_std": v} for v in (0.0, math.nan, math.inf, "1")),
+        *({"data_mean": v} for v in (math.nan, math.inf, None)),
+    ],
 )
 def test_bad_options_are_refused(arguments):
-    with pytest.raises(ValueError, match=next(iter(arguments))):
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} .*must"):
         ODEOptions(**arguments)
+
+
+def test_whole_numbers_are_counts():
+    assert ODEOptions(batch_size=4.0, max_calls=torch.tensor(7)) == ODEOptions(batch_size=4, max_calls=7)
 
 
 def test_a_solver_that_cannot_go_on_says_why():
@@ -284,8 +298,8 @@ def test_a_solver_that_cannot_go_on_says_why():
         encode(model.denoiser(sde), sde, x, ODEOptions(max_calls=5))
     with pytest.raises(RuntimeError, match="not finite at t = 1e-05"):
         encode(lambda x, t: x / 0.0, sde, x)
-    with pytest.raises(RuntimeError, match=r"step size vanished at t = 0\.[0-9]+"):
-        encode(lambda x, t: torch.where((t > 0.5)[:, None], math.nan, x), sde, x)
+    with pytest.raises(SolverError, match=r"step size vanished at t = 0\.[0-9]+"):
+        encode(lambda x, t: torch.where((t > 0.5)[:, None], 1e9, x), sde, x)
     with pytest.raises(ValueError, match="returned shape"):
         encode(lambda x, t: x[:, :1], sde, x)
     for bad in (0.0, math.inf):
@@ -295,6 +309,24 @@ def test_a_solver_that_cannot_go_on_says_why():
         interpolate(model.denoiser(sde), sde, x, x, 1)
     with pytest.raises(ValueError, match="strength"):
         edit(model.denoiser(sde), sde, x, 1.5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("trace", [None, "exact"])
+def test_the_first_estimate_that_is_not_finite_ends_the_solve(value, trace):
+    """Not after a hundred rejected steps: a NaN says nothing that a shorter step would mend."""
+    calls = []
+
+    def denoiser(x, t):
+        calls.append(float(t.max()))
+        return torch.where((t > 0.5)[:, None], value, x)
+
+    with pytest.raises(SolverError, match="not finite at t = "):
+        if trace is None:
+            encode(denoiser, VPSDE(), torch.zeros(2, 3))
+        else:
+            log_prob(denoiser, VPSDE(), torch.zeros(2, 3), TraceOptions(trace))
+    assert sum(t > 0.5 for t in calls) == 1
 
 
 def test_integrate_returns_no_density_without_a_trace():

@@ -174,7 +174,7 @@ def test_masks_ignore_what_was_not_measured():
         (lambda: Mask(torch.ones(1, 2, 3, 8, 6), SHAPE), "broadcast"),
         (lambda: Downsampling(5, SHAPE), "factor"),
         (lambda: Downsampling(0, SHAPE), "factor"),
-        (lambda: Downsampling(2, (8,)), "factor"),
+        (lambda: Downsampling(2, (8,)), "data_shape"),
         (lambda: GaussianBlur(0.0, SHAPE), "std"),
         (lambda: GaussianBlur(1.0, SHAPE, boundary="wrap"), "boundary"),
         (lambda: GaussianBlur(1.0, (8, 6)), "data_shape"),

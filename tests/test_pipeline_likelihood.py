@@ -236,7 +236,7 @@ def test_a_latent_model_has_a_density_of_latents_only():
                     SDEPipeline, VPSDEScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
                 ).scheduler
             ),
-            "neither a unet",
+            "with a unet or a transformer",
         ),
         (lambda: pipeline(DDPMPipeline, DDPMScheduler(rescale_betas_zero_snr=True)), "does not determine the data"),
     ],

@@ -244,7 +244,7 @@ def test_noise_of_each_sample_comes_from_its_own_generator():
     assert torch.equal(single, torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(7)))
     assert standard_normal_like(x.half()).dtype == torch.float32  # never drawn in half precision
     assert standard_normal_like(x.double()).dtype == torch.float64
-    with pytest.raises(ValueError, match="generator is a list of 2, but the batch has 3"):
+    with pytest.raises(ValueError, match="generator is a list of 2, but there are 3"):
         standard_normal_like(x, [torch.Generator()] * 2)
 
 

@@ -356,5 +356,5 @@ def test_unknown_predictor():
 
 @pytest.mark.parametrize("order", [0, 4, -1, "2", 1.5])
 def test_solver_order(order):
-    with pytest.raises(ValueError, match="solver_order must be 1, 2, 3 or None"):
+    with pytest.raises(ValueError, match=r"solver_order must be an integer in \[1, 3\]"):
         PredictorOptions(solver_order=order)

@@ -21,8 +21,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .checks import check_generators, check_integer, check_number, check_tolerances
 from .noise import standard_normal_like
-from .ode import FlowDenoiser, FlowSolution, SolverError
+from .ode import FlowDenoiser, FlowSolution, SolverError, check_conditioning, check_state
 from .sdes import SDE, expand_like
 from .time_grids import MIN_LOG_SNR
 
@@ -125,24 +126,33 @@ def sample_adaptive(
         progress: Called with the number of samples that have just arrived.
 
     Raises:
-        ValueError: A tolerance that is not positive, or a stochasticity or end out of range.
-        SolverError: A sample is not finished after ``max_calls``.
+        ValueError: A tolerance without meaning, another argument out of range, or a start that is not finite.
+        SolverError: An estimate is not finite, the step size vanishes, or a sample is not finished after ``max_calls``.
     """
-    if not (rtol > 0 and atol > 0):
-        raise ValueError(f"rtol and atol must be positive, got {rtol!r} and {atol!r}.")
-    if not 0.0 <= stochasticity < math.inf:
-        raise ValueError(f"stochasticity must be a finite number >= 0, got {stochasticity!r}.")
-    t_end = sde.t_min if t_end is None else t_end
-    if not 0.0 < t_end < sde.t_max:
-        raise ValueError(f"t_end must lie in (0, {sde.t_max}), got {t_end!r}.")
+    rtol, atol = check_tolerances(rtol, atol)
+    stochasticity = check_number("stochasticity", stochasticity, at_least=0.0)
+    t_end = check_number("t_end", sde.t_min if t_end is None else t_end, above=0.0, below=sde.t_max)
+    max_calls = check_integer("max_calls", max_calls, at_least=1)
+    x = check_state(x)
+    check_generators(generator, len(x))
+    conditioning = check_conditioning(conditioning, len(x))
     eta2, q, batch, device = stochasticity**2, 1.0 + stochasticity**2, len(x), x.device
     start_lam = 0.5 * max(float(sde.log_snr(sde.t_max)), MIN_LOG_SNR)
     end_lam = 0.5 * float(sde.log_snr(t_end))
 
     def evaluate(y: Tensor, lam: Tensor, active: Tensor, before: Tensor | None) -> Tensor:
         t = sde.time_of(2.0 * lam[active]).clamp(max=sde.t_max)
-        rows = {name: value[active] for name, value in (conditioning or {}).items()}
-        estimate = denoiser(y[active] * expand_like(sde.alpha(t), y[active]).to(y), t, **rows)
+        rows = {name: value[active] for name, value in conditioning.items()}
+        state = y[active] * expand_like(sde.alpha(t), y[active]).to(y)
+        estimate = denoiser(state, t, **rows)
+        if estimate.shape != state.shape:
+            raise ValueError(
+                f"the denoiser returned shape {tuple(estimate.shape)} for a state of {tuple(state.shape)}."
+            )
+        finite = torch.isfinite(estimate).flatten(1).all(1)
+        if not bool(finite.all()):
+            where = float(t[int(finite.to(torch.int64).argmin())])
+            raise SolverError(f"the denoiser is not finite at t = {where:g}, in {int((~finite).sum())} samples.")
         result = torch.zeros_like(y) if before is None else before.clone()
         result[active] = estimate.to(y)
         return result
@@ -152,8 +162,6 @@ def sample_adaptive(
         if bool(wanted.any()):
             chosen: Generators = generator
             if generator is not None and not isinstance(generator, torch.Generator):
-                if len(generator) != batch:
-                    raise ValueError(f"generator is a list of {len(generator)}, but the batch has {batch} samples.")
                 chosen = [g for g, w in zip(generator, wanted.tolist(), strict=True) if w]
             z[wanted] = standard_normal_like(y[wanted], chosen).to(y)
         return z
@@ -209,6 +217,11 @@ def sample_adaptive(
         factor = (0.9 * error.clamp(min=1e-10) ** (-2.0 / 3.0)).clamp(0.2, 3.0)
         step = torch.where(active, h * factor, step)
         active = active & ~done
+        if bool((active & (step < 1e-9 * lam.abs().clamp(min=1.0))).any()):
+            raise SolverError(
+                f"the step size vanished: the denoiser is not smooth, or its round-off exceeds the tolerance (rtol "
+                f"{rtol:g}, atol {atol:g})."
+            )
         if progress is not None:
             progress(int(done.sum()))
 

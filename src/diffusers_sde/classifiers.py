@@ -11,11 +11,13 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from torch import Tensor, nn
 
+from .checks import check_integer, check_number, check_ordered, check_shape
 from .hub.shipping import ShipsItsCode
 from .sdes import SDE, as_time, expand_like
 
 LOG_SNR_RANGE = (-14.0, 20.0)  # beyond it an image is pure noise, or clean
 POOLED_SIDE = 4
+LARGEST_SIZE, LARGEST_DEPTH = 16_384, 1024  # of a config: a few hundred bytes must not cost gigabytes
 EMBEDDED_PER_NAT = 25.0  # spreads the log-SNR over the frequencies of a positional embedding
 
 
@@ -67,13 +69,23 @@ class NoiseConditionalClassifier(ShipsItsCode, ModelMixin, ConfigMixin):
         id2label: Mapping | None = None,
     ) -> None:
         super().__init__()
+        for name, value in (("sample_size", sample_size), ("in_channels", in_channels), ("num_classes", num_classes)):
+            check_integer(name, value, at_least=1, at_most=LARGEST_SIZE)
+        for name, value in (("layers_per_block", layers_per_block), ("attention_head_dim", attention_head_dim)):
+            check_integer(name, value, at_least=1, at_most=LARGEST_DEPTH)
+        check_integer("norm_num_groups", norm_num_groups, at_least=1, at_most=LARGEST_SIZE)
+        for channels in check_shape("block_out_channels", block_out_channels):
+            check_integer("block_out_channels", channels, at_least=1, at_most=LARGEST_SIZE)
+        check_number("dropout", dropout, at_least=0.0, below=1.0)
+        check_ordered("data_min", data_min, "data_max", data_max)
+        check_ordered("lowest_log_snr", lowest_log_snr, "highest_log_snr", highest_log_snr)
+        if id2label is not None and not isinstance(id2label, Mapping):
+            raise ValueError(f"id2label must map numbers of classes to their names, got {id2label!r}.")
         if len(down_block_types) != len(block_out_channels):
             raise ValueError(
                 f"down_block_types must name one block for each of block_out_channels, got {len(down_block_types)} "
                 f"and {len(block_out_channels)}."
             )
-        if not lowest_log_snr < highest_log_snr:
-            raise ValueError(f"lowest_log_snr must lie below highest_log_snr, got {lowest_log_snr}, {highest_log_snr}.")
         first, last = block_out_channels[0], block_out_channels[-1]
         common = {"temb_channels": 4 * first, "resnet_eps": 1e-5, "attention_head_dim": attention_head_dim}
         self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_choice
 from .sdes import SDE
 
 
@@ -83,6 +84,4 @@ def get_corrector(name: str) -> Callable[[SDE, Tensor, Tensor, float], Correctio
     Raises:
         ValueError: Unknown name.
     """
-    if name not in CORRECTORS:
-        raise ValueError(f"corrector must be None or one of {', '.join(CORRECTORS)}, got {name!r}.")
-    return CORRECTORS[name]
+    return CORRECTORS[check_choice("corrector", name, (None, *CORRECTORS))]

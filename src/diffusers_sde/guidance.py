@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_integer, check_number, check_pair, check_tensor
 from .noise import standard_normal_like
 from .operators import LinearOperator, check_noise_std, conjugate_gradients
 from .plans import Plan, Row, advance, memorise
@@ -48,6 +49,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
+LARGEST_SCALE = 1e6  # of guidance; far beyond use, and float32 still holds the guided estimate
 LARGEST_RATIO = 1000.0  # sigma / alpha beyond which x_t says nothing about x_0
 
 
@@ -182,6 +184,7 @@ def dps(
         Chung et al. 2023, arXiv:2209.14687, algorithm 1.
     """
     check_scale("scale", scale)
+    check_chunk_size(chunk_size)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         t, _, sigma = _path(sde, t, x)
@@ -220,6 +223,7 @@ def pigdm(
     """
     check_noise_std(noise_std)
     check_scale("data_std", data_std, positive=True)
+    check_chunk_size(chunk_size)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         t, alpha, sigma = _path(sde, t, x)
@@ -260,8 +264,9 @@ def mmps(
         Rozet et al. 2024, arXiv:2405.13712, "moment matching posterior sampling".
     """
     check_noise_std(noise_std)
-    if isinstance(iterations, bool) or iterations != int(iterations) or iterations < 1:
-        raise ValueError(f"iterations must be an integer >= 1, got {iterations!r}.")
+    iterations = check_integer("iterations", iterations, at_least=1)
+    check_number("rtol", rtol, above=0.0, below=1.0)
+    check_chunk_size(chunk_size)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         t, alpha, sigma = _path(sde, t, x)
@@ -305,7 +310,9 @@ def gaussian(
     if operator.batch_size is not None:
         raise ValueError(f"method 'gaussian' needs one operator for all samples, got {operator.batch_size} masks.")
     a = operator.matrix()
-    c = torch.as_tensor(covariance, dtype=torch.float64)
+    if not isinstance(covariance, Tensor):
+        covariance = torch.tensor(check_number("covariance", covariance, at_least=0.0), dtype=torch.float64)
+    c = check_tensor("covariance", covariance, tuple(covariance.shape)).to("cpu", torch.float64)
     c = c * torch.eye(a.shape[1], dtype=torch.float64) if c.ndim == 0 else c
     if c.shape != (a.shape[1], a.shape[1]):
         raise ValueError(f"covariance must have shape {(a.shape[1], a.shape[1])}, got {tuple(c.shape)}.")
@@ -352,8 +359,7 @@ def posterior_denoiser(
     Raises:
         ValueError: An unknown method, or values out of range.
     """
-    if method not in POSTERIOR_METHODS:
-        raise ValueError(f"method must be one of {', '.join(POSTERIOR_METHODS)}, got {method!r}.")
+    check_choice("method", method, POSTERIOR_METHODS)
     return POSTERIOR_METHODS[method](denoiser, sde, operator, y, noise_std, **options)
 
 
@@ -371,8 +377,7 @@ def denoise_with_vjp(
     Returns:
         x0_hat and the function, both without a graph.
     """
-    if chunk_size is not None and (isinstance(chunk_size, bool) or chunk_size != int(chunk_size) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be an integer >= 1 or None, got {chunk_size!r}.")
+    chunk_size = check_chunk_size(chunk_size)
 
     def graph(part: slice) -> tuple[Tensor, Tensor]:
         at = x[part].detach().clone().requires_grad_()
@@ -459,9 +464,8 @@ def resampled(rows: Sequence[Row], resamplings: int, jump_length: int = 1) -> It
     Reference:
         Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1; jumps of several levels are its appendix's.
     """
-    for name, value in {"resamplings": resamplings, "jump_length": jump_length}.items():
-        if isinstance(value, bool) or value != int(value) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+    resamplings = check_integer("resamplings", resamplings, at_least=1)
+    jump_length = check_integer("jump_length", jump_length, at_least=1)
     if resamplings > 1 and any(row.history or row.remember for row in rows):
         raise ValueError(
             "resampling needs a sampler without memory: set solver_order=1 and solver_correction=False, or another "
@@ -608,17 +612,16 @@ def smc_sample(
     if noise_std == 0.0:
         raise ValueError("noise_std must be positive for smc_sample, got 0: without noise no particle has any weight.")
     check_scale("data_std", data_std, positive=True)
-    if isinstance(particles, bool) or particles != int(particles) or particles < 1:
-        raise ValueError(f"particles must be an integer >= 1, got {particles!r}.")
-    if not 0.0 <= resample_below <= 1.0:
-        raise ValueError(f"resample_below must lie in [0, 1], got {resample_below!r}.")
+    particles = check_integer("particles", particles, at_least=1)
+    check_number("resample_below", resample_below, at_least=0.0, at_most=1.0)
+    check_chunk_size(chunk_size)
     *moves, last = plan.rows
     if last.s is not None or last.x != 0.0 or any(r.noise == 0.0 or r.history or r.langevin for r in moves):
         raise ValueError(
             "smc_sample needs a plan that ends with the data and whose other rows have noise and no memory or "
             "corrector: stochasticity 1, solver_order 1, no solver_correction."
         )
-    problems, k = len(y), int(particles)
+    problems, k = len(y), particles
     index = torch.arange(problems, device=y.device).repeat_interleave(k)
     each, targets = operator.select(index), y[index]
     x = standard_normal_like(targets.new_zeros(problems * k, *operator.data_shape), generator).to(y) * sde.prior_std
@@ -697,11 +700,19 @@ def _isotropic_variance(alpha: Tensor, sigma: Tensor, data_std: float) -> Tensor
 
 def check_interval(interval: tuple[float, float] | None) -> None:
     """Raise a ValueError unless this is an interval of noise-to-signal ratios, or None."""
-    if interval is not None and not (len(interval) == 2 and 0.0 <= interval[0] < interval[1]):
-        raise ValueError(f"guidance_interval must be two increasing numbers >= 0 (sigma/alpha), got {interval!r}.")
+    if interval is not None:
+        check_pair("guidance_interval (sigma/alpha)", interval, at_least=0.0)
 
 
-def check_scale(name: str, value: float, positive: bool = False) -> None:
-    """Raise a ValueError unless the value is finite and >= 0, or > 0 where it has to be positive."""
-    if not (math.isfinite(value) and value >= 0.0 and not (positive and value == 0.0)):
-        raise ValueError(f"{name} must be a {'positive number' if positive else 'number >= 0'}, got {value!r}.")
+def check_scale(name: str, value: float, positive: bool = False) -> float:
+    """A factor on a guiding term, or with ``positive`` a scale of the data: finite and not negative.
+
+    Raises:
+        ValueError: It is not, or so large that float32 would overflow.
+    """
+    return check_number(name, value, 0.0 if positive else None, None if positive else 0.0, at_most=LARGEST_SCALE)
+
+
+def check_chunk_size(chunk_size: int | None) -> int | None:
+    """Samples per backward pass, or None for all; a ValueError for anything else."""
+    return None if chunk_size is None else check_integer("chunk_size", chunk_size, at_least=1)

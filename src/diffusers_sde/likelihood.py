@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_generators, check_integer, check_ordered, check_pair, check_tensor
 from .ode import FlowCoordinates, FlowDenoiser, ODEOptions, check_state, integrate
 from .sdes import SDE
 
@@ -58,10 +59,8 @@ class TraceOptions:
 
     def __post_init__(self) -> None:
         for name, allowed in (("method", TRACES), ("probe", PROBES), ("differentiation", DIFFERENTIATIONS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        if isinstance(self.num_probes, bool) or self.num_probes != int(self.num_probes) or self.num_probes < 1:
-            raise ValueError(f"num_probes must be an integer >= 1, got {self.num_probes!r}.")
+            check_choice(name, getattr(self, name), allowed)
+        object.__setattr__(self, "num_probes", check_integer("num_probes", self.num_probes, at_least=1))
 
 
 def jacobian_products(
@@ -190,8 +189,7 @@ def sample_generators(x: Tensor, generator: Generators, purpose: str) -> list[to
         ValueError: A list whose length is not the batch size.
     """
     if generator is not None and not isinstance(generator, torch.Generator):
-        if len(generator) != len(x):
-            raise ValueError(f"generator is a list of {len(generator)}, but there are {len(x)} samples.")
+        check_generators(generator, len(x))
         return list(generator)
     device = torch.device("cpu") if generator is None else generator.device
     seed = int(torch.randint(0, 2**62, (), generator=generator, device=device))
@@ -309,12 +307,9 @@ class Quantization:
     grid: str = "endpoints"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise ValueError(f"low must lie below high, both finite, got {self.low!r} and {self.high!r}.")
-        if isinstance(self.bit_depth, bool) or self.bit_depth != int(self.bit_depth) or not 1 <= self.bit_depth <= 16:
-            raise ValueError(f"bit_depth must be an integer from 1 to 16, got {self.bit_depth!r}.")
-        if self.grid not in GRIDS:
-            raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {self.grid!r}.")
+        check_ordered("low", self.low, "high", self.high)
+        object.__setattr__(self, "bit_depth", check_integer("bit_depth", self.bit_depth, at_least=1, at_most=16))
+        check_choice("grid", self.grid, GRIDS)
 
     @property
     def levels(self) -> int:
@@ -350,9 +345,7 @@ class Quantization:
         if not images.is_floating_point():
             levels = images.long()
         else:
-            black, white = value_range
-            if not black < white:
-                raise ValueError(f"value_range must be increasing, got {value_range!r}.")
+            black, white = check_pair("value_range", value_range)
             if not bool(torch.isfinite(images).all()):
                 raise ValueError("images must be finite.")
             exact = (images.double() - black) * ((self.levels - 1) / (white - black))
@@ -464,14 +457,15 @@ def bits_per_dim(
         RuntimeError: The solver gives up; see ``ode.integrate``.
     """
     quantization = Quantization() if quantization is None else quantization
-    value_range = (quantization.low, quantization.high) if value_range is None else value_range
+    value_range = check_pair(
+        "value_range", (quantization.low, quantization.high) if value_range is None else value_range
+    )
     options = ODEOptions() if options is None else options
     t_min = sde.t_min if t_min is None else t_min
-    if dequantization not in DEQUANTIZATIONS:
-        raise ValueError(f"dequantization must be one of {', '.join(DEQUANTIZATIONS)}, got {dequantization!r}.")
-    if isinstance(importance_samples, bool) or importance_samples != int(importance_samples) or importance_samples < 1:
-        raise ValueError(f"importance_samples must be an integer >= 1, got {importance_samples!r}.")
-    if not isinstance(images, Tensor) or images.ndim < 2 or images.numel() == 0 or images.dtype == torch.bool:
+    check_choice("dequantization", dequantization, DEQUANTIZATIONS)
+    importance_samples = check_integer("importance_samples", importance_samples, at_least=1)
+    check_tensor("images", images)
+    if images.ndim < 2 or images.dtype == torch.bool:
         raise ValueError("images must be a tensor of shape (B, ...) of integers or floating-point numbers.")
     count, width = len(images), quantization.width
     dims = images[0].numel()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import check_generators
+
 
 def standard_normal_like(x: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
     """Unit Gaussian noise of x's shape, on its device, float64 for float64 and float32 for everything else.
@@ -18,7 +20,7 @@ def standard_normal_like(x: Tensor, generator: torch.Generator | Sequence[torch.
             the CPU, for results that do not depend on the GPU) draws there and the noise is moved.
 
     Raises:
-        ValueError: A list whose length is not the batch size.
+        ValueError: Something else, or a list whose length is not the batch size.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if generator is None or isinstance(generator, torch.Generator):
@@ -26,7 +28,6 @@ def standard_normal_like(x: Tensor, generator: torch.Generator | Sequence[torch.
         if generator is None or generator.device == device:
             return torch.randn(x.shape, generator=generator, dtype=dtype, device=device)
         return torch.randn(x.shape, generator=generator, dtype=dtype, device=generator.device).to(device)
-    if len(generator) != len(x):
-        raise ValueError(f"generator is a list of {len(generator)}, but the batch has {len(x)} samples.")
+    check_generators(generator, len(x))
     draws = [torch.randn(x.shape[1:], generator=g, dtype=dtype, device=g.device).to(x.device) for g in generator]
     return torch.stack(draws)

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import check_generators, check_integer, check_number, check_tolerances
 from .noise import standard_normal_like
 from .plans import make_plan
 from .sampling import sample
@@ -75,20 +76,12 @@ class ODEOptions:
     data_std: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("rtol", "atol"):
-            value = getattr(self, name)
-            if not (0.0 <= value < 1.0):
-                raise ValueError(f"{name} must lie in [0, 1), got {value!r}.")
-        if not self.atol + self.rtol >= 1e-13:
-            raise ValueError(f"rtol and atol must not both be zero, got {self.rtol!r} and {self.atol!r}.")
+        check_tolerances(self.rtol, self.atol, largest_atol=1.0)
+        # Whole numbers such as 64.0 become integers: the batch size is a slice.
         for name in ("max_calls", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or value != int(value) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
-        if not math.isfinite(self.data_mean):
-            raise ValueError(f"data_mean must be finite, got {self.data_mean!r}.")
-        if not 0.0 < self.data_std < math.inf:
-            raise ValueError(f"data_std must be a positive number, got {self.data_std!r}.")
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), at_least=1))
+        check_number("data_mean", self.data_mean)
+        check_number("data_std", self.data_std, above=0.0)
 
 
 @dataclass(frozen=True)
@@ -205,6 +198,7 @@ def adams_weights(nodes: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 def _times(sde: SDE, t_start: float, t_end: float) -> None:
     for name, t in (("t_start", t_start), ("t_end", t_end)):
+        check_number(name, t)
         if not (0.0 <= t <= sde.t_max) or math.isinf(float(sde.log_sigma(t))):
             raise ValueError(
                 f"{name} must lie in (0, {sde.t_max}], where sigma is positive; got {t!r}. The smallest time of this "
@@ -297,7 +291,7 @@ class _Slots:
 
 
 def _host(z: Tensor, values: np.ndarray | Tensor) -> Tensor:
-    """Host numbers as a tensor of z's dtype on its device, with z's number of axes where they are one per sample."""
+    """Numbers of the host as a tensor of z's dtype on its device, in their own shape."""
     tensor = (torch.from_numpy(values) if isinstance(values, np.ndarray) else values).to(dtype=z.dtype)
     return tensor.to(z.device)
 
@@ -409,15 +403,17 @@ def integrate(
             allowed = options.atol + options.rtol * torch.maximum(s.z.abs(), (s.z + highest).abs())
             sizes = (errors / allowed.flatten(1)[:, None]).square().mean(2).sqrt()
             slopes = slope.flatten(1).square().mean(1, keepdim=True).sqrt()
-            on_arrival = torch.cat([sizes, slopes], 1).to("cpu", torch.float64).numpy()
-            sizes_of_orders, steepness = on_arrival[:, :-1], on_arrival[:, -1]
+            finite = torch.isfinite(x0).flatten(1).all(1, keepdim=True).to(slopes)
+            on_arrival = torch.cat([sizes, slopes, finite], 1).to("cpu", torch.float64).numpy()
+            sizes_of_orders, steepness, is_finite = on_arrival[:, :-2], on_arrival[:, -2], on_arrival[:, -1] == 1.0
             best = _best_order(sizes_of_orders, s.count)
-            size = np.where(is_first, steepness * 0.0, sizes_of_orders[np.arange(len(best)), best - 1])
+            size = np.where(is_first, 0.0, sizes_of_orders[np.arange(len(best)), best - 1])
             correct = moulton[np.arange(len(best)), best]
             corrected = s.z + _combine(correct * signed[:, None], history)
-            if not np.isfinite(size[is_first]).all() or not np.isfinite(rate).all():
-                where = float(t[int(np.argmin(np.isfinite(size) & np.isfinite(rate).all(1)))])
-                raise RuntimeError(
+            is_finite &= np.isfinite(rate).all(1) & np.isfinite(np.where(is_first, steepness, 0.0))
+            if not is_finite.all():
+                where = float(t[int(np.argmin(is_finite))])
+                raise SolverError(
                     f"the denoiser is not finite at t = {where:g}. (An epsilon or score prediction does not determine "
                     "the data where alpha = 0; and a network is only good for times that it was trained on.)"
                 )
@@ -591,8 +587,7 @@ def sample_flow(
         ValueError: Bad arguments.
         RuntimeError: The solver gives up; see ``integrate``.
     """
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a positive number, got {temperature!r}.")
+    temperature = check_number("temperature", temperature, above=0.0, at_most=1e6)
     options = ODEOptions() if options is None else options
     t_min = sde.t_min if t_min is None else t_min
     start = check_state(latents, "latents") * (temperature * sde.prior_std)
@@ -716,8 +711,8 @@ def interpolate(
         ValueError: Bad arguments.
         RuntimeError: The solver gives up; see ``integrate``.
     """
-    if isinstance(num, bool) or num != int(num) or num < 2:
-        raise ValueError(f"num must be an integer >= 2, got {num!r}.")
+    num = check_integer("num", num, at_least=2)
+    x_a, x_b = check_state(x_a, "x_a"), check_state(x_b, "x_b")
     if x_a.shape != x_b.shape:
         raise ValueError(f"x_a and x_b must have the same shape, got {tuple(x_a.shape)} and {tuple(x_b.shape)}.")
     codes = encode(denoiser, sde, torch.cat([x_a, x_b]), options, t_min, None, progress).sample
@@ -757,12 +752,13 @@ def edit(
     Raises:
         ValueError: Bad arguments.
     """
-    if not 0.0 < strength <= 1.0:
-        raise ValueError(f"strength must lie in (0, 1], got {strength!r}.")
+    strength = check_number("strength", strength, above=0.0, at_most=1.0)
+    num_steps = check_integer("num_steps", num_steps, at_least=1)
     t_min = sde.t_min if t_min is None else t_min
     levels = get_time_grid("log_snr", sde, 1001, sde.t_max, t_min)
     t = float(levels[max(0, 1000 - math.ceil(1000 * strength))])
     x0 = check_state(x0, "x0")
+    check_generators(generator, len(x0))
     mean, sigma = sde.marginal(x0, t)
     noisy = mean + sigma * standard_normal_like(x0, generator)
     plan = make_plan(sde, get_time_grid("log_snr", sde, num_steps, t, t_min), "exponential")

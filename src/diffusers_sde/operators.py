@@ -15,10 +15,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_choice, check_integer, check_number, check_shape, check_tensor
 from .noise import standard_normal_like
 
 BOUNDARIES = ("zero", "reflect", "circular")
@@ -35,9 +37,7 @@ class LinearOperator(ABC):
     """
 
     def __init__(self, data_shape: Sequence[int]) -> None:
-        self.data_shape = tuple(int(n) for n in data_shape)
-        if not self.data_shape or min(self.data_shape) < 1:
-            raise ValueError(f"data_shape must be a shape of positive sizes, got {tuple(data_shape)}.")
+        self.data_shape = check_shape("data_shape", data_shape)
 
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
@@ -191,7 +191,9 @@ class Mask(LinearOperator):
 
     def __init__(self, mask: Tensor, data_shape: Sequence[int]) -> None:
         super().__init__(data_shape)
-        mask = torch.as_tensor(mask)
+        if isinstance(mask, (np.ndarray, list, tuple)) and np.asarray(mask).dtype.kind in "biuf":
+            mask = torch.from_numpy(np.array(mask))
+        check_tensor("mask", mask)
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError("mask must hold only 0 and 1; threshold it first.")
         mask = mask.reshape((1,) * (len(self.data_shape) + 1 - mask.ndim) + tuple(mask.shape))
@@ -281,7 +283,7 @@ class Grayscale(ChannelMixture):
     """
 
     def __init__(self, data_shape: Sequence[int], weights: Sequence[float] | None = None) -> None:
-        channels = int(data_shape[0])
+        channels = check_shape("data_shape", data_shape)[0]
         super().__init__([[channels**-0.5] * channels if weights is None else list(weights)], data_shape)
 
 
@@ -297,11 +299,11 @@ class Downsampling(LinearOperator):
 
     def __init__(self, factor: int, data_shape: Sequence[int]) -> None:
         super().__init__(data_shape)
-        if isinstance(factor, bool) or factor != int(factor) or factor < 1:
-            raise ValueError(f"factor must be an integer >= 1, got {factor!r}.")
-        if len(self.data_shape) != 3 or any(n % int(factor) for n in self.data_shape[1:]):
+        self.factor = check_integer("factor", factor, at_least=1)
+        if len(self.data_shape) != 3:
+            raise ValueError(f"data_shape must be (C, H, W), got {self.data_shape}.")
+        if any(n % self.factor for n in self.data_shape[1:]):
             raise ValueError(f"factor must divide height and width of (C, H, W) = {self.data_shape}, got {factor!r}.")
-        self.factor = int(factor)
 
     def apply(self, x: Tensor) -> Tensor:
         """The averages, shape (B, C, H / factor, W / factor)."""
@@ -330,10 +332,8 @@ class GaussianBlur(LinearOperator):
 
     def __init__(self, std: float, data_shape: Sequence[int], boundary: str = "reflect", truncate: float = 4.0) -> None:
         super().__init__(data_shape)
-        if not (std > 0 and math.isfinite(std)):
-            raise ValueError(f"std must be a positive number of pixels, got {std!r}.")
-        if boundary not in BOUNDARIES:
-            raise ValueError(f"boundary must be one of {', '.join(BOUNDARIES)}, got {boundary!r}.")
+        std, truncate = check_number("std", std, above=0.0), check_number("truncate", truncate, above=0.0)
+        check_choice("boundary", boundary, BOUNDARIES)
         if len(self.data_shape) != 3:
             raise ValueError(f"data_shape must be (C, H, W), got {self.data_shape}.")
         radius = max(1, math.ceil(truncate * std))
@@ -367,8 +367,7 @@ OPERATORS: dict[str, type[LinearOperator]] = {
 
 def check_noise_std(noise_std: float) -> None:
     """Raise a ValueError unless the standard deviation of the measurement noise is a number >= 0."""
-    if not (0.0 <= noise_std < math.inf):
-        raise ValueError(f"noise_std must be a number >= 0, got {noise_std!r}.")
+    check_number("noise_std", noise_std, at_least=0.0)
 
 
 def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iterations: int, rtol: float = 1e-6) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_integer, check_number
 from .sdes import SDE, as_time, expand_like
 
 
@@ -119,11 +120,10 @@ def get_parametrization(
     Raises:
         ValueError: Unknown name or combination.
     """
-    if preconditioning not in (None, "edm"):
-        raise ValueError(f"preconditioning must be None or 'edm', got {preconditioning!r}.")
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+    check_choice("preconditioning", preconditioning, (None, "edm"))
     if preconditioning == "edm" or prediction_type == "edm":
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data must be positive, got {sigma_data!r}.")
+        check_number("sigma_data", sigma_data, above=0.0)
         signs = {"edm": 1.0, "epsilon": 1.0, "v_prediction": -1.0}
         if prediction_type not in signs:
             raise ValueError(
@@ -137,8 +137,6 @@ def get_parametrization(
         "flow_prediction": Flow,
         "score": Score,
     }
-    if prediction_type not in plain:
-        raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}.")
     return plain[prediction_type]()
 
 
@@ -166,14 +164,9 @@ class TimeConditioning:
     num_train_timesteps: int = 1000
 
     def __post_init__(self) -> None:
-        if self.name not in TIME_CONDITIONINGS:
-            raise ValueError(f"time_conditioning must be one of {', '.join(TIME_CONDITIONINGS)}, got {self.name!r}.")
-        least = 1 if self.name == "continuous" else 2  # a flow may be fed t itself; a table of one entry is none
-        if self.num_train_timesteps < least:
-            raise ValueError(
-                f"num_train_timesteps must be at least {least} where time_conditioning is {self.name!r}, got "
-                f"{self.num_train_timesteps!r}."
-            )
+        check_choice("time_conditioning", self.name, TIME_CONDITIONINGS)
+        # A flow may be fed t itself; a table of one entry is none.
+        check_integer("num_train_timesteps", self.num_train_timesteps, at_least=1 if self.name == "continuous" else 2)
 
     def timestep(self, sde: SDE, t: Tensor | float) -> Tensor:
         """The network's input for SDE time ``t``, same shape."""
@@ -192,3 +185,20 @@ class TimeConditioning:
             return sde.time_of(-2.0 * log_sigma)
         u = {"discrete": (c + 1.0) / n, "continuous": c / n, "score_sde": c / (n - 1)}[self.name]
         return u * sde.t_max
+
+    def lies_on(self, sde: SDE, timestep: Tensor | float) -> Tensor:
+        """Whether the path has a time at which the network is fed ``timestep``, up to round-off; same shape.
+
+        Counts may be rounded to the precision of ``timestep``, and sigmas to a thousandth: lists of sigmas that go
+        around are rounded to a few digits.
+        """
+        c = as_time(timestep)
+        rounded = isinstance(timestep, Tensor) and timestep.dtype in (torch.float16, torch.bfloat16)
+        slack = 2.0 * torch.finfo(timestep.dtype).eps if rounded else 0.0  # type: ignore[union-attr]
+        if self.name in ("sigma", "log_sigma", "edm"):
+            log_sigma = {"sigma": c.log(), "log_sigma": c, "edm": 4.0 * c}[self.name]
+            low, high = (-0.5 * float(sde.log_snr(t)) for t in (0.0, sde.t_max))
+            slack = max(slack, 1e-3)
+            return (log_sigma >= low - slack) & (log_sigma <= high + slack)
+        u = self.time(sde, c) / sde.t_max
+        return (u >= -1e-9) & (u <= 1.0 + max(slack, 1e-6))

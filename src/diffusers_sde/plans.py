@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_flag, check_integer, check_number, check_numbers
 from .correctors import get_corrector
 from .parametrizations import Parametrization
 from .predictors import PredictorOptions, Stage, default_stochasticity, get_predictor
 from .sdes import SDE
+
+LARGEST_NUMBER = torch.finfo(torch.float32).max  # of samples and their coefficients
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +83,27 @@ class Plan:
             predictors: False leaves the predictors' coefficients on x0_hat, for an executor that clips it first.
 
         Raises:
-            ValueError: The parametrisation does not determine x0_hat at one of the plan's times.
+            ValueError: The parametrisation does not determine x0_hat at one of the plan's times, or the plan has been
+                folded already.
         """
+        if any(row.skip != 0.0 or row.out != 1.0 for row in self.rows):
+            raise ValueError("this plan is folded: its rows take the network's output, not x0_hat.")
         t = torch.tensor([row.t for row in self.rows], dtype=torch.float64)
         skip, out = (c.tolist() for c in parametrization.coefficients(sde.alpha(t), sde.sigma(t)))
-        if not all(map(math.isfinite, skip + out)):
-            raise ValueError(
-                f"prediction_type of {type(parametrization).__name__} does not determine the data where alpha(t) = 0 "
-                f"(t = {self.rows[0].t}); use 'v_prediction', 'flow_prediction', 'sample' or 'edm' there."
-            )
-        rows = (
+        rows = tuple(
             replace(row, x=row.x + row.model * a, model=row.model * b, skip=a, out=b)
             if predictors or row.is_corrector
             else replace(row, skip=a, out=b)
             for row, a, b in zip(self.rows, skip, out, strict=True)
         )
-        return replace(self, rows=tuple(rows))
+        # Infinite where alpha = 0; and samples are float32, in which an alpha of 1e-39 is as good as 0.
+        if not all(abs(v) < LARGEST_NUMBER for row in rows for v in (row.x, row.model, row.skip, row.out)):
+            raise ValueError(
+                f"prediction_type of {type(parametrization).__name__} does not determine the data where alpha(t) = 0 "
+                f"(t = {self.rows[0].t}); use 'v_prediction', 'flow_prediction', 'sample' or 'edm' there. (A "
+                "beta_start or beta_end that is too large leaves as good as no signal, too.)"
+            )
+        return replace(self, rows=rows)
 
 
 def make_plan(
@@ -134,11 +142,10 @@ def make_plan(
         ValueError: Unknown names, a grid that does not decrease, or a combination without meaning.
     """
     rule = get_predictor(predictor)
-    times = torch.as_tensor(times, dtype=torch.float64)
-    if times.ndim != 1 or len(times) < (1 if denoise_final else 2) or not bool((times[1:] < times[:-1]).all()):
-        raise ValueError(f"times must be a strictly decreasing sequence, got {times.tolist()}.")
-    if stochasticity is not None and not 0.0 <= stochasticity < math.inf:
-        raise ValueError(f"stochasticity must be a finite number >= 0 or None, got {stochasticity!r}.")
+    check_flag("denoise_final", denoise_final)
+    times = check_times(sde, times, 1 if denoise_final else 2)
+    if stochasticity is not None:
+        stochasticity = check_number("stochasticity", stochasticity, at_least=0.0)
     if rule.deterministic and stochasticity != 0.0:
         raise ValueError(
             f"predictor {predictor!r} integrates the probability-flow ODE only: set probability_flow=True "
@@ -146,10 +153,9 @@ def make_plan(
         )
     if corrector is None and rule.calls == 0:
         raise ValueError("predictor 'none' needs a corrector, such as 'langevin'.")
-    if corrector is not None and (correct_steps < 1 or int(correct_steps) != correct_steps):
-        raise ValueError(f"correct_steps must be an integer >= 1 when a corrector is set, got {correct_steps!r}.")
-    if corrector is not None and not (snr > 0 and math.isfinite(snr)):
-        raise ValueError(f"snr must be a positive number, got {snr!r}.")
+    if corrector is not None:
+        correct_steps = check_integer("correct_steps", correct_steps, at_least=1)
+        snr = check_number("snr", snr, above=0.0)
     if not rule.finite_at_zero_snr and torch.isneginf(sde.log_snr(times[0])):
         raise ValueError(
             f"predictor {predictor!r} needs finite f(t) and g(t), but alpha({float(times[0])}) = 0: "
@@ -176,7 +182,7 @@ def make_plan(
     else:
         rows = [row for p in predictions for row in p]
     order = rule.calls + (correct_steps if corrector is not None else 0)
-    if not all(math.isfinite(v) for row in rows for v in (row.x, row.model, row.noise, *row.history)):
+    if not all(abs(v) < LARGEST_NUMBER for row in rows for v in (row.x, row.model, row.noise, *row.history)):
         raise ValueError(
             f"predictor {predictor!r} with stochasticity {stochasticity!r} has infinite or undefined coefficients on "
             f"this grid of {type(sde).__name__}."
@@ -210,12 +216,12 @@ def restart_plan(
     Raises:
         ValueError: ``high`` is not before ``low`` on the grid, ``repeats`` is negative, or see ``make_plan``.
     """
-    times = torch.as_tensor(times, dtype=torch.float64)
+    times = check_times(sde, times, 2)
+    low, high = check_number("low", low), check_number("high", high)
     bottom, top = (int((times - t).abs().argmin()) for t in (low, high))
     if not top < bottom:
         raise ValueError(f"high must be a time of the grid before low, got low={low!r} and high={high!r}.")
-    if repeats < 0 or int(repeats) != repeats:
-        raise ValueError(f"repeats must be an integer >= 0, got {repeats!r}.")
+    repeats = check_integer("repeats", repeats, at_least=0)
     whole = make_plan(sde, times, **arguments)
     if repeats == 0:
         return whole
@@ -241,11 +247,22 @@ def restart_plan(
     return Plan(tuple(rows), whole.order, max(len(row.history) for row in rows))
 
 
+def check_times(sde: SDE, times: Any, at_least: int) -> Tensor:
+    """A grid as float64: at least so many times of the path, strictly decreasing.
+
+    Raises:
+        ValueError: It is not.
+    """
+    grid = check_numbers("times", times, at_least)
+    if not bool((grid[1:] < grid[:-1]).all() & (grid >= 0.0).all() & (grid <= sde.t_max * (1.0 + 1e-9)).all()):
+        raise ValueError(f"times must be a strictly decreasing sequence in [0, {sde.t_max:g}], got {grid.tolist()}.")
+    return grid
+
+
 def _final_row(sde: SDE, t: float, final_time: float | None) -> Row:
     if final_time is None:
         return Row(t, None, 0.0, 1.0)
-    if not 0.0 < final_time <= t:
-        raise ValueError(f"final_time must lie in (0, {t}], the last time of the grid, got {final_time!r}.")
+    final_time = check_number("final_time", final_time, above=0.0, at_most=t)
     x = float(sde.sigma(final_time) / sde.sigma(t))
     return Row(t, final_time, x, float(sde.alpha(final_time) - sde.alpha(t) * x))
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_integer, check_number
 from .sdes import SDE
 
 
@@ -106,12 +107,10 @@ class PredictorOptions:
     gaussian_std: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.solver_order not in (1, 2, 3, None):
-            raise ValueError(f"solver_order must be 1, 2, 3 or None, got {self.solver_order!r}.")
-        if self.solver_type not in SOLVER_TYPES:
-            raise ValueError(f"solver_type must be one of {', '.join(SOLVER_TYPES)}, got {self.solver_type!r}.")
-        if not 0.0 <= self.gaussian_std < math.inf:
-            raise ValueError(f"gaussian_std must be a finite number >= 0, got {self.gaussian_std!r}.")
+        if self.solver_order is not None:
+            check_integer("solver_order", self.solver_order, at_least=1, at_most=3)
+        check_choice("solver_type", self.solver_type, SOLVER_TYPES)
+        check_number("gaussian_std", self.gaussian_std, at_least=0.0)
 
 
 def default_stochasticity(sde: SDE, times: Tensor) -> Tensor:
@@ -400,6 +399,4 @@ def get_predictor(name: str) -> Predictor:
     Raises:
         ValueError: Unknown name.
     """
-    if name not in PREDICTORS:
-        raise ValueError(f"predictor must be one of {', '.join(PREDICTORS)}, got {name!r}.")
-    return PREDICTORS[name]
+    return PREDICTORS[check_choice("predictor", name, PREDICTORS)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .checks import check_generators, check_tensor
 from .noise import standard_normal_like
 from .plans import Plan, advance, memorise
 
@@ -35,10 +36,17 @@ def sample(
 
     Returns:
         The sample, shape of ``x``.
+
+    Raises:
+        ValueError: ``x`` or ``generator`` do not fit, or the denoiser returns another shape.
     """
+    check_tensor("x", x, finite=False)
+    check_generators(generator, len(x))
     memory: list[Tensor] = []
     for i, row in enumerate(plan.rows):
         output = denoiser(x, torch.tensor(row.t, dtype=torch.float64, device=x.device))
+        if output.shape != x.shape:
+            raise ValueError(f"the denoiser returned shape {tuple(output.shape)} for a state of {tuple(x.shape)}.")
         estimate = memorise(row, x, (x * row.skip).add_(output, alpha=row.out)) if row.remember else None
         x = advance(row, x, output, memory, lambda: standard_normal_like(output, generator), batch_norms)  # noqa: B023
         if estimate is not None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_integer, check_number
 from .sdes import SDE
 
 # Where alpha vanishes at the start (rectified flow, cosine, zero terminal SNR) grids in log-SNR spread their points
@@ -91,12 +92,9 @@ def get_time_grid(name: str, sde: SDE, n: int, t_start: float, t_end: float, rho
     Raises:
         ValueError: Unknown name, n below 1, rho not positive, or ends that are not decreasing.
     """
-    if name not in TIME_GRIDS:
-        raise ValueError(f"time_grid must be one of {', '.join(TIME_GRIDS)}, got {name!r}.")
-    if n < 1:
-        raise ValueError(f"the number of time points must be at least 1, got {n!r}.")
-    if not rho > 0:
-        raise ValueError(f"rho must be positive, got {rho!r}.")
+    check_choice("time_grid", name, TIME_GRIDS)
+    n = check_integer("n, the number of time points,", n, at_least=1)
+    check_number("rho", rho, above=0.0)
     if not t_end < t_start:
         raise ValueError(f"sampling runs from t_max down to sampling_eps, got {t_start!r} and {t_end!r}.")
     return TIME_GRIDS[name](sde, n, t_start, t_end, rho)
@@ -121,8 +119,7 @@ def discrete_timesteps(
     Raises:
         ValueError: Unknown spacing, or more timesteps than the table has.
     """
-    if spacing not in TIMESTEP_SPACINGS:
-        raise ValueError(f"timestep_spacing must be one of {', '.join(TIMESTEP_SPACINGS)}, got {spacing!r}.")
+    check_choice("timestep_spacing", spacing, TIMESTEP_SPACINGS)
     dropped = int(drops_last and spacing != "trailing")
     if not 1 <= n <= num_train_timesteps - dropped:
         raise ValueError(

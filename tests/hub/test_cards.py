@@ -5,10 +5,12 @@ import re
 import pytest
 from hub_models import tiny_pipeline
 from huggingface_hub import ModelCard
+from PIL import Image
 from tiny_networks import tiny_unet
 
 from diffusers_sde import SDEPipeline, SubVPSDEScheduler, VPSDEScheduler
-from diffusers_sde.hub.cards import TEMPLATE, add_card, model_card
+from diffusers_sde.generation.samplers import CALL_OPTIONS as SAMPLER_OPTIONS
+from diffusers_sde.hub.cards import CALL_OPTIONS, TEMPLATE, add_card, model_card
 
 BITS = {"mean": 2.5, "standard_error": 0.01, "images": 90, "dequantization": "uniform", "t_min": 1e-5, "rtol": 3e-4}
 EVALUATION = {
@@ -104,14 +106,84 @@ def test_only_models_of_ddpm_type_are_offered_to_stock_diffusers():
 
 def test_pictures_travel_with_the_card(tmp_path):
     picture = tmp_path / "grid.png"
-    picture.write_bytes(b"png")
+    Image.new("L", (4, 4)).save(picture)
     folder = tmp_path / "model"
     folder.mkdir()
     add_card(folder, tiny_pipeline(), "user/name", {"pictures": {"Samples": str(picture)}})
     assert "![Samples](images/grid.png)" in (folder / "README.md").read_text()
-    assert (folder / "images" / "grid.png").read_bytes() == b"png"
+    assert (folder / "images" / "grid.png").read_bytes() == picture.read_bytes()
     with pytest.raises(ValueError, match="no file"):
         add_card(folder, tiny_pipeline(), "user/name", {"pictures": {"Samples": "absent.png"}})
+
+
+def test_pictures_are_pictures(tmp_path):
+    """Results may come from somebody else: a card publishes no file of this machine that is no image."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    secret, cut, bitmap = tmp_path / "passwd", tmp_path / "cut.png", tmp_path / "grid.bmp"
+    secret.write_text("root:x:0:0")
+    Image.new("L", (64, 64)).save(cut)
+    cut.write_bytes(cut.read_bytes()[:40])
+    Image.new("L", (4, 4)).save(bitmap)
+    first, second = tmp_path / "a" / "grid.png", tmp_path / "b" / "grid.png"
+    for path in (first, second):
+        path.parent.mkdir()
+        Image.new("L", (4, 4)).save(path)
+    for pictures, message in (
+        ([secret], "no image"),
+        ([cut], "no image"),
+        ([bitmap], "must be one of PNG, JPEG, GIF, WEBP, got BMP"),
+        ([first, second], "file names must differ"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            results = {"pictures": {str(i): str(path) for i, path in enumerate(pictures)}}
+            add_card(folder, tiny_pipeline(), "user/name", results)
+        assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "results, message",
+    [
+        ({"pictures": ["a.png"]}, "pictures must be an object"),
+        ({"recipes": {"options": {}}}, "recipes must be a list"),
+        ({"recipes": [{"options": {}}]}, "recipes must have a num_inference_steps each"),
+        ({"recipes": ["heun"]}, "each of recipes must be an object"),
+        ({"metrics": [{"name": "FID", "type": "fid", "value": "x"}]}, "metrics must have a value each, got 'x'"),
+        ({"metrics": "FID 3"}, "metrics must be a list"),
+        ({"license": ["mit"]}, "license must be text"),
+        ({"dataset": "digits"}, "dataset must be an object"),
+        ({"recipes": [{"options": {"snr": "abc"}, "num_inference_steps": 2}]}, "no sampler has .*snr"),
+        ({"recipes": [{"options": {"sn": 1}, "num_inference_steps": 2, "calls": 2}]}, "has no option sn"),
+    ],
+)
+def test_results_of_another_form_are_named(results, message):
+    with pytest.raises(ValueError, match=message):
+        model_card(tiny_pipeline(), "user/name", results)
+
+
+def test_what_a_card_shows_is_what_the_scheduler_takes():
+    """Options of the call and of another scheduler's class are not among those of this pipeline's scheduler."""
+    assert set(SAMPLER_OPTIONS) < set(CALL_OPTIONS)
+    measured = EVALUATION["samplers"][0]
+    samplers = [
+        {**measured, "options": {"scheduler": "EulerDiscreteScheduler", "use_karras_sigmas": True}},
+        {
+            **measured,
+            "options": {
+                "guidance_scale": 2.0,
+                "classifier_guidance_scale": 3.0,
+                "predictor": None,
+                "corrector": "langevin",
+                "snr": 0.1,
+            },
+        },
+    ]
+    card = str(model_card(tiny_pipeline(), "user/name", {**EVALUATION, "samplers": samplers}))
+    line = re.search(r"^pipe\.scheduler = .*$", card, re.M)[0]
+    pipe = tiny_pipeline()
+    exec(line, {"pipe": pipe})
+    assert (pipe.scheduler.config.predictor, pipe.scheduler.config.corrector) == ("none", "langevin")
+    assert "classifier_guidance_scale=3.0" in card and "scheduler='EulerDiscreteScheduler'" in card
 
 
 def test_a_misspelt_result_is_refused():

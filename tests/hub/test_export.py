@@ -9,6 +9,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from hub_models import fingerprint, tiny_pipeline, use_hub
 from huggingface_hub import ModelCard
 from loopback_hub import TOKEN, LoopbackHub
+from PIL import Image
 from tiny_networks import tiny_unet
 
 from diffusers_sde import InpaintSDEPipeline
@@ -28,7 +29,7 @@ def model(tmp_path_factory):
 
 def test_a_folder_gets_what_a_repository_gets(model, tmp_path, monkeypatch, capsys):
     picture = tmp_path / "grid.png"
-    picture.write_bytes(b"png")
+    Image.new("L", (4, 4)).save(picture)
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     metric = {"name": "FID", "type": "fid", "value": 3.0}
     first.write_text(json.dumps({"metrics": [metric], "pictures": {"Samples": str(picture)}, "limitations": "a"}))

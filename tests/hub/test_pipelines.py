@@ -272,7 +272,7 @@ def test_a_missing_repository_is_named(hub, tmp_path):
 
 
 def test_an_interrupted_upload_can_be_repeated(hub):
-    hub.failures.append(re.compile("POST .*/commit/"))
+    hub.failures.append(("POST .*/commit/", 500))
     pipe = tiny_pipeline()
     with pytest.raises(OSError, match=r"user/interrupted: .*try again"):
         pipe.push_to_hub("interrupted")
@@ -281,6 +281,20 @@ def test_an_interrupted_upload_can_be_repeated(hub):
     pipe.push_to_hub("interrupted")
     assert len([r for r in hub.requests if r[0] == "PUT"]) == sent  # the weights were there already
     assert "model_index.json" in hub.files("user/interrupted")
+
+
+@pytest.mark.parametrize("request_of", ["POST .*objects/batch", "PUT /_lfs/", "POST .*/commit/"])
+@pytest.mark.parametrize(
+    "status, message",
+    [(401, "token is not valid"), (403, "may not write"), (409, "at the same time"), (413, "max_shard_size")],
+)
+def test_an_answer_of_the_hub_is_named_wherever_it_comes(hub, request_of, status, message):
+    """The client wraps those of large files: they were called an unreachable Hub."""
+    hub.objects.clear()
+    hub.failures.append((request_of, status))
+    with pytest.raises(OSError, match=message) as error:
+        tiny_pipeline().push_to_hub(f"refused-{status}-{len(request_of)}")
+    assert "cannot be reached" not in str(error.value)
 
 
 def test_an_unreachable_hub_is_named(monkeypatch):
@@ -321,6 +335,40 @@ def test_a_newer_version_that_adds_nothing_is_welcome(tmp_path):
         # A key of a stock scheduler that was swapped out is not a new one of ours.
         extra = {"steps_offset": 1, "set_alpha_to_one": True} if "scheduler" in file else {}
         (tmp_path / file).write_text(json.dumps({**config, **extra, "_diffusers_sde_version": "99.0"}))
+    DiffusionPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"_class_name": []},
+        {"_class_name": [[]]},
+        {"_class_name": ["diffusers_sde_pipeline"]},
+        {"_class_name": [{}, 3]},
+        {"_class_name": 5, "_ignore_files": 5},
+        {"_class_name": "DDPMPipeline", "_ignore_files": 5, "_diffusers_sde_version": "zzz"},
+        {"unet": [], "scheduler": [[], {}], "x": {"diffusers_sde": 1}},
+        [],
+        "x",
+        None,
+    ],
+    ids=repr,
+)
+def test_a_malformed_index_of_others_is_left_alone(index):
+    assert own_index(index) == index
+
+
+def test_a_malformed_entry_does_not_keep_our_code_from_being_ignored():
+    index = {"_class_name": "DDPMPipeline", "_ignore_files": 5, "scheduler": ["diffusers_sde", "VPSDEScheduler"]}
+    assert own_index(index)["_ignore_files"] == ["scheduler/diffusers_sde.py"]
+
+
+@pytest.mark.parametrize("version", ["zzz", 5, [], {}, ""])
+def test_a_version_that_is_none_says_nothing(tmp_path, version):
+    tiny_pipeline().save_pretrained(tmp_path)
+    for file in ("scheduler/scheduler_config.json", "model_index.json"):
+        config = json.loads((tmp_path / file).read_text())
+        (tmp_path / file).write_text(json.dumps({**config, "_diffusers_sde_version": version}))
     DiffusionPipeline.from_pretrained(tmp_path)
 
 

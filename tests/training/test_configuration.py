@@ -1,5 +1,7 @@
 """Options: every one is reachable, explained and checked before anything is done."""
 
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -40,6 +42,66 @@ def test_values_reach_the_fields_with_their_types():
     assert config.resolution == 16
     assert config.num_train_timesteps == 500
     assert config.resume_from_checkpoint == "latest"
+
+
+def pasted(config):
+    """What a shell and the parser make of the command of a card."""
+    launcher, *arguments = re.fullmatch(r"accelerate launch scripts/train.py ?(.*)", config.command()).groups()
+    return parse_args(shlex.split(launcher)), arguments
+
+
+OPTIONS = [
+    {},
+    {"sde": "ve", "use_ema": False, "random_flip": True, "block_out_channels": (16, 32), "cache_images": False},
+    {"log_normal_mean": -1e-5, "time_sampling": "log_normal", "data_min": 0.0, "learning_rate": 3.3333e-05},
+    {"dataset_name": "user/some-images", "dataset_config_name": "a b", "image_column": "it's"},
+    {"dataset_name": "digits", "label_column": "-label", "dataset_split": "train[:10%]"},
+    {"image_column": '$(rm -rf ~); `id` && echo "x" | cat > y', "dataset_name": "user/x"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_command_of_a_card_can_be_pasted(options):
+    config = TrainingConfig(**options)
+    assert pasted(config)[0] == config
+
+
+@pytest.mark.parametrize(
+    "option", ["dataset_name", "train_data_dir", "model_config_name_or_path", "dataset_config_name"]
+)
+@pytest.mark.parametrize(
+    "path",
+    [
+        "{here}/my data",
+        "{here}/my data/",
+        "/srv/not/here",
+        "~/pictures",
+        "../pictures",
+        "file:///srv/x",
+        r"C:\Users\me",
+    ],
+)
+def test_the_command_of_a_card_holds_no_path_of_this_machine(tmp_path, option, path):
+    (tmp_path / "my data").mkdir()
+    config = TrainingConfig(**{option: path.format(here=tmp_path)})
+    word = getattr(pasted(config)[0], option)
+    assert re.fullmatch(r"path/to/(my data|here|pictures|x|me)", word)
+    assert not any(part in config.command() for part in (str(tmp_path), "srv", "~", "..", "Users"))
+
+
+def test_a_folder_under_the_name_of_a_data_set_is_a_path(tmp_path, monkeypatch):
+    """The datasets library takes a folder for a name, and so does the option."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "digits"):
+        (tmp_path / name).mkdir()
+    assert pasted(TrainingConfig(dataset_name="mine"))[0].dataset_name == "path/to/mine"
+    assert pasted(TrainingConfig(train_data_dir="mine"))[0].train_data_dir == "path/to/mine"
+    assert pasted(TrainingConfig(dataset_name="digits"))[0].dataset_name == "digits"
+    assert "mine" not in TrainingConfig(output_dir="mine", cache_dir="mine", logging_dir="mine").command()
+
+
+def test_the_command_of_a_card_is_one_line():
+    assert "\n" not in TrainingConfig(image_column="a\n```\n# b", dataset_name="user/x").command()
 
 
 def test_options_of_diffusers_train_unconditional_are_known():

@@ -16,13 +16,16 @@ and what ``scripts/evaluate.py`` writes: its ``samplers`` become recipes, its nu
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from PIL import Image
 
 from ..version import __version__
 
@@ -33,9 +36,13 @@ EVALUATION_KEYS = (
     *("model", "sde", "seed", "figure"),  # of no use here: the pipeline itself is asked
 )
 TASK = "unconditional-image-generation"
-# Options of a sampler in an evaluation that are the pipeline's, not the scheduler's.
-CALL_OPTIONS = ("num_inference_steps", "method", "rtol", "atol", "guidance_scale", "scheduler")
+# Options of a sampler in an evaluation that are the pipeline's, not the scheduler's; and the scheduler's class.
+CALL_OPTIONS = (
+    *("num_inference_steps", "method", "rtol", "atol", "guidance_scale", "classifier_guidance_scale"),
+    "scheduler",
+)
 PICTURES = "images"
+PICTURE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 RECIPES: Sequence[Mapping[str, Any]] = (
     {"options": {}, "num_inference_steps": 20},
     {"options": {"predictor": "reverse_diffusion", "corrector": "langevin"}, "num_inference_steps": 100},
@@ -90,16 +97,13 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
     Raises:
         ValueError: ``results`` hold something unknown, or a recipe that the scheduler refuses.
     """
-    results = dict(results or {})
+    results = checked_results(results)
     unknown = sorted(set(results).difference(KEYS, EVALUATION_KEYS))
     if unknown:
         raise ValueError(f"results: unknown keys {', '.join(unknown)}; known are {', '.join(KEYS + EVALUATION_KEYS)}.")
     task, description, call = next(PIPELINES[c.__name__] for c in type(pipe).__mro__ if c.__name__ in PIPELINES)
     channels, height, width = pipe.sample_shape
     label = min(pipe.labels, key=pipe.labels.__getitem__, default=0) if hasattr(pipe, "labels") else 0
-    for name in ("data", "dataset"):
-        if not isinstance(results.get(name, {}), Mapping):
-            raise ValueError(f"results: {name} must be an object with name, id and split, got {results[name]!r}.")
     dataset = {**results.get("data", {}), **results.get("dataset", {})}
     metrics = _metrics(results)
     entries = [*metrics, *_sampler_metrics(results)]
@@ -137,7 +141,9 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
         stock=_stock(pipe),
         features=_features(results),
         recipes=_recipe_table(pipe.scheduler, recipes),
-        example=next((_text(recipe["options"]) for recipe in recipes if recipe.get("options")), "solver_order=2"),
+        example=next(
+            (_text(r["options"]) for r in recipes if r.get("options") and r.get("scheduler") is None), "solver_order=2"
+        ),
         facts=_table(["", ""], _facts(pipe, dataset)),
         measured=bool(metrics),
         metrics=_table(["metric", "value", "on"], [[m["name"], m["text"], m.get("on", "")] for m in metrics]),
@@ -150,14 +156,73 @@ def add_card(folder: str | os.PathLike, pipe: Any, repo_id: str, results: Mappin
     """Write the card of a pipeline, README.md, into its folder, and copy its pictures there; see ``model_card``.
 
     Raises:
-        ValueError: See ``model_card``, or a picture is missing.
+        ValueError: See ``model_card``, or a picture is missing, or is none.
     """
-    model_card(pipe, repo_id, results).save(Path(folder) / "README.md")
-    for picture in (results or {}).get("pictures", {}).values():
-        if not Path(picture).is_file():
-            raise ValueError(f"pictures: there is no file {str(picture)!r}.")
+    card = model_card(pipe, repo_id, results)
+    pictures = checked_pictures((results or {}).get("pictures", {}))
+    card.save(Path(folder) / "README.md")
+    for picture in pictures:
         (Path(folder) / PICTURES).mkdir(exist_ok=True)
         shutil.copyfile(picture, Path(folder) / PICTURES / Path(picture).name)
+
+
+def checked_results(results: Mapping[str, Any] | None) -> dict[str, Any]:
+    """``results`` with every part of the form that the head of this module says.
+
+    Raises:
+        ValueError: They come from files, and one of them holds something else.
+    """
+    results = dict(results or {})
+    forms: dict[str, tuple[type, ...]] = {
+        **dict.fromkeys(("license", "description", "training_command", "limitations"), (str, type(None))),
+        **dict.fromkeys(("dataset", "data", "pictures", "features", "bits_per_dim"), (Mapping, type(None))),
+        **dict.fromkeys(("metrics", "recipes", "samplers"), (list, tuple)),
+    }
+    words = {str: "text", Mapping: "an object", list: "a list"}
+    for key, allowed in forms.items():
+        if key in results and not isinstance(results[key], allowed):
+            raise ValueError(f"results: {key} must be {words[allowed[0]]}, got {results[key]!r}.")
+        if key in results and results[key] is None:
+            del results[key]
+    entries = {
+        "metrics": {"name": str, "type": str, "value": Real},
+        "recipes": {"num_inference_steps": (Integral, str)},
+        "samplers": {"label": str, "options": Mapping, "calls_per_image": Real, "metrics": Mapping},
+    }
+    for key, parts in entries.items():
+        for entry in results.get(key, []):
+            for part, kind in parts.items():
+                if not isinstance(entry, Mapping) or isinstance(entry.get(part), bool):
+                    raise ValueError(
+                        f"results: each of {key} must be an object with {', '.join(parts)}, got {entry!r}."
+                    )
+                if not isinstance(entry.get(part), kind):
+                    raise ValueError(f"results: {key} must have a {part} each, got {entry.get(part)!r} in {entry!r}.")
+    return results
+
+
+def checked_pictures(pictures: Mapping[str, Any]) -> list[Path]:
+    """The files, if each is an image that a card can show, with a name of its own.
+
+    Raises:
+        ValueError: There is no such file, or it holds something else, which is not to be published.
+    """
+    paths = [Path(str(picture)) for picture in pictures.values()]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"pictures: there is no file {str(path)!r}.")
+        try:
+            with Image.open(path) as image:
+                image.verify()
+                kind = image.format
+        except Exception as error:  # of many kinds, by format
+            raise ValueError(f"pictures: {str(path)!r} is no image that can be read: {error}") from error
+        if kind not in PICTURE_FORMATS:
+            raise ValueError(f"pictures: {str(path)!r} must be one of {', '.join(PICTURE_FORMATS)}, got {kind}.")
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"pictures: their file names must differ, got {', '.join(names)}.")
+    return paths
 
 
 def _name(dataset: Mapping[str, Any]) -> str:
@@ -193,10 +258,13 @@ def _facts(pipe: Any, dataset: Mapping[str, Any]) -> list[list[str]]:
 
 def _recipe(sampler: Mapping[str, Any]) -> dict[str, Any]:
     """A sampler of an evaluation as a recipe."""
-    options = sampler["options"]
+    options = dict(sampler["options"])
+    if options.get("predictor", "") is None:
+        options["predictor"] = "none"
     return {
         "label": ", ".join(f"{key}={options[key]!r}" for key in CALL_OPTIONS[1:] if key in options),
         "options": {key: value for key, value in options.items() if key not in CALL_OPTIONS},
+        "scheduler": options.get("scheduler"),
         "num_inference_steps": options.get("num_inference_steps", ""),
         "calls": f"{sampler['calls_per_image']:g}",
         "metrics": {k: f"{v:.4g}" for k, v in sampler["metrics"].items() if not k.endswith("_std")},
@@ -213,10 +281,19 @@ def _recipe_table(scheduler: Any, recipes: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for recipe in recipes:
         options, levels, calls = recipe.get("options", {}), recipe["num_inference_steps"], recipe.get("calls")
-        if calls is None:
-            sampler = type(scheduler).from_config(scheduler.config, **options)
-            sampler.set_timesteps(levels)
-            calls = len(sampler.timesteps)
+        if recipe.get("scheduler") is None:
+            # Laid out although the calls may be known: what a card shows must be what the scheduler takes.
+            unknown = set(options) - set(inspect.signature(type(scheduler).__init__).parameters)
+            if unknown:
+                names = ", ".join(map(str, unknown))
+                raise ValueError(f"results: {type(scheduler).__name__} has no option {names}, as in {recipe!r}.")
+            try:
+                sampler = type(scheduler).from_config(scheduler.config, **options)
+                if isinstance(levels, Integral):
+                    sampler.set_timesteps(int(levels))
+                    calls = len(sampler.timesteps) if calls is None else calls
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"results: no sampler has the options {_text(options)}: {error}") from error
         text = ", ".join(filter(None, [_text(options), recipe.get("label")]))
         values = [recipe.get("metrics", {}).get(name, "") for name in measures]
         rows.append([f"`{text}`" if text else "as it is", levels, calls, *values])

@@ -100,7 +100,10 @@ def _results(config: ExportConfig) -> dict[str, Any]:
     results: dict[str, Any] = {}
     recorded = Path(config.model) / "training_config.json"
     if recorded.is_file():
-        results["training_command"] = _training_command(json.loads(recorded.read_text(encoding="utf-8")))
+        try:
+            results["training_command"] = _training_command(json.loads(recorded.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{recorded}: not the options of a training: {error}") from error
     for name in config.results:
         try:
             more = json.loads(Path(name).read_text(encoding="utf-8"))

@@ -28,10 +28,12 @@ def own_index(index: dict[str, Any]) -> dict[str, Any]:
     diffusers runs a repository's code, with ``trust_remote_code=True`` only, where the index names a file of it. With
     the package imported there is nothing to run: the file is not even downloaded.
     """
+    if not isinstance(index, Mapping):
+        return index  # no index; diffusers says so
     name = index.get("_class_name")
     index = dict(index)
     shipped = [f"{key}/{LIBRARY}.py" for key, value in index.items() if isinstance(value, list) and LIBRARY in value]
-    if isinstance(name, list) and name[0] == PIPELINE_MODULE:
+    if isinstance(name, list) and len(name) == 2 and name[0] == PIPELINE_MODULE:
         pipeline = next((cls for cls in _descendants(SharedPipeline) if cls.__name__ == name[1]), None)
         if pipeline is None:
             raise ValueError(
@@ -42,7 +44,8 @@ def own_index(index: dict[str, Any]) -> dict[str, Any]:
         index["_class_name"] = name[1]
         shipped.append(f"{PIPELINE_MODULE}.py")
     if shipped:
-        index["_ignore_files"] = [*index.get("_ignore_files", []), *shipped]
+        ignored = index.get("_ignore_files")
+        index["_ignore_files"] = [*(ignored if isinstance(ignored, list) else []), *shipped]
     return index
 
 

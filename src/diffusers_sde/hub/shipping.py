@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.configuration_utils import FrozenDict
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from ..version import __version__
 from .flattening import LIBRARY, self_contained_source
@@ -20,7 +20,10 @@ VERSION_KEY = f"_{LIBRARY}_version"
 def refuse_newer(config: Mapping[str, Any], known: Callable[[], Collection[str]], what: str) -> None:
     """Raise a ValueError if a newer version wrote the config, with keys that are not among the ``known`` ones."""
     written = config.get(VERSION_KEY)
-    if written is None or Version(written) <= Version(__version__):
+    try:
+        if written is None or Version(written) <= Version(__version__):
+            return
+    except (InvalidVersion, TypeError):  # of a stranger's making: it says nothing
         return
     unknown = {key for key in config if not key.startswith("_")}.difference(known())
     if unknown:

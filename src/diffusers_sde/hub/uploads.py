@@ -67,6 +67,16 @@ def upload(
         return info.pr_url or f"{api.endpoint}/{repo_id}"
 
 
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error of the client, which wraps those of large files; None where there is none."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__ or error.__context__
+    return None
+
+
 @contextmanager
 def explained(repo_id: str, token: str | None) -> Iterator[None]:
     """Errors of the client as an OSError that says what to do and holds no token."""
@@ -75,14 +85,18 @@ def explained(repo_id: str, token: str | None) -> Iterator[None]:
     except ValueError:  # not a repository name, or metadata that the Hub refuses; the client says which
         raise
     except Exception as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
         advice = {
-            None: "the Hub cannot be reached, or no token is known: check the connection, or log in by 'hf auth login'",
+            None: "the Hub cannot be reached, or no token is known: check the connection, or log in by 'hf auth "
+            "login', and repeat the upload; if only an answer was lost, nothing is uploaded twice",
             401: "the token is not valid: log in by 'hf auth login', or set HF_TOKEN to a token with write access",
             403: f"the token may not write to {repo_id!r}: take one with write access, or a repository of your own",
             404: f"there is no repository {repo_id!r} that this token can see: check the name and the token",
+            409: "somebody else changed the repository at the same time: repeat the upload",
             413: "a file is too large: save with a smaller max_shard_size",
-        }.get(status, "the Hub answered with an error: try again later; what was uploaded is not uploaded again")
+            429: "too many requests: wait a few minutes and repeat the upload; what arrived is not sent again",
+        }.get(
+            _status(error), "the Hub answered with an error: try again later; what was uploaded is not uploaded again"
+        )
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if token:
             reason = reason.replace(token, "***")

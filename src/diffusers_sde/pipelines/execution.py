@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..adaptive import sample_adaptive
+from ..checks import check_choice, check_generators, check_tensor
 from ..denoisers import call_network
 from ..guidance import Denoiser, Generators, Replacement, renoise, resampled
 from ..ode import FlowDenoiser, SolverError
 from ..schedulers import SDEScheduler
 from ..schedulers.conversion import config_of, fitting_class
-from .probability_flow import ProbabilityFlow, Progress, as_tensor
+from .probability_flow import ProbabilityFlow, Progress, as_tensor, check_sides
 
 if TYPE_CHECKING:
     from .pipeline_sde import SDEPipeline
@@ -26,12 +28,6 @@ Model = Callable[[Tensor, int, Tensor], Tensor]
 """(x_t, index of the row, timestep) -> network output."""
 
 
-def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise a ValueError unless the value is one of those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
-
-
 def check_run(pipe: SDEPipeline, output_type: str, sampler: str, callback: Callback | None) -> SDEScheduler:
     """The pipeline's scheduler, after a look at what every call takes.
 
@@ -39,8 +35,7 @@ def check_run(pipe: SDEPipeline, output_type: str, sampler: str, callback: Callb
         ValueError: An unknown output type, a callback for an adaptive method, or a foreign scheduler.
     """
     check_choice("output_type", output_type, OUTPUT_TYPES)
-    if sampler != "scheduler" and callback is not None:
-        raise ValueError("callback_on_step_end does not exist for adaptive methods: images have steps of their own.")
+    check_callback(callback, sampler)
     if not isinstance(pipe.scheduler, SDEScheduler):
         raise ValueError(
             f"scheduler must be one of this package's, got {type(pipe.scheduler).__name__}: convert it by "
@@ -67,16 +62,55 @@ def arguments_of_step(scheduler: Any, generator: Generators) -> dict[str, Any]:
     return {"generator": generator} if "generator" in parameters else {}
 
 
-def check_count(name: str, value: int) -> None:
-    """Raise a ValueError unless the value is an integer >= 1."""
-    if isinstance(value, bool) or value != int(value) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+def check_callback(callback: Callback | None, method: str) -> None:
+    """Raise a ValueError unless the callback can be called, by a method that has common steps."""
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_step_end must be a function or None, got {callback!r}.")
+    if callback is not None and method != "scheduler":
+        raise ValueError(f"callback_on_step_end does not exist for {method!r}: images have steps of their own.")
 
 
-def check_latents(latents: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError unless the latents have this shape."""
-    if latents.shape != shape:
-        raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}.")
+def after_step(callback: Callback | None, pipe: SDEPipeline, index: int, timestep: Tensor, x: Tensor) -> Tensor:
+    """The sample, or what the callback puts in its place.
+
+    Raises:
+        ValueError: A replacement of another shape.
+    """
+    if callback is None:
+        return x
+    replaced = (callback(pipe, index, timestep, {"latents": x}) or {}).get("latents", x)
+    if not isinstance(replaced, Tensor) or replaced.shape != x.shape:
+        shape = tuple(replaced.shape) if isinstance(replaced, Tensor) else type(replaced).__name__
+        raise ValueError(f"callback_on_step_end must return latents of shape {tuple(x.shape)}, got {shape}.")
+    return replaced
+
+
+def latents_shape(pipe: SDEPipeline, latents: Any) -> tuple[int, ...]:
+    """Shape of latents that say themselves how many and how large the images are.
+
+    Raises:
+        ValueError: No tensor, or one of another number of axes or channels.
+    """
+    return tuple(check_tensor("latents", latents, (None, pipe.unet.config.in_channels, None, None)).shape)
+
+
+def starting_noise(pipe: SDEPipeline, shape: tuple[int, ...], generator: Any, latents: Tensor | None) -> Tensor:
+    """The latents, or unit noise where they are None: float32, on the pipeline's device.
+
+    Args:
+        pipe: The pipeline.
+        shape: (B, C, H, W).
+        generator: One generator, or one for each image.
+        latents: Of that shape.
+
+    Raises:
+        ValueError: Something does not fit; nothing has been drawn then.
+    """
+    generator = check_generators(generator, shape[0])
+    check_sides(pipe.unet, shape, "latents")
+    if latents is None:
+        return randn_tensor(shape, generator=generator, device=pipe._execution_device)
+    return check_tensor("latents", latents, shape).to(device=pipe._execution_device, dtype=torch.float32)
 
 
 def data_tensor(pipe: SDEPipeline, images: Any, name: str) -> Tensor:
@@ -84,14 +118,10 @@ def data_tensor(pipe: SDEPipeline, images: Any, name: str) -> Tensor:
 
     PIL images and uint8 data are scaled, floating-point data are in the network's range already.
     """
-    try:
-        x = as_tensor(images)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    x = as_tensor(images, name)
     if x.ndim == 3:
         x = x[None]
-    if x.ndim != 4:
-        raise ValueError(f"{name} must have shape (B, C, H, W), got {tuple(x.shape)}.")
+    check_tensor(name, x, (None,) * 4, finite=False)
     if not x.is_floating_point():
         if x.dtype != torch.uint8:
             raise ValueError(f"{name} must be uint8 or floating-point, got {x.dtype}.")
@@ -198,8 +228,8 @@ def execute_adaptive(
                 )
     except SolverError as error:
         raise SolverError(
-            f"{error} Take larger tolerances than rtol={rtol:g} and atol={atol:g}, or the scheduler's own steps, the "
-            "default, which always end. A network that is hardly trained may need either."
+            f"{error} If the network itself is sound, take larger tolerances than rtol={rtol:g} and atol={atol:g}, or "
+            "the scheduler's own steps, which always end. A network that is hardly trained may need either."
         ) from error
     pipe._calls, pipe._num_timesteps = solution.calls, int(solution.calls.max())
     return solution.sample
@@ -253,7 +283,6 @@ def execute(
                 x = replacement(x, s)
                 if back_to is not None and s is not None:
                     x = renoise(scheduler.sde, x, s, back_to, replacement.generator)
-            if callback is not None:
-                x = (callback(pipe, call, timesteps[i], {"latents": x}) or {}).get("latents", x)
+            x = after_step(callback, pipe, call, timesteps[i], x)
             progress_bar.update()
     return x

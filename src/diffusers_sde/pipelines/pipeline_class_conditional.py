@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import ImagePipelineOutput, SchedulerMixin, UNet2DModel
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..checks import check_choice, check_integer
 from ..classifiers import NoiseConditionalClassifier
 from ..guidance import (
     check_interval,
@@ -21,12 +22,12 @@ from ..guidance import (
 )
 from .execution import (
     Callback,
-    check_choice,
-    check_latents,
     check_run,
     execute,
     execute_adaptive,
     guided_output,
+    latents_shape,
+    starting_noise,
     unet_denoiser,
 )
 from .pipeline_sde import METHODS, SDEPipeline
@@ -81,6 +82,8 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         if unet.config.num_class_embeds is None and classifier is None:
             raise ValueError("unet has no num_class_embeds: it knows no classes. Pass a classifier or use SDEPipeline.")
         self.register_modules(classifier=classifier)
+        if id2label is not None and not isinstance(id2label, Mapping):
+            raise ValueError(f"id2label must map numbers of classes to their names, got {id2label!r}.")
         names = {str(number): str(name) for number, name in (id2label or {}).items()}
         bad = [number for number in names if not number.isdecimal() or int(number) >= self.num_classes]
         if bad:
@@ -146,13 +149,12 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         """
         check_choice("method", method, METHODS)
         scheduler = check_run(self, output_type, method, callback_on_step_end)
+        num_inference_steps = check_integer("num_inference_steps", num_inference_steps, at_least=1)
         device = self._execution_device
         denoiser = self.denoiser(guidance_scale, classifier_guidance_scale, guidance_interval)
         labels = torch.tensor(self._numbers(class_labels), dtype=torch.int64, device=device)
-        if latents is None:
-            latents = randn_tensor((len(labels), *self.sample_shape), generator=generator, device=device)
-        check_latents(latents, (len(labels), self.unet.config.in_channels, *latents.shape[2:]))
-        latents = latents.to(device=device, dtype=torch.float32)
+        shape = (len(labels), *(self.sample_shape if latents is None else latents_shape(self, latents)[1:]))
+        latents = starting_noise(self, shape, generator, latents)
         if method != "scheduler":
             x = execute_adaptive(self, method, latents, rtol, atol, generator, denoiser, {"class_labels": labels})
         else:
@@ -236,21 +238,24 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         return ProbabilityFlow(self, denoiser=denoiser)
 
     def _numbers(self, class_labels: Any) -> list[int]:
-        if isinstance(class_labels, Tensor):
+        if isinstance(class_labels, (Tensor, np.ndarray, np.generic)):
             class_labels = class_labels.tolist()
         if isinstance(class_labels, (int, str)):
             class_labels = [class_labels]
-        if not isinstance(class_labels, Sequence) or not class_labels:
+        if not isinstance(class_labels, Sequence) or isinstance(class_labels, bytes) or not class_labels:
             raise ValueError(f"class_labels must be numbers or names, at least one, got {class_labels!r}.")
-        names, classes = self.labels, self.num_classes
+        names, null_class = self.labels, self.config.null_class
         numbers = []
         for label in class_labels:
-            if isinstance(label, str):
-                if label not in names:
-                    known = ", ".join(names) if names else "none: this pipeline's classes have no names"
-                    raise ValueError(f"class_labels holds {label!r}, but the names are {known}.")
-                label = names[label]
-            if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < classes:
-                raise ValueError(f"class_labels must be integers in [0, {classes}) or names, got {label!r}.")
-            numbers.append(label)
+            if isinstance(label, str) and label not in names:
+                known = ", ".join(names) if names else "none: this pipeline's classes have no names"
+                raise ValueError(f"class_labels holds {label!r}, but the names are {known}.")
+            number = names[label] if isinstance(label, str) else label
+            number = check_integer("class_labels", number, at_least=0, at_most=self.num_classes - 1)
+            if number == null_class:
+                raise ValueError(
+                    f"class_labels must not hold {label!r}, the null class, which stands for any class: set "
+                    "guidance_scale=0 to draw from all."
+                )
+            numbers.append(number)
         return numbers

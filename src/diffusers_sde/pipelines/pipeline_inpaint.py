@@ -8,26 +8,26 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..checks import check_choice, check_generators, check_integer, check_tensor
 from ..guidance import Replacement
 from ..operators import Mask
 from ..schedulers import SDEScheduler
 from .execution import (
     Callback,
-    check_choice,
-    check_count,
-    check_latents,
     check_run,
     data_tensor,
     execute,
     fork,
     network_output,
+    starting_noise,
 )
 from .pipeline_restoration import RestorationSDEPipeline
 from .pipeline_sde import METHODS
+from .probability_flow import check_sides
 
+DARKEST_WHITE = 64  # a mask of bytes below this is no dark mask but one of labels
 INPAINTING_METHODS = ("replacement", "repaint", "mmps", "pigdm", "dps")
 
 
@@ -105,10 +105,12 @@ class InpaintSDEPipeline(RestorationSDEPipeline):
         check_choice("method", method, INPAINTING_METHODS)
         check_choice("sampler", sampler, METHODS)
         scheduler = check_run(self, output_type, sampler, callback_on_step_end)
-        check_count("num_samples", num_samples)
+        num_samples = check_integer("num_samples", num_samples, at_least=1)
+        resamplings = check_integer("resamplings", resamplings, at_least=1)
+        jump_length = check_integer("jump_length", jump_length, at_least=1)
+        num_inference_steps = check_integer("num_inference_steps", num_inference_steps, at_least=1)
         known = data_tensor(self, image, "image")
-        if known.shape[1] != self.unet.config.in_channels:
-            raise ValueError(f"image must have {self.unet.config.in_channels} channels, got {known.shape[1]}.")
+        check_sides(self.unet, tuple(known.shape), "image")
         hole = _hole(mask_image).to(known.device)
         if hole.shape[2:] != known.shape[2:]:
             sizes = [" x ".join(map(str, v.shape[2:])) for v in (hole, known)]
@@ -121,20 +123,20 @@ class InpaintSDEPipeline(RestorationSDEPipeline):
         is_posterior = method not in ("replacement", "repaint")
         if sampler != "scheduler" and not is_posterior:
             raise ValueError(f"sampler {sampler!r} needs method mmps, pigdm or dps, got {method!r}: it has no levels.")
+        if method_options is not None and not isinstance(method_options, Mapping):
+            raise ValueError(f"method_options must be a dictionary or None, got {method_options!r}.")
         if method_options and not is_posterior:
             raise ValueError(f"method {method!r} takes no method_options, got {sorted(method_options)}.")
         options = self._method_options(method, method_options) if is_posterior else {}
-        known, hole = (v.expand(images, *v.shape[1:]).repeat_interleave(int(num_samples), 0) for v in (known, hole))
+        known, hole = (v.expand(images, *v.shape[1:]).repeat_interleave(num_samples, 0) for v in (known, hole))
         mask = ~hole.expand_as(known)
         if not bool(torch.isfinite(known[mask]).all()):
             raise ValueError("image must be finite where it is known.")
         known = torch.where(mask, known, 0.0)
 
+        generator = check_generators(generator, len(known))
         own = fork(generator, known.device)
-        if latents is None:
-            latents = randn_tensor(known.shape, generator=generator, device=known.device)
-        check_latents(latents, tuple(known.shape))
-        latents = latents.to(device=known.device, dtype=torch.float32)
+        latents = starting_noise(self, tuple(known.shape), generator, latents)
         replacement = Replacement(scheduler.sde, known, mask, own)
         if is_posterior:
             operator = Mask(mask, tuple(known.shape[1:]))
@@ -175,22 +177,42 @@ def _hole(mask: Any) -> Tensor:
     if isinstance(mask, (list, tuple)) and len(mask) and all(hasattr(m, "getbands") for m in mask):
         if len({m.size for m in mask}) > 1:
             raise ValueError(f"mask_image must all have one size, got {sorted({m.size for m in mask})}.")
-        mask = np.stack([np.asarray(m.convert("L")) for m in mask])
+        mask = np.stack([_grey_mask(m) for m in mask])
     if isinstance(mask, np.ndarray):
+        if mask.dtype.kind not in "biuf":
+            raise ValueError(f"mask_image must hold booleans or numbers, got an array of {mask.dtype}.")
+        mask = mask[..., 0] if mask.ndim == 3 and mask.shape[2] == 1 else mask
         mask = mask[None] if mask.ndim == 2 else mask
         mask = mask[..., None] if mask.ndim == 3 else mask
         if mask.ndim != 4:
             raise ValueError(f"mask_image must have shape (H, W), (B, H, W) or (B, H, W, C), got {mask.shape}.")
-        mask = torch.from_numpy(np.ascontiguousarray(mask.transpose(0, 3, 1, 2)))
+        mask = torch.from_numpy(mask.transpose(0, 3, 1, 2).copy())
     if not isinstance(mask, Tensor):
         raise ValueError(f"mask_image must be PIL images, an array or a tensor, got {type(mask).__name__}.")
     mask = mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
-    if mask.ndim != 4:
-        raise ValueError(f"mask_image must have shape (H, W), (B, H, W) or (B, C, H, W), got {tuple(mask.shape)}.")
+    check_tensor("mask_image", mask, (None,) * 4)
     if mask.dtype == torch.bool:
         return mask
-    if mask.dtype == torch.uint8 and bool((mask > 1).any()):
+    largest = mask.max()
+    if mask.dtype == torch.uint8 and largest > 1:
+        if largest < DARKEST_WHITE:
+            raise ValueError(
+                f"mask_image must be white (255) where to paint, got nothing above {int(largest)}: were these labels, "
+                "pass such as mask_image == 2."
+            )
         return mask >= 128
-    if not bool(((mask >= 0) & (mask <= 1)).all()):
+    if not bool((mask >= 0).all()) or largest > 1:
         raise ValueError("mask_image must be boolean, uint8, or numbers in [0, 1].")
     return mask >= 0.5
+
+
+def _grey_mask(mask: Any) -> np.ndarray:
+    """A PIL image as grey bytes."""
+    grey = np.asarray(mask.convert("L"))
+    alpha = np.asarray(mask.convert("RGBA"))[..., 3]
+    if alpha.min() < alpha.max() and grey.min() == grey.max():
+        raise ValueError(
+            f"mask_image ({mask.mode}) must be white where to paint, but only its alpha channel has a shape: pass "
+            "mask_image.getchannel('A'), or its inverse."
+        )
+    return grey

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from diffusers import ImagePipelineOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..checks import check_choice, check_generators, check_integer, check_tensor
 from ..guidance import POSTERIOR_METHODS, posterior_denoiser, smc_sample
 from ..operators import (
     ChannelMixture,
@@ -27,14 +27,12 @@ from ..predictors import PredictorOptions
 from ..schedulers import SDEScheduler
 from .execution import (
     Callback,
-    check_choice,
-    check_count,
-    check_latents,
     check_run,
     data_tensor,
     execute,
     execute_adaptive,
     guided_output,
+    starting_noise,
     unet_denoiser,
 )
 from .pipeline_sde import METHODS, SDEPipeline
@@ -117,30 +115,28 @@ class RestorationSDEPipeline(SDEPipeline):
         check_choice("method", method, (*POSTERIOR_METHODS, "smc"))
         check_choice("sampler", sampler, METHODS)
         scheduler = check_run(self, output_type, sampler, callback_on_step_end)
-        check_count("num_samples", num_samples)
+        num_samples = check_integer("num_samples", num_samples, at_least=1)
+        num_inference_steps = check_integer("num_inference_steps", num_inference_steps, at_least=1)
         check_noise_std(noise_std)
         y = self._measurement(measurement, operator)
         options = self._method_options(method, method_options)
-        index = torch.arange(len(y)).repeat_interleave(int(num_samples))
+        index = torch.arange(len(y)).repeat_interleave(num_samples)
         shape = (len(index), *operator.data_shape)
-        device = self._execution_device
         operator, y = operator.select(index), y[index.to(y.device)]
         if method == "smc":
             given = (latents, callback_on_step_end, None if sampler == "scheduler" else sampler)
-            if any(v is not None for v in given) or isinstance(generator, list):
+            if any(v is not None for v in given) or isinstance(generator, (list, tuple)):
                 raise ValueError(
                     "method 'smc' takes no latents, no callback_on_step_end, no list of generators, no other sampler."
                 )
+            check_generators(generator, len(index))
             plan = _particle_plan(scheduler, num_inference_steps)
             self._num_timesteps = len(plan.rows)
             prior = unet_denoiser(self, scheduler)
             particles = smc_sample(plan, prior, scheduler.sde, operator, y, noise_std, generator=generator, **options)
             x = particles.draw(generator)
         else:
-            if latents is None:
-                latents = randn_tensor(shape, generator=generator, device=device)
-            check_latents(latents, shape)
-            latents = latents.to(device=device, dtype=torch.float32)
+            latents = starting_noise(self, shape, generator, latents)
             run = (num_inference_steps, generator, callback_on_step_end)
             adaptive = None if sampler == "scheduler" else (sampler, rtol, atol)
             x = self._posterior_sample(operator, y, noise_std, method, options, latents, run, adaptive)
@@ -175,6 +171,8 @@ class RestorationSDEPipeline(SDEPipeline):
 
     def _measurement(self, measurement: Any, operator: LinearOperator) -> Tensor:
         channels = self.unet.config.in_channels
+        if not all(hasattr(operator, name) for name in ("apply", "adjoint", "data_shape")):
+            raise ValueError(f"operator must be a LinearOperator, such as Downsampling(2, ...), got {operator!r}.")
         if len(operator.data_shape) != 3 or operator.data_shape[0] != channels:
             raise ValueError(f"operator must be one for data ({channels}, H, W), got {operator.data_shape}.")
         if isinstance(measurement, Tensor) and measurement.is_floating_point():
@@ -182,18 +180,17 @@ class RestorationSDEPipeline(SDEPipeline):
         else:
             y = data_tensor(self, measurement, "measurement")
         expected = operator.measurement_shape
-        if tuple(y.shape[1:]) != expected:
-            raise ValueError(f"measurement must have shape (B, {', '.join(map(str, expected))}), got {tuple(y.shape)}.")
+        check_tensor("measurement", y, (None, *expected), finite=not isinstance(operator, Mask))
         if operator.batch_size not in (None, len(y)):
             raise ValueError(f"operator is for {operator.batch_size} images, got {len(y)} measurements.")
-        if not isinstance(operator, Mask) and not bool(torch.isfinite(y).all()):
-            raise ValueError("measurement must be finite.")
         return y
 
     def _method_options(self, method: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
         """Checked options, with the scale of this pipeline's data: a standard deviation of a quarter of its range."""
         is_smc = method == "smc"
         names = SMC_OPTIONS if is_smc else tuple(inspect.signature(POSTERIOR_METHODS[method]).parameters)[5:]
+        if options is not None and not isinstance(options, Mapping):
+            raise ValueError(f"method_options must be a dictionary of {', '.join(names)}, got {options!r}.")
         unknown = set(options or {}) - set(names)
         if unknown:
             raise ValueError(f"method_options of {method!r} may hold {', '.join(names)}, got {sorted(unknown)}.")
@@ -204,6 +201,5 @@ class RestorationSDEPipeline(SDEPipeline):
 
 def _particle_plan(scheduler: SDEScheduler, num_inference_steps: int) -> Plan:
     """The reverse SDE by first-order exponential steps, on the scheduler's grid and ending with the data."""
-    check_count("num_inference_steps", num_inference_steps)
-    times = scheduler.level_times(int(num_inference_steps))
+    times = scheduler.level_times(num_inference_steps)
     return make_plan(scheduler.sde, times, options=PredictorOptions(1, solver_correction=False))

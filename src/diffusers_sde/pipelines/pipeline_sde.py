@@ -9,13 +9,21 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..checks import check_choice, check_generators, check_integer, check_ordered
 from ..hub.pipelines import SharedPipeline
 from ..likelihood import BitsPerDim, Generators, LogProb, TraceOptions
 from ..schedulers import SCHEDULERS
-from .execution import OUTPUT_TYPES, arguments_of_step, check_choice, execute_adaptive
+from .execution import (
+    OUTPUT_TYPES,
+    after_step,
+    arguments_of_step,
+    check_callback,
+    execute_adaptive,
+    latents_shape,
+    starting_noise,
+)
 from .probability_flow import ProbabilityFlow
 
 logger = logging.get_logger(__name__)
@@ -69,13 +77,17 @@ class SDEPipeline(SharedPipeline):
         null_class: int | None = None,
     ) -> None:
         super().__init__()
-        if not data_min < data_max:
-            raise ValueError(f"data_min must lie below data_max, got {data_min!r} and {data_max!r}.")
+        for name, component in (("unet", unet), ("scheduler", scheduler)):
+            if not hasattr(component, "config"):
+                raise ValueError(f"{name} must be one of diffusers' or of this package's, got {component!r}.")
+        data_min, data_max = check_ordered("data_min", data_min, "data_max", data_max)
         classes = unet.config.get("num_class_embeds") or 0
-        if null_class is not None and not 0 <= null_class < classes:
-            raise ValueError(f"null_class must lie in [0, {classes}), the classes of the network, got {null_class!r}.")
+        if null_class is not None and not classes:
+            raise ValueError(f"null_class must be None for a network without classes, got {null_class!r}.")
+        if null_class is not None:
+            null_class = check_integer("null_class", null_class, at_least=0, at_most=classes - 1)
         self.register_modules(unet=unet, scheduler=_adopted(scheduler))
-        self.register_to_config(data_min=float(data_min), data_max=float(data_max), null_class=null_class)
+        self.register_to_config(data_min=data_min, data_max=data_max, null_class=null_class)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
 
     @property
@@ -152,27 +164,22 @@ class SDEPipeline(SharedPipeline):
             ValueError: An argument is out of range; nothing has been computed then.
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
-        if latents is None and (isinstance(batch_size, bool) or batch_size != int(batch_size) or batch_size < 1):
-            raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}.")
         check_choice("method", method, METHODS)
-        if method != "scheduler" and callback_on_step_end is not None:
+        check_callback(callback_on_step_end, method)
+        inputs = callback_on_step_end_tensor_inputs
+        if not isinstance(inputs, (list, tuple)) or not set(map(str, inputs)) <= set(self._callback_tensor_inputs):
             raise ValueError(
-                f"callback_on_step_end does not exist for method={method!r}: images have steps of their own."
+                f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}, got {inputs!r}."
             )
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}, got {sorted(unknown)}."
-            )
+        num_inference_steps = check_integer("num_inference_steps", num_inference_steps, at_least=1)
         device = self._execution_device
         if latents is None:
-            latents = randn_tensor((batch_size, *self.sample_shape), generator=generator, device=device)
-        elif latents.ndim != 4 or latents.shape[1] != self.unet.config.in_channels:
-            raise ValueError(
-                f"latents must have shape (B, {self.unet.config.in_channels}, H, W), got {tuple(latents.shape)}."
-            )
-        elif isinstance(generator, list) and len(generator) != len(latents):
-            raise ValueError(f"generator is a list of {len(generator)}, but there are {len(latents)} latents.")
+            shape: tuple[int, ...] = (check_integer("batch_size", batch_size, at_least=1), *self.sample_shape)
+        else:
+            shape = latents_shape(self, latents)
+        unconditional = self.unconditional(shape[0])
+        generator = check_generators(generator, shape[0])
+        latents = starting_noise(self, shape, generator, latents)
 
         if method != "scheduler":
             images = self.postprocess(execute_adaptive(self, method, latents, rtol, atol, generator), output_type)
@@ -185,7 +192,7 @@ class SDEPipeline(SharedPipeline):
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
         # Stock schedulers of flows start at unit variance and scale nothing, and have no names for that.
-        x = latents.to(device=device, dtype=torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        x = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         scale_input = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
         unconditional = self.unconditional(len(x))
 
@@ -198,9 +205,7 @@ class SDEPipeline(SharedPipeline):
                 if needs_next:
                     step_arguments["prev_timestep"] = timesteps[i + 1] if i + 1 < len(timesteps) else None
                 x = self.scheduler.step(output, t, x, **step_arguments, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    replaced = callback_on_step_end(self, i, t, {"latents": x})
-                    x = (replaced or {}).get("latents", x)
+                x = after_step(callback_on_step_end, self, i, t, x)
                 progress_bar.update()
 
         images = self.postprocess(x, output_type)
@@ -209,6 +214,7 @@ class SDEPipeline(SharedPipeline):
 
     def postprocess(self, x: Tensor, output_type: str = "pil") -> Any:
         """From the network's data range to images; see ``output_type`` of the call."""
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         if output_type == "latent":
             return x
         low, high = self.config.data_min, self.config.data_max
@@ -243,6 +249,7 @@ class SDEPipeline(SharedPipeline):
         output_type: str = "pil",
     ) -> Any:
         """Images of latent codes, the inverse of ``encode``; ``temperature`` below 1 gives typical images."""
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         flow = ProbabilityFlow(self)
         options = flow.options(rtol, atol)
         x = flow.decode(latents, options, temperature, progress_bar=self._shows_progress).sample
@@ -256,6 +263,7 @@ class SDEPipeline(SharedPipeline):
         Returns:
             One entry per pair of images: a list of PIL images, or an array or tensor with ``num`` pictures.
         """
+        check_choice("output_type", output_type, OUTPUT_TYPES)
         flow = ProbabilityFlow(self)
         strips = flow.interpolate(a, b, num, flow.options(rtol, atol), self._shows_progress).sample
         return [self.postprocess(strip, output_type) for strip in strips]

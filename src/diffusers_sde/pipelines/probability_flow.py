@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import UNet2DModel
+from diffusers.utils import logging
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..checks import check_integer, check_number, check_ordered, check_tensor
 from ..likelihood import (
     BitsPerDim,
     Generators,
@@ -24,6 +27,8 @@ from ..ode import FlowDenoiser, FlowSolution, ODEOptions, decode, edit, encode, 
 from ..parametrizations import Epsilon, Score
 from ..schedulers import SCHEDULERS, SDEScheduler
 from ..schedulers.conversion import config_of, fitting_class
+
+logger = logging.get_logger(__name__)
 
 
 class ProbabilityFlow:
@@ -68,7 +73,7 @@ class ProbabilityFlow:
         network = getattr(pipe, "unet", None)
         network = getattr(pipe, "transformer", None) if network is None else network
         if network is None:
-            raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer.")
+            raise ValueError(f"pipe must be a pipeline with a unet or a transformer, got {type(pipe).__name__}.")
         channels = [getattr(network.config, key, None) for key in ("in_channels", "out_channels")]
         if None not in channels and channels[0] != channels[1]:
             raise ValueError(
@@ -80,17 +85,14 @@ class ProbabilityFlow:
         self._guided, self._unconditional = denoiser, getattr(pipe, "unconditional", None)
         self.sde = self.scheduler.sde
         self.is_latent = any(getattr(pipe, name, None) is not None for name in ("vae", "vqvae", "movq"))
-        self.data_min = float(getattr(pipe.config, "data_min", -1.0) if data_min is None else data_min)
-        self.data_max = float(getattr(pipe.config, "data_max", 1.0) if data_max is None else data_max)
-        if not self.data_min < self.data_max:
-            raise ValueError(f"data_min must lie below data_max, got {self.data_min!r} and {self.data_max!r}.")
+        data_min = getattr(pipe.config, "data_min", -1.0) if data_min is None else data_min
+        data_max = getattr(pipe.config, "data_max", 1.0) if data_max is None else data_max
+        self.data_min, self.data_max = check_ordered("data_min", data_min, "data_max", data_max)
         if t_min is None:
             t_min = self.sde.t_min
             if self.scheduler.conditioning.name == "discrete":
                 t_min = max(t_min, 1.0 / self.scheduler.conditioning.num_train_timesteps)
-        if not 0.0 < t_min < self.sde.t_max:
-            raise ValueError(f"t_min must lie in (0, {self.sde.t_max}), got {t_min!r}.")
-        self.t_min = float(t_min)
+        self.t_min = check_number("t_min", t_min, above=0.0, below=self.sde.t_max)
         if math.isinf(float(self.sde.log_snr(self.sde.t_max))) and isinstance(
             self.scheduler.parametrization, (Epsilon, Score)
         ):
@@ -160,7 +162,7 @@ class ProbabilityFlow:
             ValueError: Bad arguments.
             RuntimeError: The solver gives up.
         """
-        x = self._state(x)
+        x = self._state(x, "x")
         with Progress(progress_bar, len(x), "log-density") as progress:
             return log_prob(
                 self.denoiser,
@@ -217,7 +219,8 @@ class ProbabilityFlow:
                 "dimension of images."
             )
         quantization = Quantization(self.data_min, self.data_max, bit_depth, grid)
-        images = as_tensor(images).to(self.device)
+        importance_samples = check_integer("importance_samples", importance_samples, at_least=1)
+        images = self._shaped(as_tensor(images), "images").to(self.device)
         with Progress(progress_bar, len(images) * importance_samples, "bits/dim") as progress:
             return bits_per_dim(
                 self.denoiser,
@@ -266,6 +269,7 @@ class ProbabilityFlow:
         progress_bar: bool = False,
     ) -> FlowSolution:
         """Data of latent codes, in the network's range; see ``ode.decode``."""
+        latents = self._shaped(latents, "latents")
         with Progress(progress_bar, len(latents), "decode") as progress:
             return decode(
                 self.denoiser,
@@ -293,6 +297,7 @@ class ProbabilityFlow:
         Stops at the scheduler's ``sampling_eps`` unless ``t_min`` is given.
         """
         t_min = max(float(self.scheduler.config.sampling_eps), self.t_min) if t_min is None else t_min
+        latents = self._shaped(latents, "latents")
         with Progress(progress_bar, len(latents), "sample") as progress:
             return sample_flow(
                 self.denoiser,
@@ -310,7 +315,8 @@ class ProbabilityFlow:
         self, a: Any, b: Any, num: int = 8, options: ODEOptions | None = None, progress_bar: bool = False
     ) -> FlowSolution:
         """Between images or latents ``a`` and ``b``, shape (B, num, C, H, W); see ``ode.interpolate``."""
-        a, b = self._state(a), self._state(b)
+        num = check_integer("num", num, at_least=2)
+        a, b = self._state(a, "a"), self._state(b, "b")
         with Progress(progress_bar, len(a) * (2 + num), "interpolate") as progress:
             return interpolate(self.denoiser, self.sde, a, b, num, self._or_default(options), self.t_min, progress)
 
@@ -334,19 +340,49 @@ class ProbabilityFlow:
     def _conditioning(self, conditioning: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         return {name: value.to(self.device) for name, value in (conditioning or {}).items()}
 
-    def _state(self, x: Any) -> Tensor:
+    def _shaped(self, x: Any, name: str) -> Tensor:
+        """The tensor, if it has a shape that the network takes, and its numbers are finite."""
+        check_tensor(name, x)
+        check_sides(self.network, tuple(x.shape), name)
+        return x
+
+    def _state(self, x: Any, name: str = "images") -> Tensor:
         """Data in the network's range on its device: integer images are scaled, floating-point data are left alone."""
-        x = as_tensor(x).to(self.device)
+        x = self._shaped(as_tensor(x, name), name).to(self.device)
         if x.is_floating_point():
+            self._warn_about_range(x, name)
             return x
         if self.is_latent:
             raise ValueError("this pipeline's network models latents: encode the images by its autoencoder first.")
         quantization = Quantization(self.data_min, self.data_max)
         return quantization.centers(quantization.levels_of(x, (0.0, 1.0)))
 
+    def _warn_about_range(self, x: Tensor, name: str) -> None:
+        """Say so where data are as far from the network's range as bytes are."""
+        low, high, width = float(x.min()), float(x.max()), self.data_max - self.data_min
+        if not self.is_latent and (low < self.data_min - 4.0 * width or high > self.data_max + 4.0 * width):
+            logger.warning(
+                f"{name}: the values reach from {low:g} to {high:g}, but the network's data lie in [{self.data_min:g}, "
+                f"{self.data_max:g}]. Floating-point data are taken as they are: pass images as uint8, or scale them."
+            )
 
-def as_tensor(images: Any) -> Tensor:
-    """PIL images, arrays or tensors as a tensor (B, C, H, W); the values are left alone.
+
+def check_sides(network: Any, shape: tuple[int, ...], name: str) -> None:
+    """Raise a ValueError unless a ``UNet2DModel`` takes samples of this shape: what it cannot halve it cannot join."""
+    if not isinstance(network, UNet2DModel):
+        return
+    channels, halvings = network.config.in_channels, len(network.config.block_out_channels) - 1
+    if len(shape) != 4 or shape[1] != channels:
+        raise ValueError(f"{name} must have shape (B, {channels}, H, W), {channels} channels, got {shape}.")
+    if any(side % 2**halvings for side in shape[2:]):
+        raise ValueError(
+            f"{name} must have sides that are multiples of {2**halvings}, since the network halves them {halvings} "
+            f"times, got {shape[2]} x {shape[3]}."
+        )
+
+
+def as_tensor(images: Any, name: str = "images") -> Tensor:
+    """PIL images, arrays or tensors as a tensor (B, C, H, W); the values are left alone. ``name`` is for messages.
 
     Raises:
         ValueError: Something else, or images of different sizes or modes.
@@ -358,17 +394,19 @@ def as_tensor(images: Any) -> Tensor:
     if isinstance(images, (list, tuple)) and len(images) and all(hasattr(image, "getbands") for image in images):
         if len({(image.size, image.mode) for image in images}) > 1 or images[0].mode not in ("L", "RGB"):
             raise ValueError(
-                "images must all have one size and mode, L or RGB, got "
+                f"{name} must all have one size and mode, L or RGB, got "
                 f"{sorted({f'{i.size[0]}x{i.size[1]} {i.mode}' for i in images})}."
             )
         images = np.stack([np.asarray(image) for image in images])
     if not isinstance(images, np.ndarray):
-        raise ValueError(f"images must be PIL images, an array or a tensor, got {type(images).__name__}.")
+        raise ValueError(f"{name} must be PIL images, an array or a tensor, got {type(images).__name__}.")
+    if images.dtype.kind not in "biuf":
+        raise ValueError(f"{name} must hold numbers, got {images.dtype}.")
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4:
-        raise ValueError(f"an array of images must have shape (B, H, W) or (B, H, W, C), got {images.shape}.")
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        raise ValueError(f"{name} as an array must have shape (B, H, W) or (B, H, W, C), got {images.shape}.")
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
 def _check_deterministic(network: Any) -> None:

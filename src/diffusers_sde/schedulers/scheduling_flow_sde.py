@@ -10,8 +10,11 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from ..checks import check_number, check_numbers
 from ..sdes import RectifiedFlowSDE
 from .scheduling_sde import SDEScheduler, document_common_arguments
+
+LARGEST_MU = 100.0  # the shift is e^mu
 
 
 @document_common_arguments
@@ -77,12 +80,6 @@ class FlowSDEScheduler(SDEScheduler):
         time_conditioning: str = "continuous",
         sigma_data: float = 0.5,
     ) -> None:
-        if not shift > 0:
-            raise ValueError(f"shift must be positive, got {shift!r}.")
-        if time_shift_type not in ("exponential", "linear"):
-            raise ValueError(f"time_shift_type must be 'exponential' or 'linear', got {time_shift_type!r}.")
-        if shift_terminal is not None and not 0.0 <= shift_terminal < 1.0:
-            raise ValueError(f"shift_terminal must lie in [0, 1), got {shift_terminal!r}.")
         self._mu: float | None = None
         self._setup(RectifiedFlowSDE())
 
@@ -111,7 +108,7 @@ class FlowSDEScheduler(SDEScheduler):
         """
         if self.config.use_dynamic_shifting and mu is None and timesteps is None:
             raise ValueError("mu must be passed to set_timesteps when use_dynamic_shifting is on.")
-        self._mu = mu
+        self._mu = None if mu is None else check_number("mu", mu, at_least=-LARGEST_MU, at_most=LARGEST_MU)
         super().set_timesteps(num_inference_steps, device, timesteps, sigmas, **foreign)
 
     def level_times(self, num_inference_steps: int) -> Tensor:
@@ -120,7 +117,7 @@ class FlowSDEScheduler(SDEScheduler):
 
     def _times_of_sigmas(self, sigmas: Sequence[float] | Tensor) -> Tensor:
         # Flow-matching pipelines call sigma what is t here, not the ratio sigma/alpha.
-        values = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+        values = check_numbers("sigmas", sigmas)
         values = values[:-1] if len(values) > 1 and float(values[-1]) == 0.0 else values
         if not bool(((values > 0) & (values <= 1)).all()):
             raise ValueError(f"sigmas of a flow must lie in (0, 1] (a final 0 is allowed), got {values.tolist()}.")

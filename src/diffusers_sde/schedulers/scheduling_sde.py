@@ -16,6 +16,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from ..checks import check_number, check_numbers
 from ..denoisers import network_denoiser
 from ..hub.shipping import ShipsItsCode, refuse_newer
 from ..noise import standard_normal_like
@@ -24,6 +25,7 @@ from ..plans import Plan, Row, advance, make_plan, memorise, squared_norm_ratio
 from ..predictors import PredictorOptions, get_predictor
 from ..sdes import SDE, expand_like
 from ..time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid
+from .config_checks import SMALLEST_TIME, check_stock_numbers, checked_config
 from .conversion import (
     KEPT_KEY,
     LEFT_OUT_KEY,
@@ -37,9 +39,7 @@ from .conversion import (
     with_stock_defaults,
 )
 
-LANGEVIN_NORMS = ("sample", "batch")
 OLD_SOLVER_TYPES = ("bh1", "bh2", "logrho")  # stock solvers' names, which configs of ours once held in place of our own
-VARIANCE_TYPES = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 COMMON_ARGUMENTS = """
         predictor: ``exponential``, ``ancestral``, ``reverse_diffusion``, ``euler_maruyama``, ``heun`` or ``none``.
@@ -156,7 +156,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         # Every value counts as given: diffusers would otherwise replace ours by the defaults of the class that is
         # swapped in, and would not know whose config it is.
         name = type(self).__name__
-        self.register_to_config(_use_default_values=[], _class_name=name, **{ORIGIN_KEY: name})
+        checked = checked_config(self.config)
+        self.register_to_config(_use_default_values=[], _class_name=name, **{ORIGIN_KEY: name}, **checked)
         config = self.config
         self.sde = sde
         self._final_time = final_time
@@ -164,18 +165,10 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             config.prediction_type, config.sigma_data, config.get("preconditioning")
         )
         self.conditioning = TimeConditioning(config.time_conditioning, config.num_train_timesteps)
-        if config.langevin_norm not in LANGEVIN_NORMS:
-            raise ValueError(f"langevin_norm must be one of {', '.join(LANGEVIN_NORMS)}, got {config.langevin_norm!r}.")
-        if config.variance_type not in VARIANCE_TYPES:
-            names = ", ".join(map(repr, VARIANCE_TYPES))
-            raise ValueError(f"variance_type must be one of {names}, got {config.variance_type!r}.")
-        if config.clip_sample and not config.clip_sample_range > 0:
-            raise ValueError(f"clip_sample_range must be positive, got {config.clip_sample_range!r}.")
         self._clips = config.clip_sample or config.get("thresholding", False)
         self._learns_variance = config.variance_type in ("learned", "learned_range")
         self._batch_norms = config.langevin_norm == "batch"
-        if not 0 < config.sampling_eps < sde.t_max:
-            raise ValueError(f"sampling_eps must lie in (0, {sde.t_max}), got {config.sampling_eps!r}.")
+        check_number("sampling_eps", config.sampling_eps, at_least=SMALLEST_TIME, below=sde.t_max)
         if config.time_grid is not None:
             get_time_grid(config.time_grid, sde, 2, sde.t_max, config.sampling_eps, config.rho)
         self.init_noise_sigma = sde.prior_std
@@ -183,8 +176,17 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         # A trial plan: whatever combination make_plan refuses is refused here, before anything is trained.
         self._set_plan(torch.tensor([0.5, 0.4], dtype=torch.float64) * sde.t_max, "cpu")
         self.order = self._order
+        self._refuse_undetermined_start()
         every = torch.arange(config.num_train_timesteps, 0, -1, dtype=torch.float64) / config.num_train_timesteps
         self.timesteps = self._fed(every * sde.t_max)
+
+    def _refuse_undetermined_start(self) -> None:
+        """Refuse a prediction type that does not determine the data at the first level of the configured grid."""
+        entries = self.config.num_train_timesteps
+        starts_at_the_end = self.config.time_grid is not None or self.config.timestep_spacing != "leading"
+        if starts_at_the_end and float(self.sde.log_alpha(self.sde.t_max)) < -80.0:
+            points = min(entries, 3) - (0 if self.config.denoise_final else 1)
+            self._make_plan(self.level_times(points))
 
     @classmethod
     def from_config(
@@ -203,6 +205,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         """
         if not isinstance(config, dict):
             raise ValueError(f"config must be a dictionary such as scheduler.config, got {type(config).__name__}.")
+        if not isinstance(config.get("_class_name", ""), str):
+            raise ValueError(f"_class_name in the config must be a string, got {config['_class_name']!r}.")
         known = cls._get_init_keys(cls) - {"self"}
         unknown = {k: kwargs.pop(k) for k in list(kwargs) if k not in known}
         if unknown and not return_unused_kwargs:
@@ -211,6 +215,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             raise ValueError(f"{cls.__name__} has no argument {hints}. It takes {', '.join(sorted(known))}.")
         refuse_newer(config, lambda: known | stock_keys(), cls.__name__)
         config = with_stock_defaults(config)
+        check_stock_numbers(config)
         lineage = [base.__name__ for base in cls.__mro__]
         implied = translate_config(config, cls.__name__, lineage, cls._families, known)
         if is_stock_config(config, cls.__name__) or config.get("solver_type") in OLD_SOLVER_TYPES:
@@ -339,20 +344,25 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         self._set_plan(times, "cpu" if device is None else device)
 
     def _times_of_timesteps(self, timesteps: Sequence[float] | Tensor) -> Tensor:
-        values = torch.as_tensor(timesteps, dtype=torch.float64).cpu()
+        values = check_numbers("timesteps", timesteps)
         times = self.conditioning.time(self.sde, values)
-        if not bool(((times > 0) & (times <= self.sde.t_max * (1 + 1e-9))).all()):
+        if not bool(((times > 0) & self.conditioning.lies_on(self.sde, values)).all()):
             low, high = (float(self.conditioning.timestep(self.sde, t)) for t in (self.sde.t_min, self.sde.t_max))
             raise ValueError(f"timesteps must lie between {low:g} and {high:g}, got {values.tolist()}.")
         return times.clamp(max=self.sde.t_max)
 
     def _times_of_sigmas(self, sigmas: Sequence[float] | Tensor) -> Tensor:
-        values = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+        values = check_numbers("sigmas", sigmas)
         if len(values) > 1 and float(values[-1]) == 0.0:
             values = values[:-1]
-        if not bool((values > 0).all()):
-            raise ValueError(f"sigmas must be positive (a final 0 is allowed), got {values.tolist()}.")
-        return self.sde.time_of(-2.0 * values.log()).clamp(max=self.sde.t_max)
+        by_sigma = TimeConditioning("sigma")
+        if not bool((torch.isfinite(values) & (values > 0) & by_sigma.lies_on(self.sde, values)).all()):
+            low, high = (float(by_sigma.timestep(self.sde, t)) for t in (0.0, self.sde.t_max))
+            raise ValueError(
+                f"sigmas must be positive numbers from {low:g} to {high:g}, the ends of the path (a final 0 is "
+                f"allowed), got {values.tolist()}."
+            )
+        return by_sigma.time(self.sde, values).clamp(0.0, self.sde.t_max)
 
     def _set_plan(self, times: Tensor, device: str | torch.device) -> None:
         plan = self._make_plan(times)
@@ -390,9 +400,12 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             dtype=torch.float32,
             device=self._table_device,
         )
-        # The first level has every kind of row, except that noise may be missing at the end.
+        # The first level has every kind of row; whether a kind draws noise is what most of its rows do, and the others
+        # (above all the last row) are listed.
         self._kinds = [(r.is_corrector, r.langevin is not None, r.remember) for r in self._rows[: self._order]]
-        self._draws = any(r.noise != 0.0 for r in self._rows)
+        draws = [r.noise != 0.0 for r in self._rows]
+        self._draws = [2 * sum(draws[k :: self._order]) > len(draws[k :: self._order]) for k in range(self._order)]
+        self._otherwise = tuple(i for i, d in enumerate(draws) if d != self._draws[i % self._order])
 
     def _fed(self, t: Tensor) -> Tensor:
         """Timesteps of SDE times: int64 where they are entries of a DDPM table, as in diffusers, float32 otherwise."""
@@ -577,6 +590,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     ) -> tuple[Tensor, Tensor]:
         """The update of ``advance`` with coefficients from a tensor, for ``torch.compile``; equal to float32 round-off.
 
+        It draws noise where ``advance`` does and nowhere else, so that the next draw is the same too.
+
         Python numbers, which the eager step uses, would be constants of the graph and cost a compilation per step. Here
         the graph depends on the place in a level only.
         """
@@ -586,6 +601,10 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             model_output = model_output[:, : sample.shape[1]]
         model_output = model_output.to(sample.dtype)
         c = self._table[index].to(sample.dtype)
+        # As long from the first step on as it will be, so that its length makes no graph of its own: rows that look
+        # back on nothing have weights of 0.
+        missing = self._memory_length - len(self._memory)
+        self._memory = [*self._memory, *[torch.zeros_like(sample) for _ in range(missing)]]
         is_corrector, is_langevin, remember = self._kinds[index % self.order]
         x0_hat = self._clip(sample * c[4] + model_output * c[5])
         if index < self._first_row:
@@ -599,7 +618,11 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         else:
             for k, estimate in enumerate(self._memory):
                 update = update + c[8 + k] * estimate
-            if self._draws:
+            draws = self._draws[index % self.order]
+            for i in self._otherwise:  # compared one by one: ``in`` of a traced number is no guard
+                if index == i:
+                    draws = not draws
+            if draws:
                 update = update + c[2] * standard_normal_like(sample, generator)
         if remember:
             self._memory = [sample * c[6] + x0_hat * c[7], *self._memory][: self._memory_length]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from diffusers.configuration_utils import register_to_config
 
 from ..sdes import VESDE
+from .config_checks import checked_config
 from .scheduling_sde import SDEScheduler, document_common_arguments
 
 
@@ -62,4 +63,5 @@ class VESDEScheduler(SDEScheduler):
         time_conditioning: str = "sigma",
         sigma_data: float = 0.5,
     ) -> None:
+        self.register_to_config(**checked_config(self.config))
         self._setup(VESDE(sigma_min, sigma_max))

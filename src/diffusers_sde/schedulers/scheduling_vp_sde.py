@@ -7,6 +7,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
 from ..sdes import SDE, VPSDE, DiscreteVPSDE, ddpm_betas
+from .config_checks import checked_config
 from .scheduling_sde import SDEScheduler, document_common_arguments
 
 
@@ -78,6 +79,7 @@ class VPSDEScheduler(SDEScheduler):
         time_conditioning: str | None = None,
         sigma_data: float = 0.5,
     ) -> None:
+        self.register_to_config(**checked_config(self.config))
         if time_conditioning is None:
             self.register_to_config(time_conditioning="continuous" if continuous else "discrete")
         if continuous and (beta_schedule != "linear" or trained_betas is not None or rescale_betas_zero_snr):
@@ -85,6 +87,7 @@ class VPSDEScheduler(SDEScheduler):
                 "continuous=True is the paper's VP SDE with linear beta(t): it takes beta_schedule='linear', no "
                 f"trained_betas and no rescale_betas_zero_snr, got beta_schedule={beta_schedule!r}."
             )
+        num_train_timesteps = self.config.num_train_timesteps  # an integer now, where 1000.0 was given
         sde: SDE
         if continuous:
             sde = VPSDE(num_train_timesteps * beta_start, num_train_timesteps * beta_end)
@@ -97,6 +100,4 @@ class VPSDEScheduler(SDEScheduler):
             sde = DiscreteVPSDE.from_betas(betas, rescale_betas_zero_snr)
             self.betas = betas.float()
             self.alphas_cumprod = torch.tensor(sde.alphas_cumprod, dtype=torch.float32)
-        if final_sigmas_type not in ("zero", "sigma_min"):
-            raise ValueError(f"final_sigmas_type must be 'zero' or 'sigma_min', got {final_sigmas_type!r}.")
         self._setup(sde, final_time=sde.t_max / num_train_timesteps if final_sigmas_type == "sigma_min" else None)

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..checks import check_ordered
+
 
 def as_time(t: Tensor | float | Sequence[float]) -> Tensor:
     """Turn a time into a tensor precise enough for schedule arithmetic.
@@ -61,8 +63,7 @@ class SDE(ABC):
     t_max: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.t_min < self.t_max < math.inf:
-            raise ValueError(f"0 <= t_min < t_max must hold, got t_min={self.t_min!r} and t_max={self.t_max!r}.")
+        check_ordered("t_min", self.t_min, "t_max", self.t_max, at_least=0.0)
 
     @abstractmethod
     def _log_alpha(self, t: Tensor) -> Tensor:

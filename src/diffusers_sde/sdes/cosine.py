@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_number
 from .base import SDE
 
 
@@ -26,8 +27,7 @@ class CosineSDE(SDE):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.offset < 1.0:
-            raise ValueError(f"offset must lie in [0, 1), got {self.offset!r}.")
+        check_number("offset", self.offset, at_least=0.0, below=1.0)
 
     @property
     def prior_std(self) -> float:

@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_integer, check_number, check_numbers
 from .base import SDE
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "exp", "laplace")
@@ -36,10 +37,12 @@ def ddpm_betas(
     Raises:
         ValueError: Unknown schedule, N below 2 or a beta outside (0, 1].
     """
+    num_train_timesteps = check_integer("num_train_timesteps", num_train_timesteps, at_least=2)
+    check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
+    check_number("beta_start", beta_start, at_least=0.0)
+    check_number("beta_end", beta_end, at_least=0.0)
     if trained_betas is not None:
-        betas = torch.as_tensor(trained_betas, dtype=torch.float64).flatten()
-    elif num_train_timesteps < 2:
-        raise ValueError(f"num_train_timesteps must be at least 2, got {num_train_timesteps!r}.")
+        betas = check_numbers("trained_betas", trained_betas, at_least=2)
     elif beta_schedule == "linear":
         betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
     elif beta_schedule == "scaled_linear":
@@ -52,12 +55,10 @@ def ddpm_betas(
         betas = _betas_of_alpha_bar(num_train_timesteps, lambda t: torch.exp(-12.0 * t))
     elif beta_schedule == "laplace":
         betas = _betas_of_alpha_bar(num_train_timesteps, _laplace_alpha_bar)
-    elif beta_schedule == "sigmoid":
+    else:  # sigmoid
         ramp = torch.sigmoid(torch.linspace(-6.0, 6.0, num_train_timesteps, dtype=torch.float64))
         betas = ramp * (beta_end - beta_start) + beta_start
-    else:
-        raise ValueError(f"beta_schedule must be one of {', '.join(BETA_SCHEDULES)}, got {beta_schedule!r}.")
-    if len(betas) < 2 or not bool(((betas > 0) & (betas <= 1)).all()):
+    if not bool(((betas > 0) & (betas <= 1)).all()):
         name = "trained_betas" if trained_betas is not None else "beta_start and beta_end"
         raise ValueError(f"{name} must give at least two variances in (0, 1], got {betas.tolist()[:3]}...")
     return betas
@@ -100,10 +101,10 @@ class DiscreteVPSDE(SDE):
         values = self.alphas_cumprod
         if len(values) == 0:
             values = tuple(torch.cumprod(1.0 - ddpm_betas(), 0).tolist())
-        object.__setattr__(self, "alphas_cumprod", tuple(float(v) for v in values))
-        values = self.alphas_cumprod
+        values = tuple(check_numbers("alphas_cumprod", values, at_least=2).tolist())
+        object.__setattr__(self, "alphas_cumprod", values)
         decreasing = all(a > b for a, b in zip(values, values[1:], strict=False))
-        if len(values) < 2 or not decreasing or not (0.0 <= values[-1] and values[0] < 1.0):
+        if not decreasing or not (0.0 <= values[-1] and values[0] < 1.0):
             raise ValueError(
                 "alphas_cumprod must be at least two strictly decreasing numbers in [0, 1), got "
                 f"{len(values)} values from {values[0]!r} to {values[-1]!r}."
@@ -113,6 +114,11 @@ class DiscreteVPSDE(SDE):
     def from_betas(cls, betas: Tensor | Sequence[float], rescale_betas_zero_snr: bool = False) -> DiscreteVPSDE:
         """From the variances beta_1..beta_N (see ``ddpm_betas``), optionally with zero terminal SNR."""
         alphas_cumprod = torch.cumprod(1.0 - torch.as_tensor(betas, dtype=torch.float64), 0)
+        if bool((alphas_cumprod[:-1] == 0.0).any()):
+            raise ValueError(
+                "betas must leave some signal up to the last one: a beta_start, beta_end or entry of trained_betas is "
+                f"too large, and the signal is gone after {int((alphas_cumprod > 0).sum())} of {len(betas)} steps."
+            )
         if rescale_betas_zero_snr:
             alphas_cumprod = rescale_to_zero_terminal_snr(alphas_cumprod)
         return cls(tuple(alphas_cumprod.tolist()))

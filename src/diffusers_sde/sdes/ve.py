@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_integer, check_ordered
 from .base import SDE
 
 
@@ -29,11 +30,7 @@ class VESDE(SDE):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(
-                f"0 < sigma_min < sigma_max must hold, got sigma_min={self.sigma_min!r} and "
-                f"sigma_max={self.sigma_max!r}."
-            )
+        check_ordered("sigma_min", self.sigma_min, "sigma_max", self.sigma_max, above=0.0)
 
     @property
     def prior_std(self) -> float:
@@ -55,6 +52,5 @@ def smld_sigmas(num_scales: int, sigma_min: float = 0.01, sigma_max: float = 50.
 
     They are the VE SDE's sigma at the times (i - 1) / (N - 1): training on them is training on that grid.
     """
-    if num_scales < 2:
-        raise ValueError(f"num_scales must be at least 2, got {num_scales!r}.")
+    num_scales = check_integer("num_scales", num_scales, at_least=2)
     return VESDE(sigma_min, sigma_max).sigma(torch.linspace(0.0, 1.0, num_scales, dtype=torch.float64))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_ordered
 from .base import SDE
 
 
@@ -26,10 +27,7 @@ class LinearBetaSDE(SDE):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.beta_min < self.beta_max:
-            raise ValueError(
-                f"0 <= beta_min < beta_max must hold, got beta_min={self.beta_min!r} and beta_max={self.beta_max!r}."
-            )
+        check_ordered("beta_min", self.beta_min, "beta_max", self.beta_max, at_least=0.0)
 
     @property
     def prior_std(self) -> float:

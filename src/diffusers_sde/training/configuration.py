@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ..losses import TIME_SAMPLINGS, WEIGHTINGS
@@ -21,6 +23,17 @@ TIME_EMBEDDINGS = ("positional", "fourier")
 EMBEDDED_DATASETS = ("digits",)
 _HUB = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token")
 _LOCAL = (*("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir", "logging_dir"), *_HUB)
+
+
+def _without_folders(name: str, word: str) -> str:
+    """A word of a command line for others, without the folders of this machine."""
+    word = " ".join(word.split()) if "\n" in word or "\r" in word else word  # a card shows one line
+    looks_local = word.startswith(("/", "~", ".", "file:")) or "\\" in word or re.match("[A-Za-z]:", word) is not None
+    may_be_local = name in ("dataset_name", "model_config_name_or_path") and word not in EMBEDDED_DATASETS
+    if name == "train_data_dir" or looks_local or (may_be_local and (word.count("/") > 1 or os.path.exists(word))):
+        last = re.split(r"[/\\]", word.rstrip("/\\"))[-1]
+        return f"path/to/{last.strip('~.') or 'data'}"
+    return word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,8 +343,11 @@ class TrainingConfig:
             raise ValueError(f"{', '.join(idle)} has no effect without push_to_hub.")
 
     def command(self) -> str:
-        """The command line of this run, without what concerns one machine or account only."""
-        words = ["accelerate launch scripts/train.py"]
+        """The command line of this run, to be pasted into a shell: nothing of one machine or account only is in it.
+
+        What names a file or folder here becomes ``path/to/`` and its last part.
+        """
+        words = ["accelerate", "launch", "scripts/train.py"]
         for f in fields(self):
             value = getattr(self, f.name)
             if value == f.default or f.name in _LOCAL:
@@ -339,10 +355,12 @@ class TrainingConfig:
             if isinstance(value, bool):
                 words.append(f"--{f.name}" if value else f"--no-{f.name}")
                 continue
-            if f.name in ("train_data_dir", "model_config_name_or_path") and Path(str(value)).exists():
-                value = f"path/to/{Path(str(value)).name}"
-            words.append(f"--{f.name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
-        return " ".join(words)
+            given = [_without_folders(f.name, str(v)) for v in (value if isinstance(value, tuple) else [value])]
+            if len(given) == 1 and given[0].startswith("-"):
+                words.append(f"--{f.name}={given[0]}")  # the parser would take it for an option
+            else:
+                words += [f"--{f.name}", *given]
+        return shlex.join(words)
 
     def public(self) -> dict[str, Any]:
         """All options as a dictionary for files and logs; the token is not among them."""
