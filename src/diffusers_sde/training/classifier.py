@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..classifiers import NoiseConditionalClassifier, classifier_logits, trained_log_snr
 from ..sdes import expand_like
+from .checkpoints import save_model
 from .cli import build_parser, run_command_line
 from .configuration import ClassifierTrainingConfig
 from .data import ImageSource, load_images, to_network
@@ -92,7 +93,7 @@ class ClassifierTrainer(Trainer):
             result = NoiseConditionalClassifier.from_config(classifier.config).to(self.accelerator.device)
             result.load_state_dict(classifier.state_dict())
             if self.accelerator.is_main_process:
-                result.save_pretrained(str(self.output_dir))
+                save_model(result, self.output_dir)
         self.accelerator.wait_for_everyone()
         return result.eval()
 

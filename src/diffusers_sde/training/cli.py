@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ..files import FolderInUse, SaveError
 from ..options import parser_of
 from .configuration import TrainingConfig
 from .recipes import RECIPES
@@ -64,7 +65,10 @@ def run_command_line(
     trainer_class: type[Trainer],
     argv: Sequence[str] | None,
 ) -> None:
-    """Train as the command line says. Mistakes that are found before training end in one line and exit code 2."""
+    """Train as the command line says.
+
+    Mistakes that are found before training end in one line and exit code 2, a disk that is full in one line and 1.
+    """
     main_process = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(
         format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO if main_process else logging.ERROR
@@ -77,4 +81,9 @@ def run_command_line(
         if main_process:
             print(f"{parser.prog}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    trainer.run()
+    try:
+        trainer.run()
+    except (FolderInUse, SaveError) as error:
+        if main_process:
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, FolderInUse) else 1) from None

@@ -12,6 +12,7 @@ from ..options import check_options
 from ..options import option as _option
 from ..parametrizations import PREDICTION_TYPES, TIME_CONDITIONINGS
 from ..sdes import BETA_SCHEDULES
+from .checkpoints import check_logging_dir
 from .recipes import RECIPES
 
 TRAINABLE_SDES = ("ve", "vp", "sub_vp", "flow")
@@ -85,6 +86,13 @@ class TrainingConfig:
     random_flip: bool = _option(False, "Mirror half of the images left to right. Not for digits or letters.")
     channels: int | None = _option(
         None, "1 (grey) or 3 (RGB): convert images to it. Default: what the data has.", least=1, most=3
+    )
+    white_level: int | None = _option(
+        None,
+        "Value of white in grey images of more than 8 bits (16-bit PNG, TIFF and PGM files), such as 4095 for 12-bit "
+        "data in 16-bit files. Default: 65535.",
+        least=1,
+        most=2**31 - 1,
     )
     skip_broken_images: bool = _option(
         False,
@@ -325,6 +333,7 @@ class TrainingConfig:
             )
         if not self.output_dir:
             raise ValueError("output_dir must not be empty.")
+        check_logging_dir(self.logging_dir)
         idle = [name for name in _HUB[1:] if getattr(self, name) and not self.push_to_hub]
         if idle:
             raise ValueError(f"{', '.join(idle)} has no effect without push_to_hub.")
