@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..training.configuration import EMBEDDED_DATASETS, TrainingConfig
+from ..training.configuration import TrainingConfig
 from ..training.data import ImageSource, load_images
 from .configuration import EvaluationConfig
 
@@ -51,8 +51,6 @@ def read_images(config: EvaluationConfig, pipe: Any, split: str, count: int | No
     Raises:
         ValueError: Bad data, or a network whose images are not square.
     """
-    if split != "train" and config.data_dir is None and data_name(config) in EMBEDDED_DATASETS:
-        raise ValueError(f"{data_name(config)!r} has the split 'train' only, got {split!r}.")
     if hasattr(pipe, "sample_shape"):
         channels, height, width = pipe.sample_shape
     else:
@@ -65,6 +63,7 @@ def read_images(config: EvaluationConfig, pipe: Any, split: str, count: int | No
         dataset_split=split,
         image_column=config.image_column,
         label_column=config.label_column,
+        white_level=config.white_level,
         resolution=int(height),
         channels=int(channels),
         center_crop=True,

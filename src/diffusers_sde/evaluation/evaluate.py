@@ -31,14 +31,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..files import write_whole
-from ..generation import ImageSampler, Sampler, as_sde_pipeline, draw_images, launched_processes
+from ..generation import ImageSampler, Sampler, as_sde_pipeline, draw_images, launched_processes, load_pipeline
 from ..metrics import ClassifierFeatures, SampleQuality, make_extractor, nearest_neighbours
 from ..metrics.quality import spread
 from ..pipelines import ClassConditionalSDEPipeline, ProbabilityFlow
+from ..processes import lock_for_all
 from .codes import bits_per_dim, draw_codes
 from .configuration import EvaluationConfig
 from .data import Images, data_name, read_images
@@ -58,14 +58,20 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         The results, the same on every process; see the module's docstring.
 
     Raises:
-        ValueError: Bad arguments, data or pipeline; found before anything is drawn.
+        ValueError: Bad arguments, data or pipeline; found before anything is drawn. ``FolderInUse``: another run is
+            writing to the output folder.
         OSError: The output folder cannot be written.
     """
     process = launched_processes()
-    if config.output_dir is not None:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    if config.output_dir is None:
+        return _evaluate(config, process)
+    with lock_for_all(Path(config.output_dir), process):
+        return _evaluate(config, process)
+
+
+def _evaluate(config: EvaluationConfig, process: PartialState) -> dict[str, Any]:
     with process.main_process_first():
-        pipe = DiffusionPipeline.from_pretrained(config.model).to(process.device)
+        pipe = load_pipeline(config.model).to(process.device)
     flow = ProbabilityFlow(pipe, t_min=config.t_min)
     samplers = _samplers(config, pipe)
     reference, test = _data(config, pipe, process)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Sequence
 
 from ..files import FolderInUse, SaveError
-from ..options import parser_of
+from ..options import fail, parser_of
 from .configuration import TrainingConfig
 from .recipes import RECIPES
 from .trainer import Trainer
@@ -78,12 +77,13 @@ def run_command_line(
     try:
         trainer = trainer_class(config_class.from_recipe(**vars(parser.parse_args(argv))))
     except (ValueError, OSError) as error:
-        if main_process:
-            print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        if not main_process:
+            raise SystemExit(2) from None
+        raise fail(parser.prog, error) from None
     try:
         trainer.run()
     except (FolderInUse, SaveError) as error:
-        if main_process:
-            print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, FolderInUse) else 1) from None
+        code = 2 if isinstance(error, FolderInUse) else 1
+        if not main_process:
+            raise SystemExit(code) from None
+        raise fail(parser.prog, error, code) from None

@@ -20,6 +20,7 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 LOGGERS = ("tensorboard", "wandb", "none")
 TIME_EMBEDDINGS = ("positional", "fourier")
 EMBEDDED_DATASETS = ("digits",)
+_LARGEST_SEED = 2**32 - 2**16  # numpy's are below 2**32, and every process adds its number
 _HUB = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token")
 _LOCAL = (*("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir", "logging_dir"), *_HUB)
 
@@ -80,7 +81,7 @@ class TrainingConfig:
     )
     cache_dir: str | None = _option(None, "Where datasets keeps downloads. Default: its own cache.")
     resolution: int | None = _option(
-        None, "Side of the training images in pixels. Default: the data's own size, if it is one.", least=2
+        None, "Side of the training images in pixels. Default: the data's own size, if it is one.", least=2, most=16384
     )
     center_crop: bool = _option(False, "Crop images that are not square in the middle; otherwise at random.")
     random_flip: bool = _option(False, "Mirror half of the images left to right. Not for digits or letters.")
@@ -189,9 +190,9 @@ class TrainingConfig:
         None, "Config of a UNet2DModel, a folder or Hub name, instead of the options below."
     )
     block_out_channels: tuple[int, ...] | None = _option(
-        None, "Channels per resolution level, such as 32 64. Default: chosen from the resolution.", least=1
+        None, "Channels per resolution level, such as 32 64. Default: chosen from the resolution.", least=1, most=65536
     )
-    layers_per_block: int = _option(2, "Residual blocks per resolution level.", least=1)
+    layers_per_block: int = _option(2, "Residual blocks per resolution level.", least=1, most=256)
     attention_resolutions: tuple[int, ...] = _option(
         (8, 16), "Sides of feature maps that get self-attention, below the full resolution.", least=1
     )
@@ -228,7 +229,7 @@ class TrainingConfig:
     )
     torch_compile: bool = _option(False, "Compile the network with torch.compile; worth its minutes on GPUs.")
     channels_last: bool = _option(False, "Keep the network's weights channels last; faster on GPUs.")
-    seed: int = _option(0, "Seed of weights, data order, times, noise and sample grids.", least=0)
+    seed: int = _option(0, "Seed of weights, data order, times, noise and sample grids.", least=0, most=_LARGEST_SEED)
 
     # ------------------------------------------------------------------ averaging of weights
     use_ema: bool = _option(True, "Keep an exponential moving average of the weights, and sample and save that.")

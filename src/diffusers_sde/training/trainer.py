@@ -16,6 +16,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, set_seed
@@ -135,11 +136,13 @@ class Trainer:
         check_trainable(
             self.sde, self.scheduler.parametrization, self.weighting, self.discrete_steps, config.time_sampling
         )
+        with torch.device("meta"):  # nothing is allocated
+            weights = sum(p.numel() * p.element_size() for p in self._build_network().parameters())
+        self._check_memory(weights)
         set_seed(config.seed)
         self.unet = self._build_network()
 
         if main_process:
-            weights = sum(p.numel() * p.element_size() for p in self.unet.parameters())
             copies = (4 if config.use_ema else 3) if config.checkpointing_steps else 0  # Adam has two
             check_output_dir(self.output_dir, (copies + 1) * weights)
 
@@ -169,6 +172,18 @@ class Trainer:
 
     def _build_network(self) -> Any:
         return build_unet(self.config, self.source)
+
+    def _check_memory(self, weights: int) -> None:
+        """Refuse a network or a batch that the machine's memory cannot hold by far: activations are not counted."""
+        batch, side = self.config.train_batch_size, self.source.resolution
+        images = 5 * batch * self.source.channels * side**2  # bytes and noise
+        available = psutil.virtual_memory().available
+        if weights + images > available:
+            raise ValueError(
+                f"The weights of this network ({weights / 2**30:.1f} GiB) and one batch of {batch} images of side "
+                f"{side} ({images / 2**30:.1f} GiB) do not fit into {available / 2**30:.1f} GiB of free memory: choose "
+                "smaller block_out_channels, layers_per_block, resolution or train_batch_size."
+            )
 
     def _steps(self, epochs: int | None) -> int | None:
         return None if epochs is None else max(1, round(epochs * len(self.source) / self.global_batch_size))
