@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -111,6 +112,27 @@ def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, capsys):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("train.py: error: train_data_dir")
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dataset_name": "/home/me/my pictures"}, ["--dataset_name", "path/to/my pictures"]),
+        ({"dataset_name": "~/pictures"}, ["--dataset_name", "path/to/pictures"]),
+        ({"dataset_name": "C:\\Users\\me\\pictures"}, ["--dataset_name", "path/to/pictures"]),
+        ({"train_data_dir": "gone/pictures"}, ["--train_data_dir", "path/to/pictures"]),
+        ({"train_data_dir": "."}, ["--train_data_dir", "path/to/data"]),
+        ({"model_config_name_or_path": "/home/me/net"}, ["--model_config_name_or_path", "path/to/net"]),
+        ({"dataset_name": "uoft-cs/cifar10"}, ["--dataset_name", "uoft-cs/cifar10"]),
+        ({"dataset_name": "digits"}, ["--dataset_name", "digits"]),
+        ({"image_column": "my column; rm -r ~"}, ["--image_column", "my column; rm -r ~"]),
+        ({"block_out_channels": (4, 8), "use_ema": False}, ["--block_out_channels", "4", "8", "--no-use_ema"]),
+    ],
+)
+def test_the_command_of_a_run_runs_elsewhere_and_tells_no_paths(options, words):
+    command = TrainingConfig(**options).command()
+    assert shlex.split(command) == ["accelerate", "launch", "scripts/train.py", *words]
+    assert "me" not in re.split(r"[^a-z]", command)
 
 
 def test_a_repeated_option_overrides():

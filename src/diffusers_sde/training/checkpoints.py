@@ -110,13 +110,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def _check_state(state: Any) -> None:
     """Raise a ValueError unless this is what ``save_checkpoint`` was given."""
-    kinds = {"step": int, "samples_seen": int, "processes": int, "lr_scheduler": dict, "identity": dict, "files": dict}
     if not isinstance(state, dict):
         raise ValueError(f"a dictionary is needed, got a {type(state).__name__}")
-    for name, kind in kinds.items():
+    for name in ("step", "samples_seen", "processes"):
         value = state.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
-            raise ValueError(f"{name} must be a {'count' if kind is int else 'dictionary'}, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name} must be an integer at least 0, got {value!r}")
+    for name in ("lr_scheduler", "identity", "files"):
+        if not isinstance(state.get(name), dict):
+            raise ValueError(f"{name} must be a dictionary, got {state.get(name)!r}")
 
 
 def _state_fingerprint(state: Mapping[str, Any]) -> list[int]:

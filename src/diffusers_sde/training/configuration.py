@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, ClassVar
 
 from ..losses import TIME_SAMPLINGS, WEIGHTINGS
@@ -23,6 +24,14 @@ EMBEDDED_DATASETS = ("digits",)
 _LARGEST_SEED = 2**32 - 2**16  # numpy's are below 2**32, and every process adds its number
 _HUB = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token")
 _LOCAL = (*("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir", "logging_dir"), *_HUB)
+_PATHS = ("train_data_dir", "dataset_name", "model_config_name_or_path")  # or names on the Hub
+
+
+def is_local(name: str) -> bool:
+    """Whether what may be a name on the Hub is a path of this machine, or looks like one of any machine."""
+    if name in EMBEDDED_DATASETS:
+        return False
+    return name.startswith((".", "~", "/", "\\")) or bool(PureWindowsPath(name).drive) or Path(name).exists()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,9 +358,10 @@ class TrainingConfig:
             if isinstance(value, bool):
                 words.append(f"--{f.name}" if value else f"--no-{f.name}")
                 continue
-            if f.name in ("train_data_dir", "model_config_name_or_path") and Path(str(value)).exists():
-                value = f"path/to/{Path(str(value)).name}"
-            words.append(f"--{f.name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
+            if f.name in _PATHS and (f.name == "train_data_dir" or is_local(value)):
+                value = f"path/to/{PureWindowsPath(value).name or 'data'}"
+            values = value if isinstance(value, tuple) else (value,)
+            words.append(f"--{f.name} {' '.join(shlex.quote(str(each)) for each in values)}")
         return " ".join(words)
 
     def public(self) -> dict[str, Any]:
