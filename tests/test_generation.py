@@ -1,6 +1,9 @@
 """Images by their numbers: the set depends on nothing but model, sampler and seed."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -176,6 +179,11 @@ def test_other_images_are_not_mixed_in(model, pipe, tmp_path):
         generate(SamplingConfig(model=str(tmp_path / "other"), **options))
 
 
+def test_classes_may_be_numbers_or_words():
+    options = {"model": "m", "output_dir": "o", "num_images": 1}
+    assert SamplingConfig(class_labels=[0, "b"], **options).class_labels == ("0", "b")
+
+
 def test_one_file(conditional, tmp_path):
     conditional.save_pretrained(tmp_path / "model")
     options = {"model": str(tmp_path / "model"), "num_images": 4, "num_inference_steps": 2, "guidance_scale": 2.0}
@@ -213,6 +221,29 @@ def test_broken_images_are_drawn_again(model, tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "000003.png")
     generate(SamplingConfig(**options))
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png")} == before
+
+
+LIMITED = """
+import resource, sys
+from diffusers_sde.generation import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (60, 60))
+main(sys.argv[1:])
+"""
+
+
+def test_a_disk_that_is_really_full_leaves_no_half_of_a_file(model, tmp_path):
+    arguments = ["--model", model, "--num_images", "2", "--output_dir", str(tmp_path), "--num_inference_steps", "2"]
+    main(arguments)
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    before = (tmp_path / "samples.json").read_bytes()
+    command = [sys.executable, "-c", LIMITED, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and line.startswith("sample.py: error:") and "could not be written" in line, done.stderr
+    assert str(tmp_path) in line and "free" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.json"]
+    assert (tmp_path / "samples.json").read_bytes() == before
 
 
 def test_a_folder_in_use_is_left_alone(model, tmp_path, capsys):

@@ -117,6 +117,52 @@ def test_sigkill_at_any_moment_and_resume_is_the_uninterrupted_run(tmp_path, pro
     assert [path.name for path in list_checkpoints(killed)] == ["checkpoint-12", "checkpoint-14"]
 
 
+def test_sigkill_while_the_pipeline_is_saved_over_an_earlier_one(tmp_path, processes):
+    """At every file operation of the last save: what carries a name is whole, and the next run completes it."""
+    options = {"max_train_steps": 2, "checkpoints_total_limit": None}
+    trainer(tmp_path / "run", **options).run()
+    whole = {path.relative_to(tmp_path / "run"): path.read_bytes() for path in (tmp_path / "run" / "unet").iterdir()}
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "run", again)
+    child = processes.Process(target=resume_and_die, args=(again, None, tmp_path / "events.json", options))
+    child.start()
+    child.join()
+    events = json.loads((tmp_path / "events.json").read_text())
+    saves = [number for number, event in enumerate(events, 1) if event == "os.rename"]
+    assert child.exitcode == 0 and len(saves) >= 6
+    seen = set()
+    for at_event in (saves[0] - 3, saves[0], saves[2], saves[-1], len(events)):
+        child = processes.Process(target=resume_and_die, args=(again, at_event, None, options))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        seen |= {path.name for path in again.iterdir() if path.name.startswith(".")}
+        assert {path.relative_to(again): path.read_bytes() for path in (again / "unet").iterdir()} == whole
+        SDEPipeline.from_pretrained(again)
+    assert ".unfinished-pipeline" in seen
+    trainer(again, **options).run()
+    assert not [path.name for path in again.iterdir() if path.name.startswith(".")]
+
+
+def resume_and_die(output_dir, at_event, events_file, options):
+    """Go on with a run that is over, which saves its pipeline again; die at an event of that."""
+    torch.set_num_threads(1)
+    run, events = trainer(output_dir, **options), []
+    save = run._save_pipeline
+
+    def on_audit(event, arguments):
+        operation = event.startswith(("os.", "shutil.")) or event == "open"
+        if operation and any(str(output_dir) in str(argument) for argument in arguments[:2]):
+            events.append(event)
+            if len(events) == at_event:
+                die()
+
+    run._save_pipeline = lambda: (sys.addaudithook(on_audit), save())[1]
+    run.run()
+    if events_file is not None:
+        Path(events_file).write_text(json.dumps(events))
+
+
 def test_sigterm_saves_and_exits(tmp_path):
     whole = trainer(tmp_path / "whole").run()
     run, calls = trainer(tmp_path / "stopped", checkpointing_steps=0), iter(range(100))

@@ -33,7 +33,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from ..files import write_whole
+from ..files import saving, write_whole
 from ..generation import ImageSampler, Sampler, as_sde_pipeline, draw_images, launched_processes, load_pipeline
 from ..metrics import ClassifierFeatures, SampleQuality, make_extractor, nearest_neighbours
 from ..metrics.quality import spread
@@ -195,7 +195,8 @@ class _Judge:
             closest = distances[:, 0].argsort()[:NEAREST_SHOWN]
             rows = torch.cat([some[closest, None], self._reference.pixels[indices[closest]]], 1)
             for place, picture in (("samples", sheet(images)), ("nearest", tile(rows))):
-                write_whole(folder / place / name, partial(picture.save, format="PNG"))
+                with saving("A picture", folder):
+                    write_whole(folder / place / name, partial(picture.save, format="PNG"))
         return {
             "label": label,
             "options": dict(sampler.sampler.options),
@@ -209,4 +210,5 @@ def _write(config: EvaluationConfig, report: dict[str, Any]) -> None:
     if config.output_dir is None:
         return
     for name, content in (("results.json", json.dumps(report, indent=2)), ("results.md", markdown_table(report))):
-        write_whole(Path(config.output_dir) / name, partial(Path.write_text, data=content + "\n"))
+        with saving(name, Path(config.output_dir)):
+            write_whole(Path(config.output_dir) / name, partial(Path.write_text, data=content + "\n"))

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 from ..correctors import CORRECTORS
-from ..files import write_whole
+from ..files import saving, write_whole
 from ..options import LARGEST_SEED, check_options, fail, option, parser_of
 from ..pipelines.pipeline_sde import METHODS
 from ..predictors import PREDICTORS
@@ -77,6 +77,8 @@ class SamplingConfig:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.class_labels, (list, tuple)):  # numbers are fine: the command line has words only
+            object.__setattr__(self, "class_labels", tuple(str(label) for label in self.class_labels))
         check_options(self)
 
     def make_sampler(self) -> Sampler:
@@ -135,7 +137,8 @@ def _generate(config: SamplingConfig, process: PartialState) -> dict[str, Any]:
     _check_surplus(folder, count if config.format == "npz" else 0, config)
     process.wait_for_everyone()  # nobody writes before everybody has looked
     if process.is_main_process:
-        write_whole(folder / RECORD, partial(_write_json, record))
+        with saving(RECORD, folder):
+            write_whole(folder / RECORD, partial(_write_json, record))
         images.mkdir(exist_ok=True)
     process.wait_for_everyone()
 
@@ -146,7 +149,8 @@ def _generate(config: SamplingConfig, process: PartialState) -> dict[str, Any]:
     for numbers, batch in draw(mine, config.batch_size, progress_bar=process.is_main_process):
         for number, image in zip(numbers, batch.numpy(), strict=True):
             picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-            write_whole(_file(images, number), partial(picture.save, format="PNG"))
+            with saving(f"Image {number}", folder):
+                write_whole(_file(images, number), partial(picture.save, format="PNG"))
 
     counts = gather_object([(draw.calls, draw.images)])
     drawn = sum(images for _, images in counts)
@@ -158,10 +162,12 @@ def _generate(config: SamplingConfig, process: PartialState) -> dict[str, Any]:
     }
     if process.is_main_process:
         if config.format == "npz" and not complete:
-            _pack(images, packed, config.num_images, record["labels"])
+            with saving("The images", folder):
+                _pack(images, packed, config.num_images, record["labels"])
         if config.format == "npz":
             shutil.rmtree(images)
-        write_whole(folder / RECORD, partial(_write_json, record))
+        with saving(RECORD, folder):
+            write_whole(folder / RECORD, partial(_write_json, record))
     process.wait_for_everyone()
     return record
 

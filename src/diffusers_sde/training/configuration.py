@@ -260,7 +260,9 @@ class TrainingConfig:
 
     # ------------------------------------------------------------------ samples, logs and checkpoints
     output_dir: str = _option("outputs/training", "Where checkpoints, samples, logs and the final pipeline go.")
-    overwrite_output_dir: bool = _option(False, "Delete an earlier run in output_dir and start anew.")
+    overwrite_output_dir: bool = _option(
+        False, "Delete what an earlier run wrote in output_dir, and nothing else, and start anew."
+    )
     sample_every: int | None = _option(
         1000, "Draw a grid of samples every so many optimiser steps, and at the end; 0: never.", least=0
     )
@@ -290,7 +292,8 @@ class TrainingConfig:
     resume_from_checkpoint: str | None = _option(
         None,
         "Continue from a checkpoint: its folder, or 'latest' for the last one in output_dir (a new run if there is "
-        "none yet). With the same options the run continues exactly.",
+        "none yet). With the same options the run continues exactly; others count from there on and are logged, but "
+        "another network, loss or data are refused. Later checkpoints are kept as abandoned-checkpoint-<step>.",
     )
     logger: str = _option("tensorboard", "Tracker.", choices=LOGGERS)
     logging_dir: str = _option("logs", "Folder for the tracker inside output_dir.")
