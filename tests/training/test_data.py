@@ -103,6 +103,7 @@ def test_on_the_fly_equals_cached(digits):
         (Image.new("1", (4, 4), 1), 255),
         (Image.new("L", (4, 4), 7), 7),
         (Image.new("LA", (4, 4), (0, 0)), 255),  # transparent: white
+        (Image.new("La", (4, 4), (0, 0)), 255),
         (Image.fromarray(np.full((4, 4), 65535, dtype=np.uint16)), 255),
         (Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)), 128),
         (np.full((4, 4), 9, dtype=np.uint8), 9),
@@ -178,6 +179,18 @@ def palette_image(colours, transparent=None):
     if transparent is not None:
         image.info["transparency"] = transparent
     return image
+
+
+def test_lab_is_not_transparent():
+    from PIL import ImageCms
+
+    rgb = _noise_image(0)
+    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    lab = ImageCms.applyTransform(rgb, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
+    assert lab.mode == "LAB"
+    source = ImageSource(_raw([lab]), TrainingConfig())
+    error = source.get(0).astype(int) - np.asarray(rgb).transpose(2, 0, 1)
+    assert np.abs(error).mean() < 4.0  # of colours rounded to bytes in LAB
 
 
 def test_grey_palettes_are_grey():

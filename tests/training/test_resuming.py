@@ -188,6 +188,18 @@ def test_checkpoints_of_earlier_versions_go_on_with_a_warning(resumable, digits,
     assert all(torch.equal(a, b) for a, b in zip(weights, whole.parameters(), strict=True))
 
 
+def test_a_network_is_no_classifier(resumable, digits, tmp_path):
+    from diffusers_sde.training.classifier import ClassifierTrainer
+    from diffusers_sde.training.configuration import ClassifierTrainingConfig
+
+    options = {name: value for name, value in TINY.items() if name != "sample_every"}
+    config = ClassifierTrainingConfig(
+        output_dir=str(tmp_path / "classifier"), resume_from_checkpoint=str(resumable / "checkpoint-2"), **options
+    )
+    with pytest.raises(ValueError, match="the checkpoint was trained with class_conditional=False, this run has True"):
+        ClassifierTrainer(config, digits)
+
+
 def test_weights_that_do_not_fit_are_refused_even_if_no_record_says_so(resumable, digits):
     as_an_earlier_version(resumable / "checkpoint-2", "architecture")
     with pytest.raises(ValueError, match="is of another network than this run's: its .*attentions.* has shape None"):

@@ -48,6 +48,7 @@ _FILES_OF_A_RUN = (
     "scheduler/scheduler_config.json",
     "scheduler/diffusers_sde.py",
     "samples/step-*.png",
+    "samples/.step-*.png.unfinished",
     "classifier.safetensors",
 )
 _FOLDERS_OF_A_RUN = frozenset(("unet", "scheduler", "samples"))

@@ -99,7 +99,7 @@ class TrainingConfig:
     )
     white_level: int | None = _option(
         None,
-        "Value of white in grey images of more than 8 bits (16-bit PNG, TIFF and PGM files), such as 4095 for 12-bit "
+        "Value of white in grey images of more than 8 bits (16-bit PNG and TIFF files), such as 4095 for 12-bit "
         "data in 16-bit files. Default: 65535.",
         least=1,
         most=2**31 - 1,

@@ -372,8 +372,8 @@ def _as_pil(value: Any, white: int | None) -> Image.Image:
         deep = image.mode != "F"
         return _array_as_pil(_scaled(pixels, DEEP_WHITE if white is None else white) if deep else pixels, white)
     grey = image.mode in ("1", "L", "LA", "La") or (image.mode in ("P", "PA") and _has_grey_palette(image))
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
+    if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:  # LAB's A is no alpha
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode in GREY_MODES:
         return image

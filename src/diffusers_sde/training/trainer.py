@@ -74,6 +74,8 @@ _CHANGEABLE = (
     *("center_crop", "stratified_times", "sampling_eps", "ema_inv_gamma", "ema_power", "ema_max_decay"),
     *("torch_compile", "channels_last"),
 )
+# What checkpoints of the first versions do not say about themselves.
+_RECORDED_LATER = frozenset(("architecture", "data", "train_eps", "min_snr_gamma", "log_normal_mean", "log_normal_std"))
 _NO_ARCHITECTURE = ("dropout", "sample_size", "id2label", "label2id")  # of a network's config
 
 
@@ -110,8 +112,8 @@ class Trainer:
     ) -> None:
         self.config = config
         self.output_dir = Path(config.output_dir)
-        self.resume_from = find_checkpoint(self.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)
         check_unlocked(self.output_dir)
+        self.resume_from = find_checkpoint(self.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)
         self._found = list_checkpoints(self.output_dir)
         self.accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -574,7 +576,8 @@ class Trainer:
 
     def _check_resumable(self, state: dict[str, Any]) -> None:
         saved, own = dict(state["identity"]), self._identity()
-        unknown = sorted(set(own) - set(saved))
+        unrecorded = _RECORDED_LATER - set(saved)
+        unknown = sorted(name for name in unrecorded if own[name] is not None)
         if unknown:
             logger.warning(
                 "The checkpoint was saved by an earlier version, which did not record %s: make sure yourself that this "
@@ -586,16 +589,17 @@ class Trainer:
         for name in networks[0].keys() & networks[1].keys():
             saved[f"network's {name}"], own[f"network's {name}"] = (network[name] for network in networks)
         # What has a name of its own first: other options may be why the data or the network are others.
-        for name in sorted(saved, key=lambda name: (name == "data", name.startswith("network's"))):
-            if saved[name] == own.get(name):
+        names = {*saved, *own} - unrecorded
+        for name in sorted(names, key=lambda name: (name == "data", name.startswith("network's"), name)):
+            if saved.get(name) == own.get(name):
                 continue
             if name == "data":
                 raise ValueError(
                     "resume_from_checkpoint: the checkpoint was trained on other images or classes than those of this "
-                    f"run (fingerprints {saved[name]} and {own.get(name)}), though they are as many."
+                    f"run (fingerprints {saved[name]} and {own[name]}), though they are as many."
                 )
             raise ValueError(
-                f"resume_from_checkpoint: the checkpoint was trained with {name}={saved[name]!r}, this run "
+                f"resume_from_checkpoint: the checkpoint was trained with {name}={saved.get(name)!r}, this run "
                 f"has {own.get(name)!r}."
             )
 
