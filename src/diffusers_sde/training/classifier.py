@@ -59,7 +59,8 @@ class ClassifierTrainer(Trainer):
         config, source = self.config, self.source
         classes = class_embeddings(config, source)
         unet = build_unet(config, source).config  # whose encoder it is
-        low, high = trained_log_snr(self.sde)
+        with torch.device("cpu"):  # numbers are wanted even where the network is only sketched
+            low, high = trained_log_snr(self.sde)
         return NoiseConditionalClassifier(
             sample_size=source.resolution,
             in_channels=source.channels,

@@ -67,8 +67,7 @@ def _load(config: TrainingConfig) -> datasets.Dataset | datasets.IterableDataset
             (part,) = datasets.ReadInstruction.from_spec(config.dataset_split).to_absolute({"train": len(digits)})
         except ValueError as error:
             raise ValueError(
-                f"The split of the digits must be train or a slice of it, such as train[:1500], got "
-                f"{config.dataset_split!r}."
+                f"The split of the digits must be train or a slice of it, got {config.dataset_split!r}."
             ) from error
         digits = digits.select(range(part.from_, part.to))
         return digits.to_iterable_dataset() if config.streaming else digits

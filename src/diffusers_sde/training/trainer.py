@@ -589,8 +589,8 @@ class Trainer:
         for name in networks[0].keys() & networks[1].keys():
             saved[f"network's {name}"], own[f"network's {name}"] = (network[name] for network in networks)
         # What has a name of its own first: other options may be why the data or the network are others.
-        names = {*saved, *own} - unrecorded
-        for name in sorted(names, key=lambda name: (name == "data", name.startswith("network's"), name)):
+        names = [name for name in {**own, **saved} if name not in unrecorded]
+        for name in sorted(names, key=lambda name: (name == "data", name.startswith("network's"))):
             if saved.get(name) == own.get(name):
                 continue
             if name == "data":
