@@ -248,3 +248,65 @@ def test_other_pipelines_are_sent_elsewhere(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--source", str(tmp_path), "--output_dir", str(tmp_path / "ours")])
     assert "pipe.scheduler = VPSDEScheduler.from_config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"model": {"all_modules.0.weight": 1.0}},
+        {"model": {"all_modules.0.weight": torch.tensor(1.0), "all_modules.0.bias": torch.tensor(1.0)}},
+        {"model": {0: torch.zeros(2)}},
+        {"model": {"all_modules.0.weight": torch.zeros(2, 2)}, "ema": [torch.zeros(2, 2)]},
+        {"model": {"all_modules.0.weight": torch.zeros(2, 2)}, "ema": {"shadow_params": 5}},
+        {"model": {"all_modules.0.weight": torch.zeros(2, 2)}, "ema": {"shadow_params": [1.0]}},
+        {"model": {}},
+        {"model": [torch.zeros(2)]},
+        [1, 2],
+        None,
+    ],
+)
+def test_files_of_another_form_end_in_one_line(tmp_path, capsys, saved):
+    torch.save(saved, tmp_path / "other.pth")
+    for more in ([], ["--no-use_ema"]):
+        with pytest.raises(SystemExit) as stop:
+            main(
+                [
+                    "--source",
+                    str(tmp_path / "other.pth"),
+                    "--image_size",
+                    "8",
+                    "--output_dir",
+                    str(tmp_path / "o"),
+                    *more,
+                ]
+            )
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("convert.py: error:") and not (tmp_path / "o").exists()
+
+
+def test_shapes_that_no_such_network_has_are_refused(tmp_path, capsys):
+    """Every parameter in turn as a single number, and as an empty tensor."""
+    state = OfficialNetwork(dtype=torch.float32).state
+    for name in list(state)[::7]:
+        for wrong in (torch.tensor(1.0), torch.zeros(0)):
+            torch.save({"model": state | {name: wrong}}, tmp_path / "other.pth")
+            with pytest.raises(ValueError, match="ddpm network"):
+                convert_checkpoint(tmp_path / "other.pth", SIZE, use_ema=False)
+    torch.save({"model": state}, tmp_path / "right.pth")
+    for size in (0, -8, 2.5, "8"):
+        with pytest.raises(ValueError, match="image_size must be an integer at least 1"):
+            convert_checkpoint(tmp_path / "right.pth", size, use_ema=False)
+
+
+def test_a_network_with_words_for_numbers_is_refused(tmp_path, capsys):
+    import json
+
+    diffusers.DDPMPipeline(tiny_unet(), diffusers.DDPMScheduler()).save_pretrained(tmp_path / "stock")
+    config = tmp_path / "stock" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": "3"}))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["--source", str(tmp_path / "stock"), "--output_dir", str(tmp_path / "o")])
+    assert stop.value.code == 2
+    assert "its network cannot be loaded" in capsys.readouterr().err.strip().splitlines()[-1]

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 from tiny_networks import tiny_unet
 
-from diffusers_sde import ClassConditionalSDEPipeline, FlowSDEScheduler
+from diffusers_sde import ClassConditionalSDEPipeline, FlowSDEScheduler, SDEPipeline
 from diffusers_sde.evaluation import EvaluationConfig, eval_results, evaluate, main, markdown_table, parse_args
 
 SAMPLERS = ("sde: num_inference_steps=3", "pc/0.1: num_inference_steps=3, corrector=langevin, snr=0.1")
@@ -131,6 +131,52 @@ def test_results_become_a_model_card(model, data, tmp_path):
     assert {m["type"] for r in card["model-index"][0]["results"] for m in r["metrics"]} >= {"FD-classifier", "recall"}
 
 
+def test_held_out_digits_can_be_evaluated(tmp_path):
+    """Slices that training knows, such as the digits that it left out, are known here too."""
+    ClassConditionalSDEPipeline(tiny_unet(num_class_embeds=10), FlowSDEScheduler()).save_pretrained(tmp_path / "model")
+    digits = {"dataset_name": "digits", "dataset_split": "train[:1700]", "test_split": "train[1700:]"}
+    settings = {"num_samples": 5, "features": "pixels", "num_reference": 20, "sampler": SAMPLERS[:1]}
+    report = evaluate(EvaluationConfig(model=str(tmp_path / "model"), **digits, **settings))
+    assert report["data"] == {
+        "name": "digits",
+        "split": "train[:1700]",
+        "images": 20,
+        "test_split": "train[1700:]",
+        "test_images": 97,
+    }
+
+
+def test_the_picture_is_written_whole(data, tmp_path, monkeypatch):
+    import diffusers_sde.evaluation.codes as codes
+
+    path, own = tmp_path / "figure.jpg", tmp_path / "model"
+    SDEPipeline(tiny_unet(), FlowSDEScheduler()).save_pretrained(own)
+    config = EvaluationConfig(model=str(own), data_dir=data, figure=str(path), rtol=1e-2, atol=1e-2)
+    written = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (written.append((str(a), str(b))), replace(a, b)))
+    evaluate(config)
+    assert [b for a, b in written if a != b] == [str(path)] and Image.open(path).format == "JPEG"
+    before = path.read_bytes()
+
+    class Cut:
+        def save(self, file, format):
+            file.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(codes, "tile", lambda pixels: Cut())
+    with pytest.raises(OSError):
+        evaluate(config)
+    assert path.read_bytes() == before and {p.name for p in tmp_path.iterdir()} == {"figure.jpg", "model"}
+
+
+def test_a_folder_in_use_is_left_alone(model, data, tmp_path):
+    from diffusers_sde.files import FolderInUse, lock_folder
+
+    with lock_folder(tmp_path), pytest.raises(FolderInUse, match="is in use by process"):
+        evaluate(EvaluationConfig(**options(model, data, tmp_path)))
+
+
 def test_options_of_the_command_line():
     config = parse_args(["--model", "m", "--data", "d", "--sampler", "a: snr=1", "--sampler", "b", "c"])
     assert config.sampler == ("a: snr=1", "b", "c") and config.data_dir == "d" and config.samples == 5000
@@ -142,7 +188,17 @@ def test_options_of_the_command_line():
     [
         (["--sampler", "fast: predictr=heun"], "did you mean 'predictor'"),
         (["--sampler", "a: snr=1", "a: snr=2"], "'a' stands twice"),
-        (["--test_split", "validation", "--dataset_name", "digits"], "has the split 'train' only"),
+        (
+            ["--test_split", "validation", "--dataset_name", "digits"],
+            "must be train or a slice of it",
+        ),
+        (["--rtol", "0"], "rtol must be a finite number greater than 0, got 0.0"),
+        (["--atol", "nan"], "atol must be a finite number greater than 0, got nan"),
+        (["--importance_samples", "0"], "importance_samples must be an integer at least 1, got 0"),
+        (["--num_probes", "0"], "num_probes must be an integer at least 1, got 0"),
+        (["--t_min", "-1"], "t_min must be a finite number greater than 0"),
+        (["--seed", str(2**70)], "seed must be an integer at least 0 and at most"),
+        (["--figure", "picture"], "figure must end in the suffix of a picture"),
         (["--data_dir", "EMPTY"], "holds no images"),
         (["--output_dir", "FILE"], "FILE"),
         (["--num_samples", "-1"], "num_samples"),

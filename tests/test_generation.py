@@ -1,6 +1,9 @@
 """Images by their numbers: the set depends on nothing but model, sampler and seed."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -176,6 +179,11 @@ def test_other_images_are_not_mixed_in(model, pipe, tmp_path):
         generate(SamplingConfig(model=str(tmp_path / "other"), **options))
 
 
+def test_classes_may_be_numbers_or_words():
+    options = {"model": "m", "output_dir": "o", "num_images": 1}
+    assert SamplingConfig(class_labels=[0, "b"], **options).class_labels == ("0", "b")
+
+
 def test_one_file(conditional, tmp_path):
     conditional.save_pretrained(tmp_path / "model")
     options = {"model": str(tmp_path / "model"), "num_images": 4, "num_inference_steps": 2, "guidance_scale": 2.0}
@@ -190,9 +198,100 @@ def test_one_file(conditional, tmp_path):
     assert generate(config)["calls_per_image"] is None  # nothing left to do
 
 
+@pytest.mark.parametrize("form", ["png", "npz"])
+def test_a_larger_set_is_not_passed_off_as_a_smaller_one(model, tmp_path, form):
+    """Whoever counts the files of the folder would find more images than samples.json says."""
+    options = {"model": model, "output_dir": str(tmp_path), "format": form, "num_inference_steps": 2}
+    generate(SamplingConfig(num_images=5, **options))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="holds images up to number 4, more than num_images 3: ask for 5"):
+        generate(SamplingConfig(num_images=3, **options))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert generate(SamplingConfig(num_images=5, **options))["calls_per_image"] is None
+    assert generate(SamplingConfig(num_images=6, **options))["num_images"] == 6
+
+
+def test_broken_images_are_drawn_again(model, tmp_path):
+    options = {"model": model, "output_dir": str(tmp_path), "num_images": 5, "num_inference_steps": 2}
+    generate(SamplingConfig(**options))
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    (tmp_path / "000000.png").write_bytes(b"")  # as a crash of the machine may leave it
+    (tmp_path / "000001.png").write_bytes(before["000001.png"][:-20])
+    (tmp_path / "000002.png").write_bytes(b"garbage")
+    Image.new("L", (4, 4)).save(tmp_path / "000003.png")
+    generate(SamplingConfig(**options))
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png")} == before
+
+
+LIMITED = """
+import resource, sys
+from diffusers_sde.generation import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (60, 60))
+main(sys.argv[1:])
+"""
+
+
+def test_a_disk_that_is_really_full_leaves_no_half_of_a_file(model, tmp_path):
+    arguments = ["--model", model, "--num_images", "2", "--output_dir", str(tmp_path), "--num_inference_steps", "2"]
+    main(arguments)
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    before = (tmp_path / "samples.json").read_bytes()
+    command = [sys.executable, "-c", LIMITED, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and line.startswith("sample.py: error:") and "could not be written" in line, done.stderr
+    assert str(tmp_path) in line and "free" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.json"]
+    assert (tmp_path / "samples.json").read_bytes() == before
+
+
+def test_a_folder_in_use_is_left_alone(model, tmp_path, capsys):
+    from diffusers_sde.files import lock_folder
+
+    with lock_folder(tmp_path), pytest.raises(SystemExit) as stopped:
+        main(["--model", model, "--num_images", "2", "--output_dir", str(tmp_path)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("sample.py: error: output_dir") and "is in use by process" in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("samples.npz", b"garbage", "samples.npz' holds no images of this model"),
+        ("samples.npz", b"", "samples.npz' holds no images of this model"),
+        ("samples.json", b"{", "samples.json' cannot be read"),
+        ("samples.json", b"[1]", "samples.json' cannot be read"),
+        ("samples.json", b"\xff\xfe", "samples.json' cannot be read"),
+        ("samples.json", None, "holds images, but no samples.json"),
+    ],
+)
+def test_damaged_folders_are_named_in_one_line(model, tmp_path, capsys, name, content, message):
+    arguments = ["--model", model, "--num_images", "2", "--output_dir", str(tmp_path), "--num_inference_steps", "2"]
+    main([*arguments, "--format", "npz"])
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(content)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--format", "npz"])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("sample.py: error:") and message in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--sampler", "corrector=langevin, snr=abc"], "snr"),
+        (["--sampler", "gaussian_std=none"], "gaussian_std"),
+        (["--sampler", "scheduler=DDIMScheduler, num_train_timesteps=abc"], "sampler 'command line'"),
+        (["--seed", str(2**70)], "seed must be an integer at least 0 and at most 9223372036854775807"),
+        (["--rtol", "0"], "rtol must be a finite number greater than 0, got 0.0"),
+        (["--output_dir", "LINK"], "is a link to"),
         (["--num_images", "0"], "num_images"),
         (["--predictor", "heun", "--sampler", "predictor=none"], "repeats predictor"),
         (["--sampler", "rhoo=3"], "did you mean 'rho'"),
@@ -204,7 +303,8 @@ def test_one_file(conditional, tmp_path):
 def test_mistakes_end_in_one_line(model, tmp_path, capsys, arguments, message):
     file = tmp_path / "FILE"
     file.touch()
-    arguments = [str(file) if word == "FILE" else word for word in arguments]
+    (tmp_path / "LINK").symlink_to(tmp_path / "nowhere else")
+    arguments = [str(tmp_path / word) if word in ("FILE", "LINK") else word for word in arguments]
     with pytest.raises(SystemExit) as stopped:
         main(["--model", model, "--num_images", "2", "--output_dir", str(tmp_path / "out"), *arguments])
     assert stopped.value.code == 2

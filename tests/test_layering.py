@@ -14,7 +14,18 @@ LAYERS = [
     {"version", "checks", "sdes", "parametrizations", "time_grids"},
     {"predictors", "correctors", "plans", "noise"},
     {"adaptive", "sampling", "denoisers", "losses", "ode", "likelihood", "guidance", "operators"},
-    {"schedulers", "options", "files", "generation", "metrics", "training", "evaluation", "pipelines", "diagnostics"}
+    {
+        "schedulers",
+        "options",
+        "files",
+        "processes",
+        "generation",
+        "metrics",
+        "training",
+        "evaluation",
+        "pipelines",
+        "diagnostics",
+    }
     | {"classifiers", "hub"},
     {"hub.export", "convert"},  # a module of a package may lie above the rest of it
 ]

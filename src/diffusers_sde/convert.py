@@ -13,9 +13,7 @@ own repositories google/ncsnpp-* hold NCSN++ as a ``UNet2DModel``; those are sto
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,9 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from torch import Tensor
 
+from .files import check_folder, saving, write_folder_whole
 from .hub.flattening import LIBRARY
+from .options import fail
 from .pipelines import SDEPipeline
 from .schedulers import SCHEDULERS, SDEScheduler, SubVPSDEScheduler, VPSDEScheduler
 from .schedulers.conversion import fitting_class, with_stock_defaults
@@ -62,7 +62,12 @@ def convert_repository(name: str, token: str | None = None) -> SDEPipeline:
         scheduler = SCHEDULERS[fitting_class(with_stock_defaults(config))].from_config(config)
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from None
-    unet = UNet2DModel.from_pretrained(name, subfolder="unet", token=token)
+    try:
+        unet = UNet2DModel.from_pretrained(name, subfolder="unet", token=token)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # diffusers checks no types: whatever a wrong one leads to
+        raise ValueError(f"{name!r}: its network cannot be loaded: {error}") from error
     return SDEPipeline(unet, scheduler, data_min=0.0 if index.get("_class_name") == "ScoreSdeVePipeline" else -1.0)
 
 
@@ -99,7 +104,15 @@ def convert_checkpoint(
         )
     if discrete and sde != "vp":
         raise ValueError("discrete is a table of the vp SDE.")
-    unet = _unet(_read(Path(path), use_ema), image_size)
+    if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
+        raise ValueError(f"image_size must be an integer at least 1, got {image_size!r}.")
+    state = _read(Path(path), use_ema)
+    try:
+        unet = _unet(state, image_size)
+    except ValueError:
+        raise
+    except Exception as error:  # shapes that no such network has lead to anything
+        raise ValueError(f"{str(path)!r} does not hold score_sde's ddpm network: {error}") from error
     betas: dict[str, Any] = {"beta_start": beta_min / 1000, "beta_end": beta_max / 1000}
     scheduler: SDEScheduler
     if sde == "sub_vp":
@@ -115,16 +128,30 @@ def _read(path: Path, use_ema: bool) -> State:
     """The network's parameters by name."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"{str(path)!r} is damaged, or holds more than tensors and numbers.") from error
-    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
+    model = saved.get("model") if isinstance(saved, dict) else None
+    if not isinstance(model, dict) or not model:
         raise ValueError(f"{str(path)!r} is no checkpoint of score_sde_pytorch: it has no 'model'.")
-    state = {key.removeprefix("module."): value for key, value in saved["model"].items()}
+    for key, value in model.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(
+                f"{str(path)!r} is no checkpoint of score_sde_pytorch: its 'model' has {key!r}, a "
+                f"{type(value).__name__}, where names and tensors are needed."
+            )
+    state = {key.removeprefix("module."): value for key, value in model.items()}
     state.pop("sigmas", None)
     if not use_ema:
         return state
-    averaged = saved.get("ema", {}).get("shadow_params", [])
-    if [tuple(p.shape) for p in averaged] != [tuple(p.shape) for p in state.values()]:
+    ema = saved.get("ema")
+    averaged = ema.get("shadow_params") if isinstance(ema, dict) else None
+    if (
+        not isinstance(averaged, (list, tuple))
+        or not all(isinstance(p, Tensor) for p in averaged)
+        or [tuple(p.shape) for p in averaged] != [tuple(p.shape) for p in state.values()]
+    ):
         raise ValueError(f"{str(path)!r}: its averaged weights do not fit its network; try use_ema=False.")
     return dict(zip(state, averaged, strict=True))
 
@@ -274,15 +301,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--discrete", action="store_true", help="Checkpoints only: trained on DDPM's table.")
     parser.add_argument("--no-use_ema", dest="use_ema", action="store_false", help="Take the raw weights.")
     a = parser.parse_args(argv)
+    folder = Path(a.output_dir)
     try:
+        check_folder(folder)
         if Path(a.source).is_file():
             if a.image_size is None:
                 raise ValueError("image_size is needed: a checkpoint does not say how large its images are.")
             pipe = convert_checkpoint(a.source, a.image_size, a.sde, a.discrete, a.use_ema)
         else:
             pipe = convert_repository(a.source)
-        pipe.save_pretrained(a.output_dir)
+        with saving("The pipeline", folder):
+            write_folder_whole(folder, folder / ".unfinished-pipeline", lambda place: pipe.save_pretrained(str(place)))
     except (ValueError, OSError) as error:
-        print(f"convert.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise fail("convert.py", error) from None
     print(a.output_dir)

@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import numbers
+import os
+import sys
 from collections.abc import Collection, Sequence
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+LARGEST_SEED = 2**63 - 1
 
 
 def option(
@@ -19,46 +26,77 @@ def option(
     most: float | None = None,
     aliases: Sequence[str] = (),
     secret: bool = False,
+    adds: bool = False,
 ) -> Any:
-    """A field that knows its help text, its command-line aliases and which values it accepts (None always).
+    """A field that knows its help text, its command-line aliases and which values it accepts.
 
-    A ``default`` of ``dataclasses.MISSING`` makes it required. A ``secret`` one is left out of ``repr``.
+    A ``default`` of ``dataclasses.MISSING`` makes it required. A ``secret`` one is left out of ``repr``. A list that
+    ``adds`` grows where it is given again on a command line; otherwise the last one counts, as for any option.
     """
     metadata = {"help": help, "choices": choices, "least": least, "above": above, "most": most, "aliases": aliases}
+    metadata["adds"] = adds
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 def check_options(config: Any) -> None:
-    """Check every field of a dataclass of options, and make its lists tuples.
+    """Check types and ranges of every field of a dataclass of options, and make its lists tuples and its paths words.
 
     Raises:
-        ValueError: A value is none of those allowed, or out of range.
+        ValueError: A value is of another type, none of those allowed, or out of range.
     """
+    hints = get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        if value is None:
+        hint = hints[f.name]
+        allowed = (hint,) if isinstance(hint, type) or get_origin(hint) is tuple else get_args(hint)
+        if value is None and type(None) in allowed:
             continue
-        if isinstance(value, list):
-            object.__setattr__(config, f.name, tuple(value))
-        for entry in value if isinstance(value, (tuple, list)) else [value]:
-            _check(f.name, entry, f.metadata)
+        kind = next(t for t in allowed if t is not type(None))
+        several = get_origin(kind) is tuple
+        if several and isinstance(value, (list, tuple)):
+            value = tuple(value)
+            object.__setattr__(config, f.name, value)
+        elif several:
+            raise ValueError(f"{f.name} must be a list, got {value!r}.")
+        elif kind is str and isinstance(value, os.PathLike):
+            value = os.fspath(value)
+            object.__setattr__(config, f.name, value)
+        elif isinstance(value, np.generic):
+            value = value.item()
+            object.__setattr__(config, f.name, value)
+        for entry in value if several else (value,):
+            _check(f.name, entry, get_args(kind)[0] if several else kind, f.metadata)
 
 
-def _check(name: str, value: Any, allowed: Any) -> None:
+_WORDS = {bool: "True or False", int: "an integer", float: "a finite number", str: "text"}
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if kind in (bool, str):
+        return isinstance(value, kind)
+    if isinstance(value, (bool, np.bool_)):
+        return False
+    if kind is int:
+        return isinstance(value, numbers.Integral)
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def _check(name: str, value: Any, kind: type, allowed: Any) -> None:
     if allowed["choices"] is not None and value not in allowed["choices"]:
         raise ValueError(f"{name} must be one of {', '.join(allowed['choices'])}, got {value!r}.")
     bounds = [("at least", allowed["least"]), ("greater than", allowed["above"]), ("at most", allowed["most"])]
-    wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
-    if not wanted:
-        return
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    wanted = " and ".join(f"{words} {_shown(bound)}" for words, bound in bounds if bound is not None)
     if (
-        not is_number
+        not _is_a(value, kind)
         or (allowed["least"] is not None and value < allowed["least"])
         or (allowed["above"] is not None and value <= allowed["above"])
         or (allowed["most"] is not None and value > allowed["most"])
     ):
-        raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+        raise ValueError(f"{name} must be {_WORDS[kind]}{wanted and ' '}{wanted}, got {value!r}.")
+
+
+def _shown(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def parser_of(config: type, exclude: Collection[str] = (), **arguments: Any) -> argparse.ArgumentParser:
@@ -85,8 +123,7 @@ def parser_of(config: type, exclude: Collection[str] = (), **arguments: Any) -> 
             settings = {"default": given, "action": argparse.BooleanOptionalAction}
         elif element is not None or Ellipsis in types:  # tuple[int, ...], alone or beside None
             element = element or types[0]
-            # "--sampler a --sampler b" is "--sampler a b"; a default that is not None would stay in front.
-            settings |= {"type": element, "nargs": "+", "action": "extend" if default is None else "store"}
+            settings |= {"type": element, "nargs": "+", "action": "extend" if f.metadata["adds"] else "store"}
         else:
             settings["type"] = types[0]
         if types[0] is int and f.name != "seed" and "choices" in settings:
@@ -97,3 +134,14 @@ def parser_of(config: type, exclude: Collection[str] = (), **arguments: Any) -> 
         names = [f"--{name}" for name in (f.name, *f.metadata["aliases"])]
         parser.add_argument(*names, dest=f.name, help=(f.metadata["help"] + shown).replace("%", "%%"), **settings)
     return parser
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def fail(prog: str, error: BaseException, code: int = 2) -> SystemExit:
+    """The end of a command line: one line on stderr, and this exit code."""
+    print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+    return SystemExit(code)

@@ -110,7 +110,7 @@ def test_what_a_classifier_has_no_use_for_is_refused(tmp_path, capsys):
     assert "unrecognized arguments: --prediction_type" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(["--dataset_split", "test", "--output_dir", str(tmp_path)])
-    assert "train_classifier.py: error: dataset_split of the digits must be train or a slice" in capsys.readouterr().err
+    assert "train_classifier.py: error: The split of the digits must be train or a slice" in capsys.readouterr().err
 
 
 def test_errors_of_the_data(tmp_path, shades):  # noqa: F811

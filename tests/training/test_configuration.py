@@ -1,5 +1,6 @@
 """Options: every one is reachable, explained and checked before anything is done."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffusers_sde.training import Trainer, TrainingConfig, parse_args
 from diffusers_sde.training.cli import build_parser, main
@@ -143,6 +145,18 @@ def test_options_of_diffusers_train_unconditional_are_known():
         ({"data_min": 0.5}, ["data_min", "at most 0"]),
         ({"ema_relative_std": 0.3}, ["ema_relative_std", "0.28"]),
         ({"mixed_precision": "fp8"}, ["mixed_precision", "bf16"]),
+        ({"resolution": 100_000}, ["resolution", "at most 16384"]),
+        ({"resolution": 8.0}, ["resolution", "an integer"]),
+        ({"resolution": "8"}, ["resolution", "an integer", "'8'"]),
+        ({"seed": 2**70}, ["seed", "at most 4294901760"]),
+        ({"use_ema": 1}, ["use_ema", "True or False"]),
+        ({"learning_rate": True}, ["learning_rate", "a finite number"]),
+        ({"log_normal_mean": float("nan")}, ["log_normal_mean", "a finite number", "nan"]),
+        ({"dataset_split": None}, ["dataset_split", "text"]),
+        ({"block_out_channels": 32}, ["block_out_channels", "a list"]),
+        ({"block_out_channels": (32, 2**40)}, ["block_out_channels", "at most 65536"]),
+        ({"attention_resolutions": "8"}, ["attention_resolutions", "a list"]),
+        ({"white_level": 0}, ["white_level", "at least 1"]),
     ],
 )
 def test_bad_values_are_named(options, words):
@@ -158,6 +172,81 @@ def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, capsys):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("train.py: error: train_data_dir")
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dataset_name": "/home/me/my pictures"}, ["--dataset_name", "path/to/my pictures"]),
+        ({"dataset_name": "~/pictures"}, ["--dataset_name", "path/to/pictures"]),
+        ({"dataset_name": "C:\\Users\\me\\pictures"}, ["--dataset_name", "path/to/pictures"]),
+        ({"train_data_dir": "gone/pictures"}, ["--train_data_dir", "path/to/pictures"]),
+        ({"train_data_dir": "."}, ["--train_data_dir", "path/to/data"]),
+        ({"model_config_name_or_path": "/home/me/net"}, ["--model_config_name_or_path", "path/to/net"]),
+        ({"dataset_name": "uoft-cs/cifar10"}, ["--dataset_name", "uoft-cs/cifar10"]),
+        ({"dataset_name": "digits"}, ["--dataset_name", "digits"]),
+        ({"image_column": "my column; rm -r ~"}, ["--image_column", "my column; rm -r ~"]),
+        ({"block_out_channels": (4, 8), "use_ema": False}, ["--block_out_channels", "4", "8", "--no-use_ema"]),
+    ],
+)
+def test_the_command_of_a_run_runs_elsewhere_and_tells_no_paths(options, words):
+    command = TrainingConfig(**options).command()
+    assert shlex.split(command) == ["accelerate", "launch", "scripts/train.py", *words]
+    assert "me" not in re.split(r"[^a-z]", command)
+
+
+def test_a_repeated_option_overrides():
+    """A wrapper script has its defaults, and its user the last word."""
+    config = parse_args("--block_out_channels 4 8 --block_out_channels 5 7".split())
+    assert config.block_out_channels == (5, 7)
+    config = parse_args("--attention_resolutions 4 --attention_resolutions 8 16 --seed 1 --seed 2".split())
+    assert (config.attention_resolutions, config.seed) == ((8, 16), 2)
+
+
+def test_numbers_and_paths_of_other_libraries_are_taken():
+    config = TrainingConfig(seed=np.int64(3), learning_rate=np.float32(0.5), output_dir=Path("a"))
+    assert (config.seed, config.learning_rate, config.output_dir) == (3, 0.5, "a")
+    assert (type(config.seed), type(config.learning_rate)) == (int, float)
+    assert TrainingConfig(attention_resolutions=[]).attention_resolutions == ()
+
+
+def folder_with_strange_metadata(folder):
+    """A picture, and a list of pictures that names a file outside of the folder."""
+    Image.new("L", (8, 8)).save(folder / "0.png")
+    (folder / "metadata.csv").write_text("file_name,text\n../../../../etc/hostname,x\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--resolution 100000", "resolution must be an integer at least 2 and at most 16384, got 100000"),
+        (
+            "--resolution 16384 --block_out_channels 4 --train_batch_size 100000",
+            "do not fit into .* of free memory",
+        ),
+        ("--block_out_channels 60000 60000 --layers_per_block 100", "do not fit into .* of free memory"),
+        (f"--seed {2**70}", "seed must be"),
+        ("--train_data_dir METADATA", "train_data_dir .* cannot be read"),
+        ("--model_config_name_or_path CONFIG", "model_config_name_or_path .* is no config of a UNet2DModel"),
+        ("--logging_dir ../x", "logging_dir must"),
+        ("--output_dir LINK", "is a link to"),
+        ("--dataset_split test", "split of the digits must be train or a slice"),
+    ],
+)
+def test_what_used_to_be_a_traceback_is_one_line(tmp_path, capsys, arguments, message):
+    (tmp_path / "METADATA").mkdir()
+    folder_with_strange_metadata(tmp_path / "METADATA")
+    (tmp_path / "CONFIG").mkdir()
+    tiny = {"sample_size": 8, "in_channels": "3", "out_channels": 1, "block_out_channels": [4, 4]}
+    (tmp_path / "CONFIG" / "config.json").write_text(json.dumps(tiny | {"_class_name": "UNet2DModel"}))
+    (tmp_path / "LINK").symlink_to(tmp_path / "nowhere")
+    words = [str(tmp_path / word) if word.isupper() else word for word in arguments.split()]
+    with pytest.raises(SystemExit) as stop:
+        main(["--output_dir", str(tmp_path / "o"), "--cache_dir", str(tmp_path / "cache"), *words])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("train.py: error:") and re.search(message, line), line
+    assert not (tmp_path / "o").exists() and not (tmp_path / "nowhere").exists()
 
 
 def test_the_script_answers_help():

@@ -8,6 +8,7 @@ from PIL import Image
 
 from diffusers_sde.training import TrainingConfig
 from diffusers_sde.training.data import ImageSource, TrainingSamples, batches, load_digits, load_images
+from diffusers_sde.training.streaming import open_source
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,7 @@ def test_on_the_fly_equals_cached(digits):
         (Image.new("1", (4, 4), 1), 255),
         (Image.new("L", (4, 4), 7), 7),
         (Image.new("LA", (4, 4), (0, 0)), 255),  # transparent: white
+        (Image.new("La", (4, 4), (0, 0)), 255),
         (Image.fromarray(np.full((4, 4), 65535, dtype=np.uint16)), 255),
         (Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)), 128),
         (np.full((4, 4), 9, dtype=np.uint8), 9),
@@ -113,6 +115,125 @@ def test_grey_modes(value, expected):
     source = ImageSource(data, TrainingConfig())
     assert source.channels == 1
     assert (source.get(0) == expected).all()
+
+
+def deep_files(folder):
+    """16-bit grey files of every byte order: the same ramp of values in each."""
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(folder / "png.png")
+    Image.fromarray(ramp).save(folder / "little.tif")
+    Image.fromarray(ramp).save(folder / "pgm.pgm")
+    header = b"MM\0*" + (8).to_bytes(4, "big")
+    entries = {256: 16, 257: 16, 258: 16, 259: 1, 262: 1, 273: 134, 277: 1, 278: 16, 279: 512, 339: 1}
+    table = b"".join(
+        tag.to_bytes(2, "big") + (4).to_bytes(2, "big") + (1).to_bytes(4, "big") + value.to_bytes(4, "big")
+        for tag, value in entries.items()
+    )
+    table = len(entries).to_bytes(2, "big") + table + bytes(4)
+    assert 8 + len(table) == 134
+    (folder / "big.tif").write_bytes(header + table + ramp.astype(">u2").tobytes())
+    return ramp
+
+
+def test_sixteen_bits_of_every_byte_order_are_the_same_image(tmp_path):
+    ramp = deep_files(tmp_path)
+    images = [Image.open(path) for path in sorted(tmp_path.iterdir())]
+    assert {"I;16", "I;16B"} <= {image.mode for image in images}
+    values = [*images, ramp, Image.frombytes("I;16L", (16, 16), ramp.astype("<u2").tobytes())]
+    values += [Image.frombytes("I;16N", (16, 16), ramp.tobytes()), Image.fromarray(ramp.astype(np.int32))]
+    source = ImageSource(_raw(values), TrainingConfig())
+    assert source.channels == 1
+    expected = np.rint(ramp / 257.0)
+    for i in range(len(values)):
+        assert np.array_equal(source.get(i)[0], expected), values[i]
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32])
+def test_a_dark_frame_stays_dark(kind):
+    """One scale for the whole data set: 218 of 65535 is nearly black, whatever the largest value of its image is."""
+    ramp = np.arange(64, dtype=kind).reshape(8, 8)
+    dark, bright = Image.fromarray(ramp * 3), Image.fromarray(ramp * 1000)
+    source = ImageSource(_raw([bright, dark]), TrainingConfig())
+    assert np.array_equal(source.get(1)[0], np.rint(ramp * 3 / 257.0))
+    assert np.array_equal(source.get(0)[0], np.rint(ramp * 1000 / 257.0))
+
+
+def test_the_white_level_can_be_named():
+    ramp = (np.arange(64).reshape(8, 8) * 65).astype(np.uint16)  # up to 4095
+    plain = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    values = [Image.fromarray(ramp), Image.fromarray(ramp.astype(np.int32)), ramp, ramp.astype(np.int64), plain]
+    source = ImageSource(_raw(values), TrainingConfig(white_level=4095))
+    for i in range(4):
+        assert np.array_equal(source.get(i)[0], np.rint(ramp * (255.0 / 4095.0)))
+    assert np.array_equal(source.get(4)[0], plain)  # bytes are bytes
+    with pytest.raises(ValueError, match=r"Image 0 .*must lie in 0\.\.2000 \(white_level\), got 0 to 4095"):
+        ImageSource(_raw(values[:1]), TrainingConfig(white_level=2000))
+    with pytest.raises(ValueError, match=r"Image 0 .*must lie in 0\.\.65535 \(white_level\), got 0 to 70000"):
+        ImageSource(_raw([Image.fromarray(np.array([[0, 70000]] * 2, dtype=np.int32))]), TrainingConfig())
+
+
+def palette_image(colours, transparent=None):
+    image = Image.new("P", (4, 4))
+    image.putpalette([channel for colour in colours for channel in colour])
+    image.putdata([0, 1] * 8)
+    if transparent is not None:
+        image.info["transparency"] = transparent
+    return image
+
+
+def test_lab_is_not_transparent():
+    from PIL import ImageCms
+
+    rgb = _noise_image(0)
+    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    lab = ImageCms.applyTransform(rgb, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
+    assert lab.mode == "LAB"
+    source = ImageSource(_raw([lab]), TrainingConfig())
+    error = source.get(0).astype(int) - np.asarray(rgb).transpose(2, 0, 1)
+    assert np.abs(error).mean() < 4.0  # of colours rounded to bytes in LAB
+
+
+def test_grey_palettes_are_grey():
+    grey = palette_image([(10, 10, 10), (200, 200, 200), (255, 0, 0)])  # red is in the palette, not in the picture
+    source = ImageSource(_raw([grey]), TrainingConfig())
+    assert source.channels == 1 and source.get(0)[0].flatten().tolist() == [10, 200] * 8
+    colour = palette_image([(10, 10, 10), (200, 200, 201)])
+    assert ImageSource(_raw([colour]), TrainingConfig()).channels == 3
+    assert ImageSource(_raw([grey, colour]), TrainingConfig()).channels == 3
+    holes = ImageSource(_raw([palette_image([(10, 10, 10), (200, 200, 200)], transparent=0)]), TrainingConfig())
+    assert holes.channels == 1 and holes.get(0)[0].flatten().tolist() == [255, 200] * 8
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["struct", "bytes"])
+def test_parquet_of_files_without_the_type_of_images(tmp_path, kind, streaming):
+    """As pandas and pyarrow write them: nothing says that the column holds images."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images, encoded = [_noise_image(i) for i in range(4)], []
+    for image in images:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        encoded.append(buffer.getvalue())
+    column = [{"bytes": b, "path": None} for b in encoded] if kind == "struct" else encoded
+    field = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if kind == "struct" else pa.binary()
+    name = "picture" if kind == "struct" else "image"
+    pq.write_table(pa.table({name: pa.array(column, field)}), tmp_path / "train.parquet")
+    config = TrainingConfig(
+        train_data_dir=str(tmp_path / "train.parquet"),
+        cache_dir=str(tmp_path / "cache"),
+        streaming=streaming,
+        shuffle_buffer=0,
+        max_train_steps=1,
+    )
+    source = open_source(load_images(config), config)
+    assert np.array_equal(source.get_many(range(4)), [np.asarray(image).transpose(2, 0, 1) for image in images])
+    if streaming:
+        number, row = next(source.rows(0))
+        assert np.array_equal(source.prepare(number, row), source.get(0))
 
 
 def _raw(values):

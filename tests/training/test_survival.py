@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_sde import SDEPipeline
+from diffusers_sde.files import SaveError
 from diffusers_sde.training import Trainer, TrainingConfig
 from diffusers_sde.training import checkpoints as checkpoints_module
 from diffusers_sde.training.checkpoints import DISCARDED, UNFINISHED, list_checkpoints, read_state
@@ -116,6 +117,52 @@ def test_sigkill_at_any_moment_and_resume_is_the_uninterrupted_run(tmp_path, pro
     assert [path.name for path in list_checkpoints(killed)] == ["checkpoint-12", "checkpoint-14"]
 
 
+def test_sigkill_while_the_pipeline_is_saved_over_an_earlier_one(tmp_path, processes):
+    """At every file operation of the last save: what carries a name is whole, and the next run completes it."""
+    options = {"max_train_steps": 2, "checkpoints_total_limit": None}
+    trainer(tmp_path / "run", **options).run()
+    whole = {path.relative_to(tmp_path / "run"): path.read_bytes() for path in (tmp_path / "run" / "unet").iterdir()}
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "run", again)
+    child = processes.Process(target=resume_and_die, args=(again, None, tmp_path / "events.json", options))
+    child.start()
+    child.join()
+    events = json.loads((tmp_path / "events.json").read_text())
+    saves = [number for number, event in enumerate(events, 1) if event == "os.rename"]
+    assert child.exitcode == 0 and len(saves) >= 6
+    seen = set()
+    for at_event in (saves[0] - 3, saves[0], saves[2], saves[-1], len(events)):
+        child = processes.Process(target=resume_and_die, args=(again, at_event, None, options))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        seen |= {path.name for path in again.iterdir() if path.name.startswith(".")}
+        assert {path.relative_to(again): path.read_bytes() for path in (again / "unet").iterdir()} == whole
+        SDEPipeline.from_pretrained(again)
+    assert ".unfinished-pipeline" in seen
+    trainer(again, **options).run()
+    assert not [path.name for path in again.iterdir() if path.name.startswith(".")]
+
+
+def resume_and_die(output_dir, at_event, events_file, options):
+    """Go on with a run that is over, which saves its pipeline again; die at an event of that."""
+    torch.set_num_threads(1)
+    run, events = trainer(output_dir, **options), []
+    save = run._save_pipeline
+
+    def on_audit(event, arguments):
+        operation = event.startswith(("os.", "shutil.")) or event == "open"
+        if operation and any(str(output_dir) in str(argument) for argument in arguments[:2]):
+            events.append(event)
+            if len(events) == at_event:
+                die()
+
+    run._save_pipeline = lambda: (sys.addaudithook(on_audit), save())[1]
+    run.run()
+    if events_file is not None:
+        Path(events_file).write_text(json.dumps(events))
+
+
 def test_sigterm_saves_and_exits(tmp_path):
     whole = trainer(tmp_path / "whole").run()
     run, calls = trainer(tmp_path / "stopped", checkpointing_steps=0), iter(range(100))
@@ -198,7 +245,9 @@ def damage(file):
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("how", ["bit", "cut", "missing", "state"])
+@pytest.mark.parametrize(
+    "how", ["bit", "cut", "missing", "state", "list", "no step", "step is a word", "no text", "digit"]
+)
 def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_used(tmp_path, caplog, how):
     trainer(tmp_path, max_train_steps=4).run()
     last = tmp_path / "checkpoint-4"
@@ -208,8 +257,22 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_used(tmp_path,
         (last / "model.safetensors").write_bytes((last / "model.safetensors").read_bytes()[:-7])
     elif how == "missing":
         (last / "ema.safetensors").unlink()
-    else:
+    elif how == "state":
         (last / "training_state.json").write_text('{"step": 4')
+    elif how == "list":
+        (last / "training_state.json").write_text("[1, 2]")
+    else:
+        state = json.loads((last / "training_state.json").read_text())
+        if how == "no step":
+            del state["step"]
+        elif how == "step is a word":
+            state["step"] = "4"
+        elif how == "no text":
+            (last / "training_state.json").write_bytes(bytes(range(128, 256)))
+        else:
+            state["samples_seen"] += 1
+        if how != "no text":
+            (last / "training_state.json").write_text(json.dumps(state))
     resumed = trainer(tmp_path, max_train_steps=5, checkpoints_total_limit=1)
     assert resumed.step == 2
     assert "checkpoint-4" in caplog.text and "Trying the checkpoint before it" in caplog.text
@@ -222,26 +285,63 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_one_before_used(tmp_path,
         trainer(tmp_path)
 
 
-def test_the_limit_spares_the_checkpoint_just_written(tmp_path):
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if "checkpoint-" in path.name)
+
+
+def test_the_way_that_was_left_is_kept_and_never_taken_again(tmp_path, caplog):
+    """Somebody goes back because what came later is bad: neither ``latest`` nor the limit may bring it back."""
     trainer(tmp_path, max_train_steps=6, checkpoints_total_limit=None).run()
     options = {"max_train_steps": 3, "checkpoints_total_limit": 1, "resume_from_checkpoint": "checkpoint-2"}
     trainer(tmp_path, **options).run()
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4", "checkpoint-6"]
+    assert names(tmp_path) == ["abandoned-checkpoint-4", "abandoned-checkpoint-6", "checkpoint-3"]
+    assert "checkpoint-6, which is later, is kept as abandoned-checkpoint-6" in caplog.text
+    resumed = trainer(tmp_path, max_train_steps=6)
+    assert resumed.step == 3
+    resumed.run()
+    # A second branch that was left finds its name taken, and can still be gone back to.
+    trainer(tmp_path, max_train_steps=5, resume_from_checkpoint="abandoned-checkpoint-4").run()
+    assert {"abandoned-checkpoint-6", "abandoned-checkpoint-6.2", "checkpoint-5"} <= set(names(tmp_path))
+    trainer(tmp_path, max_train_steps=1, overwrite_output_dir=True, resume_from_checkpoint=None).run()
+    assert names(tmp_path) == ["checkpoint-1"]
 
 
-def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
-    run, save = trainer(tmp_path), checkpoints_module.save_file
+def run_with_limited_files(output_dir, limit, options):
+    """Train where no file can be larger than a limit: what is written beyond it fails as on a full disk."""
+    import resource
 
-    def full(weights, path, metadata):
-        if run.step == 4:
-            raise OSError(28, "No space left on device")
-        save(weights, path, metadata)
-
-    monkeypatch.setattr(checkpoints_module, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    torch.set_num_threads(1)
+    run = trainer(output_dir, **options)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
         run.run()
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
-    assert not (tmp_path / UNFINISHED).exists()
+    except SaveError as error:
+        Path(f"{output_dir}.message").write_text(str(error))
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "pipeline"])
+def test_a_disk_that_is_really_full_gets_its_space_back(tmp_path, processes, what):
+    """Torch and safetensors have errors of their own for it, none of which is an OSError."""
+    run = tmp_path / "run"
+    trainer(run, max_train_steps=2).run()
+    sizes = {path.name: path.stat().st_size for path in (run / "checkpoint-2").iterdir()}
+    weights = sizes["model.safetensors"]
+    assert weights < sizes["optimizer.bin"]
+    before = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    options = {"max_train_steps": 4, "checkpointing_steps": 2 if what == "checkpoint" else 0}
+    child = processes.Process(
+        target=run_with_limited_files, args=(run, weights * 3 // (2 if what[0] == "c" else 4), options)
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    message = Path(f"{run}.message").read_text()
+    assert len(message.splitlines()) == 1 and f"output_dir {str(run)!r}" in message and "MiB free" in message, message
+    after = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert {name for name in after if after[name] != before.get(name)} <= {Path("training_config.json")}
+    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
+    trainer(run, max_train_steps=4).run()
+    assert "checkpoint-4" in names(run)
 
 
 def test_nothing_in_a_checkpoint_is_unpickled_freely(tmp_path):

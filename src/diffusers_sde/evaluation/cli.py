@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from ..generation import launched_processes
-from ..options import parser_of
+from ..options import fail, parser_of
 from .configuration import EvaluationConfig
 from .evaluate import evaluate
 from .report import markdown_table
@@ -32,8 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         report = evaluate(parse_args(argv))
     except (ValueError, OSError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise fail("evaluate.py", error) from None
     if launched_processes().is_main_process:
         print(markdown_table(report))
         if "figure" in report:

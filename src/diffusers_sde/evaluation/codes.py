@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from PIL import Image
 from torch import Tensor
 
+from ..files import write_whole
 from ..likelihood import TraceOptions
 from ..metrics.quality import spread
 from ..pipelines import ProbabilityFlow
@@ -80,6 +83,5 @@ def draw_codes(config: EvaluationConfig, flow: ProbabilityFlow, levels: Tensor) 
     rows = torch.cat([real[:, :1], strips, real[:, 1:]], 1)
     pixels = ((rows - flow.data_min) / (flow.data_max - flow.data_min)).clamp(0, 1).mul(255).round().byte().cpu()
     path = Path(str(config.figure))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tile(pixels).save(path)
+    write_whole(path, partial(tile(pixels).save, format=Image.registered_extensions()[path.suffix.lower()]))
     return float((rebuilt - real).square().mean().sqrt())

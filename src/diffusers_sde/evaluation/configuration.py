@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from PIL import Image
 
 from ..likelihood import DEQUANTIZATIONS
 from ..metrics import FEATURES
-from ..options import check_options
+from ..options import LARGEST_SEED, check_options
 from ..options import option as _option
 
 DEFAULT_SAMPLES = 5000
@@ -28,7 +31,9 @@ class EvaluationConfig:
     # ------------------------------------------------------------------ data
     dataset_name: str | None = _option(None, "'digits' or a name on the Hub. Default: digits, or data_dir.")
     data_dir: str | None = _option(None, "Local data: a folder of images or Parquet, or such a file.", aliases=["data"])
-    dataset_split: str = _option("train", "Split that samples are compared with.")
+    dataset_split: str = _option(
+        "train", "Split that samples are compared with; of the embedded digits a slice like 'train[:1500]' too."
+    )
     test_split: str | None = _option(
         None,
         "Split of images that the model was not trained on: bits per dimension are computed on it, and it is measured "
@@ -36,6 +41,12 @@ class EvaluationConfig:
     )
     image_column: str | None = _option(None, "Column with the images. Default: the data's image column.")
     label_column: str | None = _option(None, "Column with the classes. Default: the data's class column, if any.")
+    white_level: int | None = _option(
+        None,
+        "Value of white in grey images of more than 8 bits, as in training. Default: 65535.",
+        least=1,
+        most=2**31 - 1,
+    )
     num_reference: int = _option(50_000, "Images of dataset_split to compare with, at most.", least=5)
 
     # ------------------------------------------------------------------ samples
@@ -48,6 +59,7 @@ class EvaluationConfig:
         None,
         "Samplers, each 'label: key=value, key=value' with arguments of the scheduler (predictor, corrector, snr, ...) "
         "and of the pipeline (num_inference_steps, method, rtol, atol, guidance_scale). Default: the pipeline's own.",
+        adds=True,
     )
     features: str | None = _option(
         None,
@@ -69,19 +81,23 @@ class EvaluationConfig:
         None, "Images for bits per dimension, spread evenly over the data. Default: all.", least=1
     )
     dequantization: str = _option("uniform", "Noise added to bytes.", choices=DEQUANTIZATIONS[:2])
-    importance_samples: int = _option(1, "Dequantisations per image.")
-    num_probes: int = _option(1, "Trace probes per network call.")
-    rtol: float = _option(3e-4, "Relative tolerance of the solver.")
-    atol: float = _option(3e-4, "Absolute tolerance of the solver.")
-    t_min: float | None = _option(None, "SDE time of the data. Default: the model's own.")
+    importance_samples: int = _option(1, "Dequantisations per image.", least=1)
+    num_probes: int = _option(1, "Trace probes per network call.", least=1)
+    rtol: float = _option(3e-4, "Relative tolerance of the solver.", above=0.0)
+    atol: float = _option(3e-4, "Absolute tolerance of the solver.", above=0.0)
+    t_min: float | None = _option(None, "SDE time of the data. Default: the model's own.", above=0.0)
 
     batch_size: int = _option(64, "Images in one network call.", least=1)
-    seed: int = _option(0, "Seed of samples, classifier, dequantisation and probes.", least=0)
+    seed: int = _option(0, "Seed of samples, classifier, dequantisation and probes.", least=0, most=LARGEST_SEED)
 
     def __post_init__(self) -> None:
         check_options(self)
         if self.samples == 0 and not (self.bpd or self.figure):
             raise ValueError("nothing to do: num_samples is 0, and neither bpd nor figure is set.")
+        if self.figure is not None:
+            suffix = Path(self.figure).suffix.lower()
+            if Image.registered_extensions().get(suffix) not in Image.SAVE:
+                raise ValueError(f"figure must end in the suffix of a picture, such as .png, got {self.figure!r}.")
         if self.classifier is not None and self.features not in (None, "classifier"):
             raise ValueError(f"classifier needs features 'classifier', got {self.features!r}.")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..training.configuration import EMBEDDED_DATASETS, TrainingConfig
+from ..training.configuration import TrainingConfig, is_local
 from ..training.data import ImageSource, load_images
 from .configuration import EvaluationConfig
 
@@ -34,8 +34,10 @@ class Images:
 
 
 def data_name(config: EvaluationConfig) -> str:
-    """What to call the data."""
-    return config.dataset_name or (Path(config.data_dir).resolve().name if config.data_dir else "digits")
+    """What to call the data: no path of this machine."""
+    name = config.dataset_name or "digits"
+    folder = config.data_dir or (name if is_local(name) else None)
+    return name if folder is None else Path(folder).resolve().name
 
 
 def read_images(config: EvaluationConfig, pipe: Any, split: str, count: int | None, show_progress: bool) -> Images:
@@ -51,8 +53,6 @@ def read_images(config: EvaluationConfig, pipe: Any, split: str, count: int | No
     Raises:
         ValueError: Bad data, or a network whose images are not square.
     """
-    if split != "train" and config.data_dir is None and data_name(config) in EMBEDDED_DATASETS:
-        raise ValueError(f"{data_name(config)!r} has the split 'train' only, got {split!r}.")
     if hasattr(pipe, "sample_shape"):
         channels, height, width = pipe.sample_shape
     else:
@@ -65,6 +65,7 @@ def read_images(config: EvaluationConfig, pipe: Any, split: str, count: int | No
         dataset_split=split,
         image_column=config.image_column,
         label_column=config.label_column,
+        white_level=config.white_level,
         resolution=int(height),
         channels=int(channels),
         center_crop=True,

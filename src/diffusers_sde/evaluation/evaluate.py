@@ -31,14 +31,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ..files import write_whole
-from ..generation import ImageSampler, Sampler, as_sde_pipeline, draw_images, launched_processes
+from ..files import saving, write_whole
+from ..generation import ImageSampler, Sampler, as_sde_pipeline, draw_images, launched_processes, load_pipeline
 from ..metrics import ClassifierFeatures, SampleQuality, make_extractor, nearest_neighbours
 from ..metrics.quality import spread
 from ..pipelines import ClassConditionalSDEPipeline, ProbabilityFlow
+from ..processes import lock_for_all
 from .codes import bits_per_dim, draw_codes
 from .configuration import EvaluationConfig
 from .data import Images, data_name, read_images
@@ -58,14 +58,20 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         The results, the same on every process; see the module's docstring.
 
     Raises:
-        ValueError: Bad arguments, data or pipeline; found before anything is drawn.
+        ValueError: Bad arguments, data or pipeline; found before anything is drawn. ``FolderInUse``: another run is
+            writing to the output folder.
         OSError: The output folder cannot be written.
     """
     process = launched_processes()
-    if config.output_dir is not None:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    if config.output_dir is None:
+        return _evaluate(config, process)
+    with lock_for_all(Path(config.output_dir), process):
+        return _evaluate(config, process)
+
+
+def _evaluate(config: EvaluationConfig, process: PartialState) -> dict[str, Any]:
     with process.main_process_first():
-        pipe = DiffusionPipeline.from_pretrained(config.model).to(process.device)
+        pipe = load_pipeline(config.model).to(process.device)
     flow = ProbabilityFlow(pipe, t_min=config.t_min)
     samplers = _samplers(config, pipe)
     reference, test = _data(config, pipe, process)
@@ -189,7 +195,8 @@ class _Judge:
             closest = distances[:, 0].argsort()[:NEAREST_SHOWN]
             rows = torch.cat([some[closest, None], self._reference.pixels[indices[closest]]], 1)
             for place, picture in (("samples", sheet(images)), ("nearest", tile(rows))):
-                write_whole(folder / place / name, partial(picture.save, format="PNG"))
+                with saving("A picture", folder):
+                    write_whole(folder / place / name, partial(picture.save, format="PNG"))
         return {
             "label": label,
             "options": dict(sampler.sampler.options),
@@ -203,4 +210,5 @@ def _write(config: EvaluationConfig, report: dict[str, Any]) -> None:
     if config.output_dir is None:
         return
     for name, content in (("results.json", json.dumps(report, indent=2)), ("results.md", markdown_table(report))):
-        write_whole(Path(config.output_dir) / name, partial(Path.write_text, data=content + "\n"))
+        with saving(name, Path(config.output_dir)):
+            write_whole(Path(config.output_dir) / name, partial(Path.write_text, data=content + "\n"))

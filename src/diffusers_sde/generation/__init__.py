@@ -7,7 +7,7 @@ Needs the extra ``training``: ``pip install diffusers-sde[training]``.
 """
 
 from .cli import SamplingConfig, generate, main
-from .samplers import ImageSampler, Sampler, as_sde_pipeline, draw_images, launched_processes
+from .samplers import ImageSampler, Sampler, as_sde_pipeline, draw_images, launched_processes, load_pipeline
 
 __all__ = [
     "ImageSampler",
@@ -17,5 +17,6 @@ __all__ = [
     "draw_images",
     "generate",
     "launched_processes",
+    "load_pipeline",
     "main",
 ]

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from accelerate.utils import gather_object
-from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
 from ..correctors import CORRECTORS
-from ..files import write_whole
-from ..options import check_options, option, parser_of
+from ..files import saving, write_whole
+from ..options import LARGEST_SEED, check_options, fail, option, parser_of
 from ..pipelines.pipeline_sde import METHODS
 from ..predictors import PREDICTORS
-from .samplers import ImageSampler, Sampler, as_sde_pipeline, launched_processes, parse_value
+from ..processes import lock_for_all
+from .samplers import ImageSampler, Sampler, as_sde_pipeline, launched_processes, load_pipeline, parse_value
 
 FORMATS = ("png", "npz")
 RECORD = "samples.json"
+_NAME = re.compile(r"(\d{6,})\.png")
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 UNPACKED = ".images"  # where the images of an npz file wait for each other
 
 
@@ -45,7 +49,7 @@ class SamplingConfig:
         "png", "One PNG file per image, or one file samples.npz: arr_0, bytes (N, H, W, C).", choices=FORMATS
     )
     batch_size: int = option(64, "Images in one network call.", least=1)
-    seed: int = option(0, "Seed of the set of images.", least=0)
+    seed: int = option(0, "Seed of the set of images.", least=0, most=LARGEST_SEED)
     class_labels: tuple[str, ...] | None = option(
         None, "Classes, numbers or names, that images have in turn. Default: all classes."
     )
@@ -73,6 +77,8 @@ class SamplingConfig:
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.class_labels, (list, tuple)):  # numbers are fine: the command line has words only
+            object.__setattr__(self, "class_labels", tuple(str(label) for label in self.class_labels))
         check_options(self)
 
     def make_sampler(self) -> Sampler:
@@ -92,7 +98,8 @@ def generate(config: SamplingConfig) -> dict[str, Any]:
     """Draw images and write them; images that are there already are left as they are.
 
     Under ``accelerate launch`` the images are divided among the processes. Every file is written under another name
-    first, so that an interruption leaves only whole ones. ``samples.json`` says what the folder holds.
+    first, so that an interruption leaves only whole ones; one that is broken nevertheless is drawn again.
+    ``samples.json`` says what the folder holds.
 
     Returns:
         What ``samples.json`` holds: the model and its ``fingerprint``, ``sampler`` (the options that were changed),
@@ -100,15 +107,20 @@ def generate(config: SamplingConfig) -> dict[str, Any]:
         network calls for each image drawn in this run (None if there was nothing to draw).
 
     Raises:
-        ValueError: A bad option, or a folder with other images.
+        ValueError: A bad option, or a folder with other images, with more of them, or with files that cannot be read.
+            ``FolderInUse``: another run is writing to it.
         OSError: The folder cannot be written.
     """
     process = launched_processes()
-    sampler = config.make_sampler()
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    config.make_sampler()  # refuses what it can before anything is loaded
+    with lock_for_all(Path(config.output_dir), process):
+        return _generate(config, process)
+
+
+def _generate(config: SamplingConfig, process: PartialState) -> dict[str, Any]:
+    sampler, folder = config.make_sampler(), Path(config.output_dir)
     with process.main_process_first():
-        pipe = as_sde_pipeline(DiffusionPipeline.from_pretrained(config.model)).to(process.device)
+        pipe = as_sde_pipeline(load_pipeline(config.model)).to(process.device)
     draw = ImageSampler(pipe, sampler, config.seed, config.class_labels)
     record: dict[str, Any] = {
         "model": config.model,
@@ -117,23 +129,28 @@ def generate(config: SamplingConfig) -> dict[str, Any]:
         "seed": config.seed,
         "class_labels": None if config.class_labels is None else list(config.class_labels),
     }
-    _check_record(folder / RECORD, record)
-    process.wait_for_everyone()  # nobody writes before everybody has looked
     packed = folder / "samples.npz"
     images = folder if config.format == "png" else folder / UNPACKED
+    _check_record(folder / RECORD, record)
+    shape = tuple(pipe.sample_shape)
+    count = _count(packed, shape)
+    _check_surplus(folder, count if config.format == "npz" else 0, config)
+    process.wait_for_everyone()  # nobody writes before everybody has looked
     if process.is_main_process:
-        write_whole(folder / RECORD, partial(_write_json, record))
+        with saving(RECORD, folder):
+            write_whole(folder / RECORD, partial(_write_json, record))
         images.mkdir(exist_ok=True)
     process.wait_for_everyone()
 
-    complete = config.format == "npz" and packed.exists() and _count(packed) == config.num_images
-    missing = [] if complete else [i for i in range(config.num_images) if not _file(images, i).exists()]
+    complete = config.format == "npz" and count == config.num_images
+    missing = [] if complete else [i for i in range(config.num_images) if not _is_whole(_file(images, i), shape)]
     process.wait_for_everyone()
     mine = missing[process.process_index :: process.num_processes]
     for numbers, batch in draw(mine, config.batch_size, progress_bar=process.is_main_process):
         for number, image in zip(numbers, batch.numpy(), strict=True):
             picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-            write_whole(_file(images, number), partial(picture.save, format="PNG"))
+            with saving(f"Image {number}", folder):
+                write_whole(_file(images, number), partial(picture.save, format="PNG"))
 
     counts = gather_object([(draw.calls, draw.images)])
     drawn = sum(images for _, images in counts)
@@ -145,10 +162,12 @@ def generate(config: SamplingConfig) -> dict[str, Any]:
     }
     if process.is_main_process:
         if config.format == "npz" and not complete:
-            _pack(images, packed, config.num_images, record["labels"])
+            with saving("The images", folder):
+                _pack(images, packed, config.num_images, record["labels"])
         if config.format == "npz":
             shutil.rmtree(images)
-        write_whole(folder / RECORD, partial(_write_json, record))
+        with saving(RECORD, folder):
+            write_whole(folder / RECORD, partial(_write_json, record))
     process.wait_for_everyone()
     return record
 
@@ -170,10 +189,28 @@ def _file(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.png"
 
 
+def _numbers(folder: Path) -> list[int]:
+    """Of the images in a folder."""
+    return sorted(int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
+
+
 def _check_record(path: Path, record: dict[str, Any]) -> None:
+    folder = path.parent
     if not path.exists():
+        if _numbers(folder) or (folder / "samples.npz").exists():
+            raise ValueError(
+                f"output_dir {str(folder)!r} holds images, but no {RECORD} that says of which model: choose another "
+                "folder, or delete them."
+            )
         return
-    saved = json.loads(path.read_text())
+    try:
+        saved = json.loads(path.read_text())
+        if not isinstance(saved, dict):
+            raise ValueError(f"a dictionary is needed, got a {type(saved).__name__}")
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be read ({error}): delete its folder, or choose another one."
+        ) from error
     for name, value in record.items():
         if name != "model" and saved.get(name) != value:  # a model may move
             raise ValueError(
@@ -182,9 +219,43 @@ def _check_record(path: Path, record: dict[str, Any]) -> None:
             )
 
 
-def _count(packed: Path) -> int:
-    with np.load(packed) as arrays:
-        return len(arrays["arr_0"])
+def _check_surplus(folder: Path, packed: int, config: SamplingConfig) -> None:
+    """Refuse a folder with more images than are asked for, which whoever counts its files would take for samples."""
+    numbers = _numbers(folder) if config.format == "png" else []
+    found = max(packed, numbers[-1] + 1 if numbers else 0)
+    if found > config.num_images:
+        raise ValueError(
+            f"output_dir {str(folder)!r} holds image{'s' * (found > 1)} up to number {found - 1}, more than num_images "
+            f"{config.num_images}: ask for {found}, choose another folder, or delete those that are too many."
+        )
+
+
+def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a file is an image of this shape, (C, H, W), to its last pixel; what is not is drawn again."""
+    try:
+        content = path.read_bytes()
+        Image.open(BytesIO(content)).verify()  # checksums
+        with Image.open(BytesIO(content)) as image:
+            image.load()
+            return content.endswith(PNG_END) and (len(image.getbands()), image.height, image.width) == shape
+    except Exception:  # whatever a decoder throws
+        return False
+
+
+def _count(packed: Path, shape: tuple[int, ...]) -> int:
+    """Images in an npz file; 0 where there is none."""
+    if not packed.exists():
+        return 0
+    try:
+        with np.load(packed) as arrays:
+            images = arrays["arr_0"]
+        if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1:] != (*shape[1:], shape[0]):
+            raise ValueError(f"its arr_0 is {images.dtype} of shape {images.shape}")
+    except Exception as error:  # it may hold anything
+        raise ValueError(
+            f"{str(packed)!r} holds no images of this model ({error}): delete it, or choose another folder."
+        ) from error
+    return len(images)
 
 
 def _pack(folder: Path, packed: Path, count: int, labels: list[int] | None) -> None:
@@ -220,7 +291,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         record = generate(parse_args(argv))
     except (ValueError, OSError) as error:
-        print(f"sample.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise fail("sample.py", error) from None
     if launched_processes().is_main_process and record["calls_per_image"] is not None:
         print(f"{record['num_images']} images, {record['calls_per_image']:g} network calls each.")

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import schedulers
+from ..options import one_line
 from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
 from ..pipelines.pipeline_sde import METHODS
 
@@ -80,6 +81,21 @@ class Sampler:
         return cls(label.strip(), options)
 
 
+def load_pipeline(model: str) -> DiffusionPipeline:
+    """A pipeline from a folder or from the Hub.
+
+    Raises:
+        ValueError: It is no pipeline.
+        OSError: There is none.
+    """
+    try:
+        return DiffusionPipeline.from_pretrained(model)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # files that are no pipeline's lead to anything
+        raise ValueError(f"model {model!r} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
 def as_sde_pipeline(pipe: DiffusionPipeline) -> SDEPipeline:
     """A pipeline of this package as it is, another one with a ``UNet2DModel`` as an ``SDEPipeline``.
 
@@ -126,6 +142,11 @@ class ImageSampler:
             self._arguments, self._scheduler = self._configure(dict(sampler.options))
         except ValueError as error:
             raise ValueError(f"sampler {sampler.label!r}: {error}") from error
+        except Exception as error:  # diffusers' schedulers check no types: whatever a wrong one leads to
+            given = ", ".join(f"{name}={value!r}" for name, value in sampler.options.items())
+            raise ValueError(
+                f"sampler {sampler.label!r}: one of {given} is of the wrong type ({one_line(error)})."
+            ) from error
 
     def _configure(self, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         arguments = {name: options.pop(name) for name in CALL_OPTIONS if name in options}

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..files import write_whole
+from ..files import saving, write_whole
 
 WIDTHS = (32, 64, 128)
 LARGEST = 32  # pixels; larger images are averaged down
@@ -67,10 +67,15 @@ class ClassifierFeatures:
         return features.cpu(), logits.cpu()
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file: whole or not at all."""
+        """Write a safetensors file: whole or not at all.
+
+        Raises:
+            SaveError: It cannot be written.
+        """
         state = {name: value.contiguous() for name, value in self.network.state_dict().items()}
         metadata = {"accuracy": json.dumps(self.accuracy), "data": self.data}
-        write_whole(path, partial(save_file, state, metadata=metadata))
+        with saving("The classifier", path.parent):
+            write_whole(path, partial(save_file, state, metadata=metadata))
 
 
 def data_fingerprint(images: Tensor, labels: Tensor) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..classifiers import NoiseConditionalClassifier, classifier_logits, trained_log_snr
 from ..sdes import expand_like
+from .checkpoints import save_model
 from .cli import build_parser, run_command_line
 from .configuration import ClassifierTrainingConfig
 from .data import ImageSource, load_images, to_network
@@ -58,7 +59,8 @@ class ClassifierTrainer(Trainer):
         config, source = self.config, self.source
         classes = class_embeddings(config, source)
         unet = build_unet(config, source).config  # whose encoder it is
-        low, high = trained_log_snr(self.sde)
+        with torch.device("cpu"):  # numbers are wanted even where the network is only sketched
+            low, high = trained_log_snr(self.sde)
         return NoiseConditionalClassifier(
             sample_size=source.resolution,
             in_channels=source.channels,
@@ -92,7 +94,7 @@ class ClassifierTrainer(Trainer):
             result = NoiseConditionalClassifier.from_config(classifier.config).to(self.accelerator.device)
             result.load_state_dict(classifier.state_dict())
             if self.accelerator.is_main_process:
-                result.save_pretrained(str(self.output_dir))
+                save_model(result, self.output_dir)
         self.accelerator.wait_for_everyone()
         return result.eval()
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Sequence
 
-from ..options import parser_of
+from ..files import FolderInUse, SaveError
+from ..options import fail, parser_of
 from .configuration import TrainingConfig
 from .recipes import RECIPES
 from .trainer import Trainer
@@ -64,7 +64,10 @@ def run_command_line(
     trainer_class: type[Trainer],
     argv: Sequence[str] | None,
 ) -> None:
-    """Train as the command line says. Mistakes that are found before training end in one line and exit code 2."""
+    """Train as the command line says.
+
+    Mistakes that are found before training end in one line and exit code 2, a disk that is full in one line and 1.
+    """
     main_process = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(
         format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO if main_process else logging.ERROR
@@ -74,7 +77,13 @@ def run_command_line(
     try:
         trainer = trainer_class(config_class.from_recipe(**vars(parser.parse_args(argv))))
     except (ValueError, OSError) as error:
-        if main_process:
-            print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    trainer.run()
+        if not main_process:
+            raise SystemExit(2) from None
+        raise fail(parser.prog, error) from None
+    try:
+        trainer.run()
+    except (FolderInUse, SaveError) as error:
+        code = 2 if isinstance(error, FolderInUse) else 1
+        if not main_process:
+            raise SystemExit(code) from None
+        raise fail(parser.prog, error, code) from None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path, PureWindowsPath
 from typing import Any, ClassVar
 
 from ..losses import TIME_SAMPLINGS, WEIGHTINGS
@@ -14,6 +14,7 @@ from ..options import check_options
 from ..options import option as _option
 from ..parametrizations import PREDICTION_TYPES, TIME_CONDITIONINGS
 from ..sdes import BETA_SCHEDULES
+from .checkpoints import check_logging_dir
 from .recipes import RECIPES
 
 TRAINABLE_SDES = ("ve", "vp", "sub_vp", "flow")
@@ -21,16 +22,24 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 LOGGERS = ("tensorboard", "wandb", "none")
 TIME_EMBEDDINGS = ("positional", "fourier")
 EMBEDDED_DATASETS = ("digits",)
+_LARGEST_SEED = 2**32 - 2**16  # numpy's are below 2**32, and every process adds its number
 _HUB = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token")
 _LOCAL = (*("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir", "logging_dir"), *_HUB)
+
+
+def is_local(name: str) -> bool:
+    """Whether what may be a name on the Hub is a path of this machine, or looks like one of any machine."""
+    if name in EMBEDDED_DATASETS:
+        return False
+    return name.startswith((".", "~", "/", "\\")) or bool(PureWindowsPath(name).drive) or Path(name).exists()
 
 
 def _without_folders(name: str, word: str) -> str:
     """A word of a command line for others, without the folders of this machine."""
     word = " ".join(word.split()) if "\n" in word or "\r" in word else word  # a card shows one line
     looks_local = word.startswith(("/", "~", ".", "file:")) or "\\" in word or re.match("[A-Za-z]:", word) is not None
-    may_be_local = name in ("dataset_name", "model_config_name_or_path") and word not in EMBEDDED_DATASETS
-    if name == "train_data_dir" or looks_local or (may_be_local and (word.count("/") > 1 or os.path.exists(word))):
+    may_be_local = name in ("dataset_name", "model_config_name_or_path")  # or a name on the Hub
+    if name == "train_data_dir" or looks_local or (may_be_local and (word.count("/") > 1 or is_local(word))):
         last = re.split(r"[/\\]", word.rstrip("/\\"))[-1]
         return f"path/to/{last.strip('~.') or 'data'}"
     return word
@@ -92,12 +101,19 @@ class TrainingConfig:
     )
     cache_dir: str | None = _option(None, "Where datasets keeps downloads. Default: its own cache.")
     resolution: int | None = _option(
-        None, "Side of the training images in pixels. Default: the data's own size, if it is one.", least=2
+        None, "Side of the training images in pixels. Default: the data's own size, if it is one.", least=2, most=16384
     )
     center_crop: bool = _option(False, "Crop images that are not square in the middle; otherwise at random.")
     random_flip: bool = _option(False, "Mirror half of the images left to right. Not for digits or letters.")
     channels: int | None = _option(
         None, "1 (grey) or 3 (RGB): convert images to it. Default: what the data has.", least=1, most=3
+    )
+    white_level: int | None = _option(
+        None,
+        "Value of white in grey images of more than 8 bits (16-bit PNG and TIFF files), such as 4095 for 12-bit "
+        "data in 16-bit files. Default: 65535.",
+        least=1,
+        most=2**31 - 1,
     )
     skip_broken_images: bool = _option(
         False,
@@ -194,9 +210,9 @@ class TrainingConfig:
         None, "Config of a UNet2DModel, a folder or Hub name, instead of the options below."
     )
     block_out_channels: tuple[int, ...] | None = _option(
-        None, "Channels per resolution level, such as 32 64. Default: chosen from the resolution.", least=1
+        None, "Channels per resolution level, such as 32 64. Default: chosen from the resolution.", least=1, most=65536
     )
-    layers_per_block: int = _option(2, "Residual blocks per resolution level.", least=1)
+    layers_per_block: int = _option(2, "Residual blocks per resolution level.", least=1, most=256)
     attention_resolutions: tuple[int, ...] = _option(
         (8, 16), "Sides of feature maps that get self-attention, below the full resolution.", least=1
     )
@@ -233,7 +249,7 @@ class TrainingConfig:
     )
     torch_compile: bool = _option(False, "Compile the network with torch.compile; worth its minutes on GPUs.")
     channels_last: bool = _option(False, "Keep the network's weights channels last; faster on GPUs.")
-    seed: int = _option(0, "Seed of weights, data order, times, noise and sample grids.", least=0)
+    seed: int = _option(0, "Seed of weights, data order, times, noise and sample grids.", least=0, most=_LARGEST_SEED)
 
     # ------------------------------------------------------------------ averaging of weights
     use_ema: bool = _option(True, "Keep an exponential moving average of the weights, and sample and save that.")
@@ -255,7 +271,9 @@ class TrainingConfig:
 
     # ------------------------------------------------------------------ samples, logs and checkpoints
     output_dir: str = _option("outputs/training", "Where checkpoints, samples, logs and the final pipeline go.")
-    overwrite_output_dir: bool = _option(False, "Delete an earlier run in output_dir and start anew.")
+    overwrite_output_dir: bool = _option(
+        False, "Delete what an earlier run wrote in output_dir, and nothing else, and start anew."
+    )
     sample_every: int | None = _option(
         1000, "Draw a grid of samples every so many optimiser steps, and at the end; 0: never.", least=0
     )
@@ -285,7 +303,8 @@ class TrainingConfig:
     resume_from_checkpoint: str | None = _option(
         None,
         "Continue from a checkpoint: its folder, or 'latest' for the last one in output_dir (a new run if there is "
-        "none yet). With the same options the run continues exactly.",
+        "none yet). With the same options the run continues exactly; others count from there on and are logged, but "
+        "another network, loss or data are refused. Later checkpoints are kept as abandoned-checkpoint-<step>.",
     )
     logger: str = _option("tensorboard", "Tracker.", choices=LOGGERS)
     logging_dir: str = _option("logs", "Folder for the tracker inside output_dir.")
@@ -338,6 +357,7 @@ class TrainingConfig:
             )
         if not self.output_dir:
             raise ValueError("output_dir must not be empty.")
+        check_logging_dir(self.logging_dir)
         idle = [name for name in _HUB[1:] if getattr(self, name) and not self.push_to_hub]
         if idle:
             raise ValueError(f"{', '.join(idle)} has no effect without push_to_hub.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +26,9 @@ logger = logging.getLogger(__name__)
 CACHE_BYTES = 2**30
 SCANNED_IMAGES = 256
 IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
-GREY_MODES = ("1", "L", "LA", "I", "I;16", "F")
+GREY_MODES = ("1", "L")  # of what _as_pil returns
+DEEP_WHITE = 65535  # of grey images of more than 8 bits
+FINGERPRINTED = 16  # images
 
 # ------------------------------------------------------------------ where images come from
 
@@ -35,6 +39,25 @@ def load_images(config: TrainingConfig) -> datasets.Dataset | datasets.IterableD
     Raises:
         ValueError: Nothing usable at the path, or no such split.
     """
+    try:
+        return _load(config)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # datasets has errors of its own, whose cause says more than they do
+        raise ValueError(
+            f"{'train_data_dir' if config.train_data_dir else 'dataset_name'} "
+            f"{config.train_data_dir or config.dataset_name!r} cannot be read: {_root_cause(error)}"
+        ) from error
+
+
+def _root_cause(error: BaseException) -> str:
+    """What an exception was first, in one line."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _load(config: TrainingConfig) -> datasets.Dataset | datasets.IterableDataset:
     if config.train_data_dir is not None:
         return _load_local(Path(config.train_data_dir), config)
     name = config.dataset_name or "digits"
@@ -44,7 +67,7 @@ def load_images(config: TrainingConfig) -> datasets.Dataset | datasets.IterableD
             (part,) = datasets.ReadInstruction.from_spec(config.dataset_split).to_absolute({"train": len(digits)})
         except ValueError as error:
             raise ValueError(
-                f"dataset_split of the digits must be train or a slice of it, got {config.dataset_split!r}."
+                f"The split of the digits must be train or a slice of it, got {config.dataset_split!r}."
             ) from error
         digits = digits.select(range(part.from_, part.to))
         return digits.to_iterable_dataset() if config.streaming else digits
@@ -106,7 +129,8 @@ class ImageSource:
     """A data set seen as square byte images of one size, with what the rest of training needs to know about it.
 
     Args:
-        dataset: Its rows have an image (a PIL image, or an array: bytes, or floats in [0, 1]) and perhaps a class.
+        dataset: Its rows have an image (a PIL image, or an array: bytes, integers of 16 bits, or floats in [0, 1]), or
+            the bytes of its file, and perhaps a class.
         config: Resolution, cropping and columns.
         show_progress: Whether to show a progress bar while images are read into memory.
 
@@ -123,9 +147,9 @@ class ImageSource:
     def __init__(self, dataset: datasets.Dataset, config: TrainingConfig, show_progress: bool = False) -> None:
         if len(dataset) == 0:
             raise ValueError("The data set is empty: there is nothing to train on.")
-        self._dataset = dataset
-        self._center_crop = config.center_crop
+        self._center_crop, self._white = config.center_crop, config.white_level
         self._image_column = image_column(dataset.features, config.image_column)
+        self._dataset = dataset = decoded(dataset, self._image_column)
         if config.skip_broken_images:
             self._dataset = dataset = self._without_broken(show_progress)
         self.class_names, self.labels = _classes(dataset, config)
@@ -177,16 +201,25 @@ class ImageSource:
         images = to_network(torch.from_numpy(self.get_many(indices.tolist())).flatten(1), data_min)
         return float(images.std(correction=0)), float(torch.cdist(images, images).max())
 
+    def fingerprint(self, with_classes: bool = False) -> str:
+        """A hash of some images, the first and the last among them, and perhaps of all classes."""
+        digest, n = hashlib.sha256(), len(self._dataset)
+        for index in np.unique(np.linspace(0, n - 1, min(n, FINGERPRINTED)).round().astype(int)).tolist():
+            image = self._read(index)
+            digest.update(f"{image.mode} {image.size}".encode() + image.tobytes())
+        if with_classes and self.labels is not None:
+            digest.update(json.dumps([self.class_names, self.labels.tolist()]).encode())
+        return digest.hexdigest()[:16]
+
     def _read(self, index: int) -> Image.Image:
         return self._open(index, lambda: self._dataset[index][self._image_column])
 
-    @staticmethod
-    def _open(index: int, read: Callable[[], Any]) -> Image.Image:
+    def _open(self, index: int, read: Callable[[], Any]) -> Image.Image:
         try:
             value = read()
             if value is None:
                 raise ValueError("there is none")
-            return _as_pil(value)
+            return _as_pil(value, self._white)
         except Exception as error:  # whatever a decoder throws, the user needs to know which image
             raise ValueError(
                 f"Image {index} of the data set cannot be used: {error} (skip_broken_images leaves such images out)."
@@ -258,7 +291,7 @@ class ImageSource:
         for start in range(0, len(self), SCANNED_IMAGES):
             numbers = range(start, min(start + SCANNED_IMAGES, len(self)))
             try:
-                images = [_as_pil(value) for value in column[start : numbers.stop][self._image_column]]
+                images = [_as_pil(value, self._white) for value in column[start : numbers.stop][self._image_column]]
             except Exception:  # one of them is broken: one by one, the error names it
                 images = [self._read(i) for i in numbers]
             yield from zip(numbers, images, strict=True)
@@ -276,10 +309,28 @@ def image_column(features: Mapping[str, Any], wanted: str | None) -> str:
             raise ValueError(f"image_column must be one of {', '.join(columns)}, got {wanted!r}.")
         return wanted
     found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    found += [name for name, feature in features.items() if _is_encoded(feature)]
     found += [name for name in ("image", "img", "images") if name in columns]
     if not found:
         raise ValueError(f"The data set has no image column: name it with image_column, one of {', '.join(columns)}.")
     return found[0]
+
+
+def _is_encoded(feature: Any) -> bool:
+    """Whether a column, though not typed as images, holds the bytes of their files: {bytes, path}, as in Parquet."""
+    return (
+        isinstance(feature, Mapping)
+        and set(feature) == {"bytes", "path"}
+        and isinstance(feature["bytes"], datasets.Value)
+        and "binary" in feature["bytes"].dtype
+    )
+
+
+def decoded(dataset: Any, column: str) -> Any:
+    """A data set whose column of images is known to be one."""
+    feature = dataset.features[column]
+    is_bytes = isinstance(feature, datasets.Value) and "binary" in feature.dtype
+    return dataset.cast_column(column, datasets.Image()) if is_bytes or _is_encoded(feature) else dataset
 
 
 def label_column(features: Mapping[str, Any], wanted: str | None) -> str | None:
@@ -305,29 +356,56 @@ def _classes(dataset: datasets.Dataset, config: TrainingConfig) -> tuple[list[st
     return list(names), torch.from_numpy(values.astype(np.int64))
 
 
-def _as_pil(value: Any) -> Image.Image:
-    """Any image as a PIL image of mode L or RGB, or one that PIL converts to them correctly."""
+def _as_pil(value: Any, white: int | None) -> Image.Image:
+    """Any image as a PIL image of mode 1, L or RGB. How bright it becomes does not depend on the image itself.
+
+    Args:
+        value: The image.
+        white: Value of white in integer images of more than 8 bits; None for 65535.
+    """
     if not isinstance(value, Image.Image):
-        return _array_as_pil(np.asarray(value))
+        return _array_as_pil(np.asarray(value), white)
     image = ImageOps.exif_transpose(value)
-    if image.mode in ("I", "I;16", "F"):  # PIL's own conversion would clip these at 255
+    if image.mode == "F" or image.mode.startswith("I"):  # PIL's own conversion would clip these at 255
         pixels = np.asarray(image)
-        return _array_as_pil(pixels / 65535.0 if image.mode != "F" and pixels.max() > 255 else pixels)
-    if "A" in image.getbands() or "transparency" in image.info:
-        grey = image.mode in ("LA", "L")
-        image = image.convert("RGBA")
+        deep = image.mode != "F"
+        return _array_as_pil(_scaled(pixels, DEEP_WHITE if white is None else white) if deep else pixels, white)
+    grey = image.mode in ("1", "L", "LA", "La") or (image.mode in ("P", "PA") and _has_grey_palette(image))
+    if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:  # LAB's A is no alpha
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("L" if grey else "RGB")
-    return image if image.mode in ("1", "L") else image.convert("RGB")
+    if image.mode in GREY_MODES:
+        return image
+    return image.convert("L" if grey else "RGB")
 
 
-def _array_as_pil(pixels: np.ndarray) -> Image.Image:
+def _has_grey_palette(image: Image.Image) -> bool:
+    """Whether all colours that an image takes from its palette are grey."""
+    used = [index for index, count in enumerate(image.getchannel(0).histogram()) if count]
+    palette = np.asarray(image.convert("P").getpalette("RGB") if image.mode == "PA" else image.getpalette("RGB"))
+    colours = palette.reshape(-1, 3)
+    colours = colours[[index for index in used if index < len(colours)]]
+    return bool((colours == colours[:, :1]).all())
+
+
+def _scaled(pixels: np.ndarray, white: int) -> np.ndarray:
+    """Integers from 0 to ``white`` as floats in [0, 1]."""
+    low, high = int(pixels.min(initial=0)), int(pixels.max(initial=0))
+    if low < 0 or high > white:
+        raise ValueError(f"integers of more than 8 bits must lie in 0..{white} (white_level), got {low} to {high}")
+    return pixels / float(white)
+
+
+def _array_as_pil(pixels: np.ndarray, white: int | None) -> Image.Image:
     if pixels.ndim == 3 and pixels.shape[0] in (1, 3) and pixels.shape[-1] not in (1, 3):
         pixels = pixels.transpose(1, 2, 0)
     if pixels.ndim == 3 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
     if not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] == 3)) or pixels.size == 0:
         raise ValueError(f"an array of shape (H, W), (H, W, 1 or 3) or (1 or 3, H, W) is needed, got {pixels.shape}.")
+    # Integers of other types may be bytes that were counted in Python, unless it is said that they are not.
+    if pixels.dtype == np.uint16 or (white is not None and pixels.dtype.kind in "iu" and pixels.dtype != np.uint8):
+        pixels = _scaled(pixels, DEEP_WHITE if white is None else white)
     if pixels.dtype.kind == "f":
         if not np.isfinite(pixels).all():
             raise ValueError("it has values that are not finite.")
@@ -335,7 +413,10 @@ def _array_as_pil(pixels: np.ndarray) -> Image.Image:
             raise ValueError(f"floats must lie in [0, 1], got {pixels.min():g} to {pixels.max():g}.")
         pixels = np.rint(pixels * 255.0)
     elif pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() > 255:
-        raise ValueError(f"integers must lie in 0..255, got {pixels.dtype} from {pixels.min()} to {pixels.max()}.")
+        raise ValueError(
+            f"integers must lie in 0..255, or in 0..white_level where that is given, got {pixels.dtype} from "
+            f"{pixels.min()} to {pixels.max()}."
+        )
     return Image.fromarray(pixels.astype(np.uint8))
 
 

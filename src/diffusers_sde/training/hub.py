@@ -45,9 +45,14 @@ class Publisher:
         self._report()
         try:
             folder = tempfile.TemporaryDirectory()
+        except OSError as error:
+            self._explain(error)
+            return
+        try:
             pipeline.save_pretrained(folder.name)
             add_card(folder.name, pipeline, self.repo_id, {"training_command": self._config.command()})
-        except OSError as error:  # no room on the disk
+        except Exception as error:  # no room on the disk, in whatever words
+            folder.cleanup()
             self._explain(error)
             return
         self._running = HfApi().run_as_future(self._upload, folder, message)

@@ -178,7 +178,11 @@ def default_channels(resolution: int) -> tuple[int, ...]:
 
 
 def _unet_from_config(path: str, source: ImageSource, classes: int | None) -> UNet2DModel:
-    unet = UNet2DModel.from_config({**UNet2DModel.load_config(path), "num_class_embeds": classes})
+    config = UNet2DModel.load_config(path)
+    try:
+        unet = UNet2DModel.from_config({**config, "num_class_embeds": classes})
+    except Exception as error:  # diffusers checks no types: whatever a wrong one leads to
+        raise ValueError(f"model_config_name_or_path {path!r} is no config of a UNet2DModel: {error}") from error
     has = {"in_channels": unet.config.in_channels, "out_channels": unet.config.out_channels}
     for name, value in has.items():
         if value != source.channels:

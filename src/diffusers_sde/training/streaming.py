@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from .configuration import TrainingConfig
-from .data import ImageSource, TrainingSamples, image_column, label_column
+from .data import ImageSource, TrainingSamples, decoded, image_column, label_column
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,9 @@ class StreamSource(ImageSource):
         if not features:
             raise ValueError("The data set is empty: there is nothing to train on.")
         self._image_column = image_column(features, config.image_column)
+        if dataset.features is not None:
+            dataset = decoded(dataset, self._image_column)
+            features = dataset.features
         self._label_column = label_column(features, config.label_column)
         if config.class_conditional and self._label_column is not None and config.num_classes is None:
             if not isinstance(features[self._label_column], datasets.ClassLabel):
@@ -68,7 +71,7 @@ class StreamSource(ImageSource):
         self._stream = stream
         if config.shuffle_buffer:
             self._stream = stream.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
-        self._skip_broken = config.skip_broken_images
+        self._skip_broken, self._white = config.skip_broken_images, config.white_level
         self._class_conditional = config.class_conditional
         self._broken = 0
         self._passes: list[tuple[int, int]] = [(0, 0)]

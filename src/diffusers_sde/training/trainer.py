@@ -10,13 +10,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import UNet2DModel
 from diffusers.optimization import get_scheduler
@@ -27,17 +29,24 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..denoisers import call_network
-from ..files import write_whole
+from ..files import FolderInUse, check_unlocked, saving, write_whole
 from ..losses import denoising_loss, importance_ratio, times_from_uniform
 from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
+from ..processes import lock_for_all
 from .averaging import PowerEMA
 from .checkpoints import (
+    CONFIG_FILE,
+    TRACKER,
     check_output_dir,
+    check_weights,
     clear_run,
     find_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     read_state,
     save_checkpoint,
+    save_model,
+    set_aside_later,
 )
 from .configuration import TrainingConfig
 from .data import TrainingSamples, batches, load_images, to_network
@@ -58,6 +67,16 @@ from .streaming import StreamedSamples, StreamSource, open_source
 logger = logging.getLogger(__name__)
 
 SHOWN_SIDE, FRAME = 64, 2  # pixels
+# Options that change what comes out, and that a run may change when it is resumed: they count from there on.
+_CHANGEABLE = (
+    *("learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay"),
+    *("adam_epsilon", "max_grad_norm", "train_batch_size", "gradient_accumulation_steps", "dropout", "random_flip"),
+    *("center_crop", "stratified_times", "sampling_eps", "ema_inv_gamma", "ema_power", "ema_max_decay"),
+    *("torch_compile", "channels_last"),
+)
+# What checkpoints of the first versions do not say about themselves.
+_RECORDED_LATER = frozenset(("architecture", "data", "train_eps", "min_snr_gamma", "log_normal_mean", "log_normal_std"))
+_NO_ARCHITECTURE = ("dropout", "sample_size", "id2label", "label2id")  # of a network's config
 
 
 def train(config: TrainingConfig, dataset: datasets.Dataset | datasets.IterableDataset | None = None) -> SDEPipeline:
@@ -93,9 +112,9 @@ class Trainer:
     ) -> None:
         self.config = config
         self.output_dir = Path(config.output_dir)
-        self.resume_from = find_checkpoint(
-            self.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir, config.logging_dir
-        )
+        check_unlocked(self.output_dir)
+        self.resume_from = find_checkpoint(self.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)
+        self._found = list_checkpoints(self.output_dir)
         self.accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             mixed_precision=config.mixed_precision or default_precision(),
@@ -119,11 +138,13 @@ class Trainer:
         check_trainable(
             self.sde, self.scheduler.parametrization, self.weighting, self.discrete_steps, config.time_sampling
         )
+        with torch.device("meta"):  # nothing is allocated
+            weights = sum(p.numel() * p.element_size() for p in self._build_network().parameters())
+        self._check_memory(weights)
         set_seed(config.seed)
         self.unet = self._build_network()
 
         if main_process:
-            weights = sum(p.numel() * p.element_size() for p in self.unet.parameters())
             copies = (4 if config.use_ema else 3) if config.checkpointing_steps else 0  # Adam has two
             check_output_dir(self.output_dir, (copies + 1) * weights)
 
@@ -137,6 +158,9 @@ class Trainer:
         if self.resume_from is not None:
             state = read_state(self.resume_from)
             self._check_resumable(state)
+            check_weights(self.resume_from, self.unet)
+            if main_process:
+                self._log_changes(state)
             self.step, self.samples_seen = state["step"], state["samples_seen"]
             if isinstance(self.source, StreamSource):
                 self.source.resume(*state["stream"])
@@ -151,6 +175,18 @@ class Trainer:
     def _build_network(self) -> Any:
         return build_unet(self.config, self.source)
 
+    def _check_memory(self, weights: int) -> None:
+        """Refuse a network or a batch that the machine's memory cannot hold by far: activations are not counted."""
+        batch, side = self.config.train_batch_size, self.source.resolution
+        images = 5 * batch * self.source.channels * side**2  # bytes and noise
+        available = psutil.virtual_memory().available
+        if weights + images > available:
+            raise ValueError(
+                f"The weights of this network ({weights / 2**30:.1f} GiB) and one batch of {batch} images of side "
+                f"{side} ({images / 2**30:.1f} GiB) do not fit into {available / 2**30:.1f} GiB of free memory: choose "
+                "smaller block_out_channels, layers_per_block, resolution or train_batch_size."
+            )
+
     def _steps(self, epochs: int | None) -> int | None:
         return None if epochs is None else max(1, round(epochs * len(self.source) / self.global_batch_size))
 
@@ -163,17 +199,28 @@ class Trainer:
             The pipeline, as it was saved in ``output_dir``.
 
         Raises:
+            FolderInUse: Another run is writing to ``output_dir``; nothing has been changed.
+            SaveError: The disk is full, or the like; earlier checkpoints are whole.
             RuntimeError: The loss is not finite any more; the last checkpoint is kept.
             SystemExit: SIGTERM has ended the run; a checkpoint is saved.
         """
+        self.accelerator.wait_for_everyone()  # nobody touches the output folder before everybody has checked it
+        with lock_for_all(self.output_dir, PartialState()):
+            return self._run()
+
+    def _run(self) -> SDEPipeline:
         config, accelerator = self.config, self.accelerator
-        accelerator.wait_for_everyone()  # nobody touches the output folder before everybody has checked it
+        if list_checkpoints(self.output_dir) != self._found:
+            raise FolderInUse(
+                f"output_dir {str(self.output_dir)!r}: another run has saved checkpoints while this one was starting. "
+                "Start again."
+            )
+        accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             if config.overwrite_output_dir:
-                clear_run(self.output_dir, config.logging_dir)
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            settings = json.dumps(config.public(), indent=2) + "\n"
-            write_whole(self.output_dir / "training_config.json", lambda file: file.write_text(settings))
+                clear_run(self.output_dir)
+            if self.resume_from is None:
+                self._save_configuration()
         accelerator.wait_for_everyone()
         self._prepare()
         self._progress = ProgressOfSamples(config, self.source) if config.eval_every else None
@@ -195,7 +242,13 @@ class Trainer:
         set_seed(config.seed, device_specific=True)
         if self.resume_from is not None:
             self.lr_scheduler.load_state_dict(load_checkpoint(accelerator, self.resume_from, self.ema)["lr_scheduler"])
+            self._apply_optimiser_options()
             accelerator.step = 0
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                # Only now is it certain that the run goes on as it is told to.
+                set_aside_later(self.output_dir, self.resume_from, self.step)
+                self._save_configuration()
         with StopSignal(accelerator) as stop:
             self._loop(stop)
         pipeline = self._save_pipeline()
@@ -203,6 +256,26 @@ class Trainer:
             self.publisher.finish(pipeline)
         accelerator.end_training()
         return pipeline
+
+    def _save_configuration(self) -> None:
+        settings = json.dumps(self.config.public(), indent=2) + "\n"
+        with saving("The configuration", self.output_dir):
+            write_whole(self.output_dir / CONFIG_FILE, lambda file: file.write_text(settings))
+
+    def _apply_optimiser_options(self) -> None:
+        """Let the run's own options count, where loading a checkpoint has restored those that it was trained with."""
+        config, schedule = self.config, self.lr_scheduler
+        schedule.base_lrs = [config.learning_rate] * len(schedule.base_lrs)
+        rates = [config.learning_rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group |= {
+                "lr": rate,
+                "initial_lr": config.learning_rate,
+                "betas": (config.adam_beta1, config.adam_beta2),
+                "weight_decay": config.adam_weight_decay,
+                "eps": config.adam_epsilon,
+            }
+        schedule._last_lr = rates
 
     def _prepare(self) -> None:
         config, accelerator = self.config, self.accelerator
@@ -250,7 +323,7 @@ class Trainer:
                 )
         if config.logger != "none":
             plain = {k: v for k, v in config.public().items() if isinstance(v, (bool, int, float, str))}
-            accelerator.init_trackers("diffusers-sde", config=plain)
+            accelerator.init_trackers(TRACKER, config=plain)
 
     def _loop(self, stop: StopSignal) -> None:
         config, accelerator = self.config, self.accelerator
@@ -315,7 +388,8 @@ class Trainer:
                     progress.close()
                     accelerator.end_training()
                     logger.info(
-                        "SIGTERM: stopped after step %d; saved %s. resume_from_checkpoint='latest' goes on.",
+                        "SIGTERM, or the launcher has ended: stopped after step %d; saved %s. "
+                        "resume_from_checkpoint='latest' goes on.",
                         self.step,
                         checkpoint,
                     )
@@ -379,6 +453,7 @@ class Trainer:
             "processes": self.accelerator.num_processes,
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "identity": self._identity(),
+            "options": self._options(),
         }
         if isinstance(self.source, StreamSource):
             state["stream"] = self.source.pass_at(self.samples_seen)
@@ -427,9 +502,9 @@ class Trainer:
         with self._averaged_weights() as unet:
             images = self._sample_images(unet) if accelerator.is_main_process else []
         if images:
-            folder = self.output_dir / "samples"
-            folder.mkdir(exist_ok=True)
-            image_grid(images).save(folder / f"step-{self.step:07d}.png")
+            grid = self.output_dir / "samples" / f"step-{self.step:07d}.png"
+            with saving("Samples", self.output_dir):
+                write_whole(grid, partial(image_grid(images).save, format="PNG"))
             for tracker in accelerator.trackers:
                 if tracker.name == "tensorboard":
                     array = np.stack([np.asarray(image.convert("RGB")) for image in images])
@@ -456,7 +531,7 @@ class Trainer:
         with self._averaged_weights() as unet:
             pipeline = self._pipeline(unet)
             if self.accelerator.is_main_process:
-                pipeline.save_pretrained(str(self.output_dir))
+                save_model(pipeline, self.output_dir)
             if self.step >= self.max_steps:
                 # The run is over: hand out the averaged weights themselves, without accelerate's wrapping.
                 averaged = UNet2DModel.from_config(unet.config).to(self.accelerator.device)
@@ -466,37 +541,86 @@ class Trainer:
         return pipeline
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with the run that continues it."""
-        return {
+        """What a checkpoint must have in common with the run that continues it: network, data and loss."""
+        config, source = self.config, self.source
+        settings = self.unet.config.items()
+        architecture = {k: v for k, v in settings if not k.startswith("_") and k not in _NO_ARCHITECTURE}
+        identity = {
             "sde": repr(self.scheduler.sde),
             "prediction_type": self.scheduler.config.prediction_type,
             "sigma_data": self.scheduler.config.sigma_data,
             "time_conditioning": self.scheduler.config.time_conditioning,
             "weighting": self.weighting,
-            "time_sampling": self.config.time_sampling,
-            "discrete": self.config.discrete,
-            "data_min": self.config.data_min,
-            "use_ema": self.config.use_ema,
-            "ema_relative_std": self.config.ema_relative_std,
-            "resolution": self.source.resolution,
-            "channels": self.source.channels,
+            "min_snr_gamma": config.min_snr_gamma if self.weighting == "min_snr" else None,
+            "time_sampling": config.time_sampling,
+            "log_normal_mean": config.log_normal_mean if config.time_sampling == "log_normal" else None,
+            "log_normal_std": config.log_normal_std if config.time_sampling == "log_normal" else None,
+            "train_eps": config.train_eps,
+            "discrete": config.discrete,
+            "data_min": config.data_min,
+            "use_ema": config.use_ema,
+            "ema_relative_std": config.ema_relative_std,
+            "resolution": source.resolution,
+            "channels": source.channels,
             "block_out_channels": list(self.unet.config.block_out_channels),
             "layers_per_block": self.unet.config.layers_per_block,
-            "images": self.source.num_images,
-            "shuffle_buffer": self.config.shuffle_buffer if self.source.num_images is None else None,
-            "seed": self.config.seed,
-            "class_conditional": self.config.class_conditional,
-            "label_dropout": self.config.label_dropout if self.config.class_conditional else None,
+            "architecture": architecture,
+            "images": source.num_images,
+            "data": source.fingerprint(config.class_conditional),
+            "shuffle_buffer": config.shuffle_buffer if source.num_images is None else None,
+            "seed": config.seed,
+            "class_conditional": config.class_conditional,
+            "label_dropout": config.label_dropout if config.class_conditional else None,
         }
+        return json.loads(json.dumps(identity))  # as it is read again: JSON has no tuples
 
     def _check_resumable(self, state: dict[str, Any]) -> None:
-        saved, own = state.get("identity", {}), self._identity()
-        for name in {**own, **saved}:
-            if saved.get(name) != own.get(name):
+        saved, own = dict(state["identity"]), self._identity()
+        unrecorded = _RECORDED_LATER - set(saved)
+        unknown = sorted(name for name in unrecorded if own[name] is not None)
+        if unknown:
+            logger.warning(
+                "The checkpoint was saved by an earlier version, which did not record %s: make sure yourself that this "
+                "run has the same.",
+                ", ".join(unknown),
+            )
+        # A diffusers that is older or newer has fewer or more entries in a network's config.
+        networks = [identity.pop("architecture", {}) for identity in (saved, own)]
+        for name in networks[0].keys() & networks[1].keys():
+            saved[f"network's {name}"], own[f"network's {name}"] = (network[name] for network in networks)
+        # What has a name of its own first: other options may be why the data or the network are others.
+        names = [name for name in {**own, **saved} if name not in unrecorded]
+        for name in sorted(names, key=lambda name: (name == "data", name.startswith("network's"))):
+            if saved.get(name) == own.get(name):
+                continue
+            if name == "data":
                 raise ValueError(
-                    f"resume_from_checkpoint: the checkpoint was trained with {name}={saved.get(name)!r}, this run "
-                    f"has {own.get(name)!r}."
+                    "resume_from_checkpoint: the checkpoint was trained on other images or classes than those of this "
+                    f"run (fingerprints {saved[name]} and {own[name]}), though they are as many."
                 )
+            raise ValueError(
+                f"resume_from_checkpoint: the checkpoint was trained with {name}={saved.get(name)!r}, this run "
+                f"has {own.get(name)!r}."
+            )
+
+    def _options(self) -> dict[str, Any]:
+        """The options that change the result and may change when a run is resumed."""
+        options = {name: getattr(self.config, name) for name in _CHANGEABLE}
+        options |= {"max_train_steps": self.max_steps, "processes": self.accelerator.num_processes}
+        return options | {"mixed_precision": self.accelerator.mixed_precision}
+
+    def _log_changes(self, state: dict[str, Any]) -> None:
+        saved, own = state.get("options"), self._options()
+        if saved is None:
+            logger.warning(
+                "The checkpoint does not say which options it was trained with: those of this run count now."
+            )
+            return
+        changes = [
+            f"{name} {saved[name]!r} -> {own[name]!r}" for name in own if saved.get(name, own[name]) != own[name]
+        ]
+        if changes:
+            logger.warning("Other options than those of the checkpoint count from now on: %s.", ", ".join(changes))
 
     def _log_start(self) -> None:
         parameters = sum(p.numel() for p in self.unet.parameters())
