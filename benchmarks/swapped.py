@@ -160,6 +160,10 @@ def arguments(variant: str) -> dict[str, Any]:
     call = ast.parse(f"f({variant})", mode="eval").body
     if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
         raise ValueError(f"--ours takes keyword arguments of from_config, got {variant!r}.")
+    known = {name for cls in OURS.values() for name in inspect.signature(cls.__init__).parameters} - {"self"}
+    for keyword in call.keywords:
+        if keyword.arg not in known:
+            raise ValueError(f"--ours takes {', '.join(sorted(known))}, got {keyword.arg!r}.")
     return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
 
 
