@@ -347,7 +347,8 @@ def closed_summary(result: dict[str, Any]) -> list[str]:
                 mark = "**" if 0.25 < value < math.inf else ""
                 values.append(f"{mark}{value:.2f}{mark}" if math.isfinite(value) else "-")
             stock = (off(r, calls) for name, r in entry["rows"].items() if not is_ours(name) and r["kind"] == kind)
-            values.append(f"{min(stock, default=math.inf):.2f}")
+            nearest = min(stock, default=math.inf)
+            values.append(f"{nearest:.2f}" if math.isfinite(nearest) else "-")
             cells.append(" / ".join(values))
         lines.append(f"| {entry['config']} | " + " | ".join(cells) + " |")
     return [*lines, ""]
