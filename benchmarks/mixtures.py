@@ -120,8 +120,12 @@ class MixtureJudge:
         x = x.double()
         if not bool(torch.isfinite(x).all()):
             return {"fd": math.inf, "sw": math.inf, "nats": -math.inf}
-        data = self.data
-        fd = frechet(data.mean, data.covariance, x.mean(0), torch.cov(x.T))
+        data, fd = self.data, self.fd(x)
         sw = ((x @ self.directions).sort(0).values - self.quantiles).square().mean().sqrt()
         nats = (data.log_prob(x).mean() - self.log_prob) / data.dim
         return {"fd": fd, "sw": float(sw), "nats": float(nats)}
+
+    def fd(self, x: Tensor) -> float:
+        """The Frechet distance alone."""
+        x = x.double()
+        return frechet(self.data.mean, self.data.covariance, x.mean(0), torch.cov(x.T))

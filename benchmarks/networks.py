@@ -102,7 +102,9 @@ class NetworkJudge:
         return torch.cat([self._classifier(part)[0] for part in images.split(512)])
 
     def __call__(self, x: Tensor) -> dict[str, Any]:
-        if not bool(torch.isfinite(x).all()):
-            return {"fd": math.inf}
+        return {"fd": self.fd(x) if bool(torch.isfinite(x).all()) else math.inf}
+
+    def fd(self, x: Tensor) -> float:
+        """The Frechet distance, of finite samples."""
         levels = (127.5 * (x.clamp(-1.0, 1.0) + 1.0)).round().to(torch.uint8)
-        return {"fd": frechet_distance(self._features(levels), self._real)}
+        return float(frechet_distance(self._features(levels), self._real))
