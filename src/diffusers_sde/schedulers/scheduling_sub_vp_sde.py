@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffusers.configuration_utils import register_to_config
 
+from ..parametrizations import TimeConditioning
 from ..sdes import SubVPSDE
 from .scheduling_sde import SDEScheduler, document_common_arguments
 
@@ -55,4 +56,5 @@ class SubVPSDEScheduler(SDEScheduler):
         time_conditioning: str = "continuous",
         sigma_data: float = 0.5,
     ) -> None:
+        TimeConditioning(time_conditioning, num_train_timesteps)  # refuses N by name
         self._setup(SubVPSDE(num_train_timesteps * beta_start, num_train_timesteps * beta_end))
