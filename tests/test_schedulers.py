@@ -641,6 +641,7 @@ def test_bad_construction_names_the_argument(name, arguments, words):
         (lambda: VPSDEScheduler(beta_schedule="cosine"), ["beta_schedule", "squaredcos_cap_v2"]),
         (lambda: VPSDEScheduler(trained_betas=[0.1, 0.2]), ["trained_betas", "num_train_timesteps"]),
         (lambda: VPSDEScheduler(continuous=True, beta_schedule="scaled_linear"), ["continuous", "beta_schedule"]),
+        (lambda: VPSDEScheduler(continuous=True, num_train_timesteps=0), ["num_train_timesteps"]),
         (lambda: VPSDEScheduler(beta_end=-1.0), ["beta_end"]),
         (lambda: VESDEScheduler(sigma_min=2.0, sigma_max=1.0), ["sigma_min", "sigma_max"]),
         (lambda: FlowSDEScheduler(shift=0.0), ["shift"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffusers.configuration_utils import register_to_config
 
+from ..parametrizations import TimeConditioning
 from ..sdes import SubVPSDE
 from .config_checks import checked_config
 from .scheduling_sde import SDEScheduler, document_common_arguments
@@ -37,7 +38,7 @@ class SubVPSDEScheduler(SDEScheduler):
         corrector: str | None = None,
         probability_flow: bool = False,
         stochasticity: float | None = None,
-        solver_order: int | None = None,
+        solver_order: int = 3,
         solver_type: str = "heun",
         solver_correction: bool = True,
         gaussian_std: float = 0.05,
@@ -57,4 +58,5 @@ class SubVPSDEScheduler(SDEScheduler):
         sigma_data: float = 0.5,
     ) -> None:
         self.register_to_config(**checked_config(self.config))
+        TimeConditioning(time_conditioning, num_train_timesteps)  # refuses N by name
         self._setup(SubVPSDE(num_train_timesteps * beta_start, num_train_timesteps * beta_end))

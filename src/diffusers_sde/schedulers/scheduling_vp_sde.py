@@ -6,6 +6,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
+from ..parametrizations import TimeConditioning
 from ..sdes import SDE, VPSDE, DiscreteVPSDE, ddpm_betas
 from .config_checks import checked_config
 from .scheduling_sde import SDEScheduler, document_common_arguments
@@ -90,6 +91,7 @@ class VPSDEScheduler(SDEScheduler):
         num_train_timesteps = self.config.num_train_timesteps  # an integer now, where 1000.0 was given
         sde: SDE
         if continuous:
+            TimeConditioning(self.config.time_conditioning, num_train_timesteps)  # refuses N by name
             sde = VPSDE(num_train_timesteps * beta_start, num_train_timesteps * beta_end)
         else:
             betas = ddpm_betas(beta_schedule, num_train_timesteps, beta_start, beta_end, trained_betas)
