@@ -217,7 +217,6 @@ def calls():
 
 # Names under which an argument of one function is known to the one below it.
 OTHER_NAMES = {
-    "x": "images",
     "a": "a|x_a",
     "b": "b|x_b",
     "trace": "method",

@@ -367,7 +367,7 @@ OPERATORS: dict[str, type[LinearOperator]] = {
 
 def check_noise_std(noise_std: float) -> None:
     """Raise a ValueError unless the standard deviation of the measurement noise is a number >= 0."""
-    check_number("noise_std", noise_std, at_least=0.0)
+    check_number("noise_std", noise_std, at_least=0.0, at_most=1e12)  # its square is a number of float32
 
 
 def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iterations: int, rtol: float = 1e-6) -> Tensor:

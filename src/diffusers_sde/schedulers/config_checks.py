@@ -33,7 +33,15 @@ def _check_betas(name: str, value: Any) -> Any:
     return value
 
 
+def _check_terminal(name: str, value: Any) -> float | None:
+    """A time at which a grid may end, or 0 for none."""
+    end = None if value is None else check_number(name, value, at_least=0.0, below=1.0)
+    return check_number(name, end, at_least=SMALLEST_TIME) if end else end
+
+
 _POSITIVE = partial(check_number, above=0.0)
+_SCALE = partial(check_number, at_least=1e-9, at_most=1e6)  # its square, and one over that, are numbers of float32
+_FACTOR = partial(check_number, at_least=1e-3, at_most=1e3)
 _NUMBER_OR_NONE = _or_none(check_number)
 _COUNT_OR_NONE = _or_none(check_integer, at_least=1)
 CONFIG_CHECKS: dict[str, Callable[[str, Any], Any]] = {
@@ -42,7 +50,7 @@ CONFIG_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "prediction_type": partial(check_choice, allowed=PREDICTION_TYPES),
     "preconditioning": partial(check_choice, allowed=(None, "edm")),
     "time_conditioning": partial(check_choice, allowed=(None, *TIME_CONDITIONINGS)),
-    "sigma_data": _POSITIVE,
+    "sigma_data": _SCALE,
     "variance_type": partial(check_choice, allowed=VARIANCE_TYPES),
     # its path
     "beta_start": partial(check_number, at_least=0.0),
@@ -51,19 +59,19 @@ CONFIG_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "trained_betas": _check_betas,
     "rescale_betas_zero_snr": check_flag,
     "continuous": check_flag,
-    "sigma_min": _POSITIVE,
-    "sigma_max": _POSITIVE,
+    "sigma_min": _SCALE,
+    "sigma_max": _SCALE,
     # the sampler
     "predictor": partial(check_choice, allowed=PREDICTORS),
     "corrector": partial(check_choice, allowed=(None, *CORRECTORS)),
     "probability_flow": check_flag,
-    "stochasticity": _or_none(check_number, at_least=0.0),
+    "stochasticity": _or_none(check_number, at_least=0.0, at_most=1000.0),
     "solver_order": _or_none(check_integer, at_least=1, at_most=3),
     "solver_type": partial(check_choice, allowed=SOLVER_TYPES),
     "solver_correction": check_flag,
-    "gaussian_std": partial(check_number, at_least=0.0),
+    "gaussian_std": partial(check_number, at_least=0.0, at_most=1e6),
     "correct_steps": partial(check_integer, at_least=1, at_most=MOST_CORRECTIONS),
-    "snr": _POSITIVE,
+    "snr": partial(check_number, above=0.0, at_most=1000.0),
     "langevin_norm": partial(check_choice, allowed=LANGEVIN_NORMS),
     "denoise_final": check_flag,
     "final_sigmas_type": partial(check_choice, allowed=("zero", "sigma_min")),
@@ -75,18 +83,18 @@ CONFIG_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "sample_max_value": partial(check_number, at_least=1.0),
     # the grid
     "time_grid": partial(check_choice, allowed=(None, *TIME_GRIDS)),
-    "rho": partial(check_number, above=0.0, at_most=1000.0),
+    "rho": partial(check_number, at_least=0.01, at_most=1000.0),
     "sampling_eps": partial(check_number, at_least=SMALLEST_TIME),
     "timestep_spacing": partial(check_choice, allowed=TIMESTEP_SPACINGS),
     "steps_offset": partial(check_integer, at_least=0, at_most=LONGEST_TABLE - 1),
-    "shift": _POSITIVE,
+    "shift": _FACTOR,
     "use_dynamic_shifting": check_flag,
     "base_shift": _NUMBER_OR_NONE,
     "max_shift": _NUMBER_OR_NONE,
     "base_image_seq_len": _COUNT_OR_NONE,
     "max_image_seq_len": _COUNT_OR_NONE,
     "time_shift_type": partial(check_choice, allowed=("exponential", "linear")),
-    "shift_terminal": _or_none(check_number, at_least=0.0, below=1.0),
+    "shift_terminal": _check_terminal,
 }
 
 

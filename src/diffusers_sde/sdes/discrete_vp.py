@@ -114,10 +114,12 @@ class DiscreteVPSDE(SDE):
     def from_betas(cls, betas: Tensor | Sequence[float], rescale_betas_zero_snr: bool = False) -> DiscreteVPSDE:
         """From the variances beta_1..beta_N (see ``ddpm_betas``), optionally with zero terminal SNR."""
         alphas_cumprod = torch.cumprod(1.0 - torch.as_tensor(betas, dtype=torch.float64), 0)
-        if bool((alphas_cumprod[:-1] == 0.0).any()):
+        signal = [1.0, *alphas_cumprod.tolist()]
+        stuck = next((n for n, (a, b) in enumerate(zip(signal, signal[1:], strict=False)) if not b < a), None)
+        if stuck is not None:
             raise ValueError(
-                "betas must leave some signal up to the last one: a beta_start, beta_end or entry of trained_betas is "
-                f"too large, and the signal is gone after {int((alphas_cumprod > 0).sum())} of {len(betas)} steps."
+                "each of the betas must take away some of the signal and leave some: beta_start, beta_end or an entry "
+                f"of trained_betas is too large or too small (alpha_bar stays {signal[stuck]:g} in step {stuck + 1})."
             )
         if rescale_betas_zero_snr:
             alphas_cumprod = rescale_to_zero_terminal_snr(alphas_cumprod)
