@@ -43,7 +43,7 @@ from diffusers_sde.schedulers.config_checks import CONFIG_CHECKS
 from diffusers_sde.sdes import VPSDE
 
 NAN, INF = math.nan, math.inf
-NOT_NUMBERS = ("1", None, True, [1.0], 1j, NAN, INF, -INF, np.array([1.0, 2.0]), torch.zeros(2), object())
+NOT_NUMBERS = ("1", None, True, [1.0], 1j, NAN, INF, -INF, np.array([1.0, 2.0]), torch.zeros(2), dict)
 SCHEDULERS = (VPSDEScheduler, SubVPSDEScheduler, VESDEScheduler, FlowSDEScheduler)
 
 

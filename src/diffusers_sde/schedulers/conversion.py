@@ -1,7 +1,8 @@
 """Reading the configs of diffusers' own schedulers: which path a network was trained on, and its constants.
 
 A stock config mixes three kinds of keys. Those that describe the *network* (betas, sigmas, prediction type, shift) must
-be honoured exactly or refused. Those that choose a *time grid* (spacing, Karras, shift) are honoured. Those of the old
+be honoured exactly or refused. Those that choose a *time grid* by name (Karras and its kin, shift) are honoured, and a
+grid uniform in t gives way to ours unless the caller asks for it (``on_our_grid``). Those of the old
 *sampler* (solver type, corrector switches, s_churn) are what the user is replacing; they are kept in the config, so
 that swapping back loses nothing.
 
@@ -283,6 +284,22 @@ def translate_config(
     return implied
 
 
+def on_our_grid(implied: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """What ``translate_config`` found, with our grid for the config's own where that is one uniform in t.
+
+    The grid is part of the sampler, not of the model. Uniform times have their last interval, or their first, far too
+    long in log-SNR: stock schedulers beat any sampler of ours there, and none does on ours (benchmarks/swapped.py). A
+    grid that is named in the config (Karras and its kin) stays, and so does the paper's own.
+    """
+    uniform = implied.get("time_grid", "") in (None, "uniform") and "continuous" not in implied
+    if not uniform or "corrector" in implied:
+        return implied
+    n = config.get("num_train_timesteps", 1000)
+    own_ends = ("final_sigmas_type", LEFT_OUT_KEY)
+    rest = {k: v for k, v in implied.items() if k not in own_ends}
+    return {"sampling_eps": 1.0 / n, **rest, "time_grid": "blended"}
+
+
 def _refuse_kind(config: dict[str, Any], source: str) -> None:
     """Refuse the configs of schedulers that sample no SDE."""
     if source in _REFUSED_CLASSES:
@@ -374,7 +391,9 @@ def _from_vp(config: dict[str, Any]) -> dict[str, Any]:
     if ours["time_grid"] is not None:
         # The first table entry, where diffusers' sigma grids end.
         ours["sampling_eps"] = 1.0 / config.get("num_train_timesteps", 1000)
-    if config.get("set_alpha_to_one") is False:
+    # Where a class has no such argument, the key was left by the one before it.
+    owner = stock_arguments().get(stock_class(config) or "", config)
+    if config.get("set_alpha_to_one") is False and "set_alpha_to_one" in owner:
         ours["final_sigmas_type"] = "sigma_min"
     spacing = _FIXED_SPACING.get(stock_class(config) or "")
     if spacing is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ..checks import check_number, check_numbers
 from ..sdes import RectifiedFlowSDE
+from ..time_grids import WARPED
 from .scheduling_sde import SDEScheduler, document_common_arguments
 
 LARGEST_MU = 100.0  # the shift is e^mu
+_Times = TypeVar("_Times", float, Tensor)
 
 
 @document_common_arguments
@@ -27,8 +29,9 @@ class FlowSDEScheduler(SDEScheduler):
 
     Args:
         num_train_timesteps: N, the scale of the network's timesteps: it is fed t N.
-        shift: Moves the grid towards the noise, t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024,
-            arXiv:2403.03206, section 5.3.2). A sampling grid only, the path stays the same.
+        shift: Moves uniform times towards the noise, t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024,
+            arXiv:2403.03206, section 5.3.2): the ``uniform`` and ``blended`` grids, ``timestep_spacing``, and sigmas
+            that are passed. Grids in log-SNR (``sech``, ``log_snr``, ``karras``) do not move, nor does the path.
         use_dynamic_shifting: Take the shift from ``mu``, which pipelines compute from the image size and pass to
             ``set_timesteps``, instead of ``shift``.
         base_shift: Read by pipelines, to compute ``mu``; likewise the next three.
@@ -112,8 +115,27 @@ class FlowSDEScheduler(SDEScheduler):
         super().set_timesteps(num_inference_steps, device, timesteps, sigmas, **foreign)
 
     def level_times(self, num_inference_steps: int) -> Tensor:
-        """As in ``SDEScheduler``, shifted."""
-        return self._shifted(super().level_times(num_inference_steps))
+        """As in ``SDEScheduler``; uniform times are shifted."""
+        times = super().level_times(num_inference_steps)
+        return self._shifted(times) if self.config.time_grid is None else times
+
+    def _warp(self, times: Tensor) -> Tensor:
+        return self._shifted(times)
+
+    def _levels_of_lists(self, timesteps: Any, sigmas: Any) -> tuple[Tensor, Tensor]:
+        # CogView4 and GLM-Image feed the network the unshifted timesteps, at states of the shifted sigmas.
+        times, fed = self._times_of_sigmas(sigmas), check_numbers("timesteps", timesteps)
+        if len(times) != len(fed):
+            raise ValueError(f"timesteps and sigmas must be of one length, got {len(fed)} and {len(times)}.")
+        return times, fed
+
+    def _sigmas(self, t: Tensor) -> Tensor:
+        return t  # what flow-matching pipelines and training scripts call sigma
+
+    def _training_times(self) -> Tensor:
+        every = super()._training_times()
+        # As FlowMatchEulerDiscreteScheduler has them before set_timesteps: with the shift that is known by then.
+        return every if self.config.use_dynamic_shifting else _shift(every, self.config.shift)
 
     def _times_of_sigmas(self, sigmas: Sequence[float] | Tensor) -> Tensor:
         # Flow-matching pipelines call sigma what is t here, not the ratio sigma/alpha.
@@ -124,12 +146,10 @@ class FlowSDEScheduler(SDEScheduler):
         return self._shifted(values)
 
     def last_time(self) -> float:
-        """As in ``SDEScheduler``, shifted."""
+        """SDE time at which sampling ends."""
         # FlowMatchEulerDiscreteScheduler shifts the end of its grid once at construction and once more with the grid.
-        eps = float(self.config.sampling_eps)
-        return (
-            eps if self.config.use_dynamic_shifting else self.config.shift * eps / (1 + (self.config.shift - 1) * eps)
-        )
+        eps, config = float(self.config.sampling_eps), self.config
+        return eps if config.use_dynamic_shifting or config.time_grid not in WARPED else _shift(eps, config.shift)
 
     def _shifted(self, t: Tensor) -> Tensor:
         config = self.config
@@ -137,7 +157,11 @@ class FlowSDEScheduler(SDEScheduler):
             factor = config.shift
         else:
             factor = math.exp(self._mu) if config.time_shift_type == "exponential" else self._mu
-        t = factor * t / (1.0 + (factor - 1.0) * t)
-        if config.shift_terminal:
+        t = _shift(t, factor)
+        if config.shift_terminal and float(t[-1]) < 1.0:  # a single level, of pure noise, has no end to stretch
             t = 1.0 - (1.0 - t) * (1.0 - config.shift_terminal) / (1.0 - t[-1])
         return t
+
+
+def _shift(t: _Times, factor: float) -> _Times:
+    return factor * t / (1.0 + (factor - 1.0) * t)

@@ -24,7 +24,7 @@ from ..parametrizations import Parametrization, TimeConditioning, get_parametriz
 from ..plans import Plan, Row, advance, make_plan, memorise, squared_norm_ratio
 from ..predictors import PredictorOptions, get_predictor
 from ..sdes import SDE, expand_like
-from ..time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid
+from ..time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid, whole_timesteps
 from .config_checks import SMALLEST_TIME, check_stock_numbers, checked_config
 from .conversion import (
     KEPT_KEY,
@@ -33,6 +33,7 @@ from .conversion import (
     SAMPLER_KEYS,
     exchanged,
     is_stock_config,
+    on_our_grid,
     refuse_foreign,
     stock_keys,
     translate_config,
@@ -62,8 +63,9 @@ COMMON_ARGUMENTS = """
         correct_steps: Corrector calls per noise level.
         snr: Signal-to-noise ratio of the corrector's step size; the best depends on SDE, data and number of steps.
         langevin_norm: ``sample`` takes each sample's own norms, ``batch`` the batch mean, as the official code.
-        time_grid: ``sech``, ``log_snr``, ``karras`` or ``uniform`` (in t, the paper's); None for ``timestep_spacing``,
-            which it also is where only that is passed.
+        time_grid: ``sech``, ``log_snr``, ``karras``, ``uniform`` (in t, the paper's) or ``blended`` (the mean of
+            ``uniform`` and ``sech``, for swapped configs); None for ``timestep_spacing``, which it also is where only
+            that is passed.
         rho: Exponent of the Karras grid.
         sampling_eps: Last SDE time of a ``time_grid`` (the paper's epsilon).
         timestep_spacing: ``leading``, ``linspace`` or ``trailing``: diffusers' grids, used where ``time_grid`` is None.
@@ -177,8 +179,9 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         self._set_plan(torch.tensor([0.5, 0.4], dtype=torch.float64) * sde.t_max, "cpu")
         self.order = self._order
         self._refuse_undetermined_start()
-        every = torch.arange(config.num_train_timesteps, 0, -1, dtype=torch.float64) / config.num_train_timesteps
-        self.timesteps = self._fed(every * sde.t_max)
+        every = self._training_times()
+        self.timesteps = self._fed(every)
+        self.sigmas = torch.cat([self._sigmas(every), every.new_zeros(1)]).to(torch.float32)
 
     def _refuse_undetermined_start(self) -> None:
         """Refuse a prediction type that does not determine the data at the first level of the configured grid."""
@@ -197,7 +200,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         Args:
             config: ``scheduler.config``, in memory or read from JSON.
             return_unused_kwargs: Whether to return the pair (scheduler, keys that are not arguments of this class).
-            **kwargs: Arguments of this class that override the config.
+            **kwargs: Arguments of this class that override the config. The grid of a stock config that is uniform in t
+                gives way to ``blended``, which is more exact at every number of levels; ``time_grid=None`` keeps it.
 
         Raises:
             ValueError: The config describes another kind of path (the message names the class for it), holds a setting
@@ -225,6 +229,12 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         hidden = {k: v for k, v in config.items() if k not in known and (not k.startswith("_") or k in kept_keys)}
         if "predictor" not in config:
             # Straight from diffusers; a config that has been ours before already says what these keys would.
+            if not {"time_grid", "timestep_spacing", "steps_offset"} & kwargs.keys():
+                implied = on_our_grid(implied, config)
+            elif kwargs.get("time_grid", "") is None:
+                del kwargs["time_grid"]  # the config's own grid, whichever that is
+            elif kwargs.get("time_grid") != implied.get("time_grid"):
+                implied = {**on_our_grid(implied, config), "time_grid": kwargs["time_grid"]}
             given |= {k: v for k, v in implied.items() if k in known}
             hidden |= {k: v for k, v in implied.items() if k not in known}
         if kwargs.get("time_grid") not in (None, given.get("time_grid")) or "timestep_spacing" in kwargs:
@@ -291,8 +301,26 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         if not get_predictor(config.predictor).finite_at_zero_snr and math.isinf(float(sde.log_snr(start))):
             start = float(sde.time_of(MIN_LOG_SNR))
         if left_out is not None and config.time_grid == "uniform":
-            return get_time_grid("uniform", sde, points + 1, start, left_out)[:-1]
-        return get_time_grid(config.time_grid, sde, points, start, self.last_time(), config.rho)
+            return get_time_grid("uniform", sde, points + 1, start, left_out, warp=self._warp)[:-1]
+        times = get_time_grid(config.time_grid, sde, points, start, self.last_time(), config.rho, self._warp)
+        if config.time_grid == "blended" and self.conditioning.name == "discrete":
+            # Pipelines of stock schedulers may look tables up by timestep, and networks were trained on whole ones.
+            whole = whole_timesteps(self.conditioning.timestep(sde, times), config.num_train_timesteps)
+            return self.conditioning.time(sde, whole)
+        return times
+
+    def _warp(self, times: Tensor) -> Tensor:
+        """What becomes of uniform times."""
+        return times
+
+    def _training_times(self) -> Tensor:
+        """The SDE times of ``timesteps`` before ``set_timesteps``: one for each that the network was trained on."""
+        entries = self.config.num_train_timesteps
+        return torch.arange(entries, 0, -1, dtype=torch.float64) / entries * self.sde.t_max
+
+    def _sigmas(self, t: Tensor) -> Tensor:
+        """What pipelines and training scripts call sigma: sigma(t)/alpha(t)."""
+        return torch.exp(-0.5 * self.sde.log_snr(t))
 
     def last_time(self) -> float:
         """SDE time at which sampling ends."""
@@ -321,9 +349,10 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         """
         if foreign:
             refuse_foreign(type(self).__name__, "set_timesteps", foreign)
+        fed = None
         if timesteps is not None and sigmas is not None:
-            raise ValueError("Pass either timesteps or sigmas, not both.")
-        if timesteps is not None:
+            times, fed = self._levels_of_lists(timesteps, sigmas)
+        elif timesteps is not None:
             times = self._times_of_timesteps(timesteps)
         elif sigmas is not None:
             times = self._times_of_sigmas(sigmas)
@@ -341,7 +370,26 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
                 f"num_inference_steps is {num_inference_steps}, but {levels} levels were passed; leave it out."
             )
         self.num_inference_steps = levels
-        self._set_plan(times, "cpu" if device is None else device)
+        self._set_plan(self._finite_start(times), "cpu" if device is None else device, fed)
+        # A pipeline that passes a list takes the number of calls, len(timesteps), for that of levels.
+        self.order = self._order if timesteps is None and sigmas is None else 1
+
+    def _levels_of_lists(self, timesteps: Any, sigmas: Any) -> tuple[Tensor, Tensor]:
+        """SDE times of levels given by both, and what the network is fed there."""
+        raise ValueError("Pass either timesteps or sigmas, not both: only flows have pipelines that pass both.")
+
+    def _finite_start(self, times: Tensor) -> Tensor:
+        """The times, the first of them a little later where the predictor needs finite f(t) and g(t), and it has not.
+
+        Pipelines of flows choose their own levels, and start at t = 1.
+        """
+        rule = get_predictor(self.config.predictor)
+        if rule.finite_at_zero_snr or not len(times) or not math.isinf(float(self.sde.log_snr(times[0]))):
+            return times
+        first = self.sde.time_of(MIN_LOG_SNR).to(times)
+        if len(times) > 1 and not float(first) > float(times[1]):
+            first = 0.5 * (times[0] + times[1])
+        return torch.cat([first.reshape(1), times[1:]])
 
     def _times_of_timesteps(self, timesteps: Sequence[float] | Tensor) -> Tensor:
         values = check_numbers("timesteps", timesteps)
@@ -364,7 +412,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             )
         return by_sigma.time(self.sde, values).clamp(0.0, self.sde.t_max)
 
-    def _set_plan(self, times: Tensor, device: str | torch.device) -> None:
+    def _set_plan(self, times: Tensor, device: str | torch.device, fed: Tensor | None = None) -> None:
         plan = self._make_plan(times)
         self._level_times = times
         self._rows: tuple[Row, ...] = plan.rows
@@ -379,10 +427,16 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         self._input_scale: list[float] | None = None if bool((scale == 1).all()) else scale.tolist()
         self._table_device = torch.device(device)
         self._tabulate()
-        timesteps = self._fed(t)
+        timesteps = self._fed(t) if fed is None else self._at_levels(t, times, fed)
         self._timestep_values: list[float] = timesteps.tolist()
         self.timesteps = timesteps.to(device)
-        self.sigmas = torch.cat([torch.exp(-0.5 * self.sde.log_snr(t)), t.new_zeros(1)]).to(torch.float32)
+        self.sigmas = torch.cat([self._sigmas(t), t.new_zeros(1)]).to(torch.float32)
+
+    @staticmethod
+    def _at_levels(t: Tensor, times: Tensor, fed: Tensor) -> Tensor:
+        """What the network is fed in rows at times ``t``, each of them one of ``times``, where it is fed ``fed``."""
+        of = dict(zip(times.tolist(), fed.tolist(), strict=True))
+        return torch.tensor([of[time] for time in t.tolist()], dtype=torch.float32)
 
     def _tabulate(self) -> None:
         """The rows as a tensor on the device, which a compiled step indexes; see ``_traced_update``."""
@@ -474,15 +528,15 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         # starts the sample stands at the next level already, and is passed through until that begins: Heun's second
         # call; and, where order is 2, an odd index given by set_begin_index, because the SDXL family then starts one
         # call early: it takes every scheduler of order 2 for Heun.
-        level = min(index // self.order, len(self._level_times) - 1)
+        level = min(index // self._order, len(self._level_times) - 1)
         self._first_row = index
         early = self._begin_index is not None and self.order == 2 and index % 2 == 1
         if index < len(self._rows) and (early or _is_second_call(self._rows[index])):
             level += 1
-            self._first_row = level * self.order
+            self._first_row = level * self._order
         if self._memory_length and 0 < level < len(self._level_times) - 1:
             # Multistep rows here look back on estimates that do not exist: lay the rest of the plan out anew.
-            self._rows = self._rows[: level * self.order] + self._make_plan(self._level_times[level:]).rows
+            self._rows = self._rows[: level * self._order] + self._make_plan(self._level_times[level:]).rows
             self._tabulate()
         return index
 
@@ -605,7 +659,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         # back on nothing have weights of 0.
         missing = self._memory_length - len(self._memory)
         self._memory = [*self._memory, *[torch.zeros_like(sample) for _ in range(missing)]]
-        is_corrector, is_langevin, remember = self._kinds[index % self.order]
+        is_corrector, is_langevin, remember = self._kinds[index % self._order]
         x0_hat = self._clip(sample * c[4] + model_output * c[5])
         if index < self._first_row:
             return sample.to(dtype), x0_hat.to(dtype)
@@ -618,7 +672,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         else:
             for k, estimate in enumerate(self._memory):
                 update = update + c[8 + k] * estimate
-            draws = self._draws[index % self.order]
+            draws = self._draws[index % self._order]
             for i in self._otherwise:  # compared one by one: ``in`` of a traced number is no guard
                 if index == i:
                     draws = not draws
