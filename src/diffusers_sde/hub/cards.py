@@ -178,13 +178,13 @@ def checked_results(results: Mapping[str, Any] | None) -> dict[str, Any]:
         **dict.fromkeys(("dataset", "data", "pictures", "features", "bits_per_dim"), (Mapping, type(None))),
         **dict.fromkeys(("metrics", "recipes", "samplers"), (list, tuple)),
     }
-    words = {str: "text", Mapping: "an object", list: "a list"}
+    words: dict[Any, str] = {str: "text", Mapping: "an object", list: "a list"}
     for key, allowed in forms.items():
         if key in results and not isinstance(results[key], allowed):
             raise ValueError(f"results: {key} must be {words[allowed[0]]}, got {results[key]!r}.")
         if key in results and results[key] is None:
             del results[key]
-    entries = {
+    entries: dict[str, dict[str, Any]] = {
         "metrics": {"name": str, "type": str, "value": Real},
         "recipes": {"num_inference_steps": (Integral, str)},
         "samplers": {"label": str, "options": Mapping, "calls_per_image": Real, "metrics": Mapping},
