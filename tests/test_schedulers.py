@@ -70,9 +70,6 @@ def build(name, predictor="exponential", corrector=None, **kwargs):
         kwargs.setdefault("beta_end", 0.2)
     if PREDICTORS[predictor].deterministic:
         kwargs.setdefault("probability_flow", True)
-    if name in ("flow", "cosine") and kwargs.get("prediction_type") in ("epsilon", "score"):
-        # Refused on grids that begin without signal; the tests pass levels of their own.
-        kwargs |= {"time_grid": None, "timestep_spacing": "leading"}
     return SCHEDULERS[name](predictor=predictor, corrector=corrector, **kwargs)
 
 

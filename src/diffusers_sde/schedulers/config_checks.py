@@ -77,10 +77,10 @@ CONFIG_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "final_sigmas_type": partial(check_choice, allowed=("zero", "sigma_min")),
     # clipping
     "clip_sample": check_flag,
-    "clip_sample_range": _POSITIVE,
+    "clip_sample_range": _SCALE,
     "thresholding": check_flag,
     "dynamic_thresholding_ratio": partial(check_number, above=0.0, at_most=1.0),
-    "sample_max_value": partial(check_number, at_least=1.0),
+    "sample_max_value": partial(check_number, at_least=1.0, at_most=1e6),
     # the grid
     "time_grid": partial(check_choice, allowed=(None, *TIME_GRIDS)),
     "rho": partial(check_number, at_least=0.01, at_most=1000.0),

@@ -175,21 +175,12 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             get_time_grid(config.time_grid, sde, 2, sde.t_max, config.sampling_eps, config.rho)
         self.init_noise_sigma = sde.prior_std
         self.num_inference_steps: int | None = None
-        # A trial plan: whatever combination make_plan refuses is refused here, before anything is trained.
+        # A trial plan: a combination that make_plan refuses on every grid is refused here, before anything is trained.
         self._set_plan(torch.tensor([0.5, 0.4], dtype=torch.float64) * sde.t_max, "cpu")
         self.order = self._order
-        self._refuse_undetermined_start()
         every = self._training_times()
         self.timesteps = self._fed(every)
         self.sigmas = torch.cat([self._sigmas(every), every.new_zeros(1)]).to(torch.float32)
-
-    def _refuse_undetermined_start(self) -> None:
-        """Refuse a prediction type that does not determine the data at the first level of the configured grid."""
-        entries = self.config.num_train_timesteps
-        starts_at_the_end = self.config.time_grid is not None or self.config.timestep_spacing != "leading"
-        if starts_at_the_end and float(self.sde.log_alpha(self.sde.t_max)) < -80.0:
-            points = min(entries, 3) - (0 if self.config.denoise_final else 1)
-            self._make_plan(self.level_times(points))
 
     @classmethod
     def from_config(

@@ -103,3 +103,7 @@ class VPSDEScheduler(SDEScheduler):
             self.betas = betas.float()
             self.alphas_cumprod = torch.tensor(sde.alphas_cumprod, dtype=torch.float32)
         self._setup(sde, final_time=sde.t_max / num_train_timesteps if final_sigmas_type == "sigma_min" else None)
+        # A table with zero terminal SNR is what the network was trained on: epsilon determines nothing at its end.
+        starts_at_the_end = self.config.time_grid is not None or self.config.timestep_spacing != "leading"
+        if starts_at_the_end and float(sde.log_alpha(sde.t_max)) < -80.0:
+            self._make_plan(self.level_times(min(self.config.num_train_timesteps, 3) - 1))
