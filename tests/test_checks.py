@@ -151,7 +151,7 @@ WRONG = {
     "correct_steps": [0, -1, 1.5, NAN, "2", None, True, 10**9],
     "snr": [0.0, -0.1, NAN, INF, "0.1", None],
     "stochasticity": [-1.0, NAN, INF, "1", True],
-    "solver_order": [0, 4, 1.5, "2", None, NAN, True],
+    "solver_order": [0, 4, 1.5, "2", NAN, True],
     "solver_type": ["huen", 3, None],
     "solver_correction": ["true", 1, None],
     "gaussian_std": [-0.1, NAN, INF, "0", None],
@@ -169,7 +169,7 @@ WRONG = {
     "prediction_type": ["eps", None, 5],
     "time_conditioning": ["t", 4],
     "sigma_data": [0.0, -1.0, NAN, "x", None],
-    "num_train_timesteps": [0, 1, -5, 1.5, NAN, "1000", None, 10**9, 1e30],
+    "num_train_timesteps": [0, -5, 1.5, NAN, "1000", None, 10**9, 1e30],
 }
 OF_CLASS = {
     VPSDEScheduler: {
@@ -240,7 +240,7 @@ def test_numbers_of_numpy_are_saved_as_plain_ones(tmp_path):
 def test_a_short_config_costs_no_gigabytes(cls):
     begun = time.monotonic()
     for n in (10**9, 10**12, 100_001):
-        with pytest.raises(ValueError, match="num_train_timesteps must be an integer in .2, 100000"):
+        with pytest.raises(ValueError, match="num_train_timesteps must be an integer in .1, 100000"):
             cls(num_train_timesteps=n)
     assert time.monotonic() - begun < 1.0
 

@@ -23,7 +23,8 @@ from tiny_parts import (
 )
 
 N = 4  # noise levels of most runs
-PC = {"predictor": "ancestral", "corrector": "langevin", "snr": 0.1}
+OWN_GRID = {"time_grid": None}  # that of the stock config, on which stock and reference loops run
+PC = {**OWN_GRID, "predictor": "ancestral", "corrector": "langevin", "snr": 0.1}
 TABLE = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -216,7 +217,8 @@ def pc_by_hand(eps: object, x: Tensor, levels: list[int], alphas_cumprod: Tensor
 
 
 @pytest.mark.parametrize(
-    "swap", [PC, {"predictor": "reverse_diffusion"}, {"probability_flow": True, "solver_order": 2}]
+    "swap",
+    [PC, {**OWN_GRID, "predictor": "reverse_diffusion"}, {**OWN_GRID, "probability_flow": True, "solver_order": 2}],
 )
 def test_ddpm_pipeline(unet, swap):
     pipe = silent(diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(clip_sample=False)))
@@ -236,7 +238,7 @@ def test_ddpm_pipeline(unet, swap):
 
 def test_ddim_pipeline_does_not_turn_the_sde_into_an_ode(unet):
     pipe = silent(diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler(clip_sample=False)))
-    swap = VPSDEScheduler.from_config(pipe.scheduler.config, predictor="ancestral")
+    swap = VPSDEScheduler.from_config(pipe.scheduler.config, predictor="ancestral", **OWN_GRID)
     pipe.scheduler = swap
 
     def images(seed, **arguments):
@@ -453,7 +455,7 @@ def test_image_to_image_starts_at_a_level(stable_diffusion_parts, strength, leve
 @torch.no_grad()
 def test_image_to_image_with_a_multistep_solver(stable_diffusion_parts):
     # There is no earlier estimate at the start in the middle: the first step must be of order 1.
-    swap = {"probability_flow": True, "solver_order": 2}
+    swap = {"probability_flow": True, "solver_order": 2, **OWN_GRID}
     pipe = sd_pipeline(diffusers.StableDiffusionImg2ImgPipeline, stable_diffusion_parts, **swap)
     with Watch(pipe.unet) as watch:
         latents = pipe(
@@ -532,7 +534,7 @@ def sdxl_image_to_image(parts, **swap):
 @torch.no_grad()
 def test_sdxl_denoising_start_with_heun(sdxl_parts):
     # Laid out like diffusers' own Heun, so SDXL's rounding finds the start of a level: nothing is passed over.
-    pipe = sdxl_image_to_image(sdxl_parts, predictor="heun", probability_flow=True)
+    pipe = sdxl_image_to_image(sdxl_parts, predictor="heun", probability_flow=True, **OWN_GRID)
     latents, seen = torch.randn(1, 4, 8, 8), []
     with Watch(pipe.unet) as watch:
         result = pipe(
@@ -591,7 +593,7 @@ def flow_latents(pipe, seed=0, **arguments):
     ).images
 
 
-FIRST_ORDER = {"solver_order": 1, "solver_correction": False, "gaussian_std": 0.0}
+FIRST_ORDER = {**OWN_GRID, "solver_order": 1, "solver_correction": False, "gaussian_std": 0.0}
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
@@ -635,7 +637,7 @@ def test_sd3_predictor_corrector_is_the_reference_loop(sd3):
             "a cab", None, None, do_classifier_free_guidance=False, max_sequence_length=8
         )
         grid = scheduler.timesteps.double() / 1000
-        times = FlowSDEScheduler.from_config(stock.config)
+        times = FlowSDEScheduler.from_config(stock.config, **OWN_GRID)
         times.set_timesteps(N)
         torch.testing.assert_close(times.timesteps.double() / 1000, grid[::2])
         plan = make_plan(scheduler.sde, grid[::2], corrector="langevin", snr=0.05).fold(

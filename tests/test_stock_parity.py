@@ -17,7 +17,7 @@ from diffusers_sde import FlowSDEScheduler, SubVPSDEScheduler, VESDEScheduler, V
 from diffusers_sde.schedulers.conversion import stock_arguments
 
 # Nothing but the first order: what the stock samplers below are.
-FIRST_ORDER = {"solver_order": 1, "solver_correction": False, "gaussian_std": 0.0}
+FIRST_ORDER = {"time_grid": None, "solver_order": 1, "solver_correction": False, "gaussian_std": 0.0}
 SPACINGS = ("leading", "linspace", "trailing")
 TOLERANCE = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.float64: {"rtol": 1e-9, "atol": 1e-9}}
 
@@ -125,7 +125,7 @@ def test_ancestral_is_ddpm(spacing, variance_type, prediction_type, clip, dtype)
     stock = diffusers.DDPMScheduler(
         timestep_spacing=spacing, variance_type=variance_type, prediction_type=prediction_type, clip_sample=clip
     )
-    stock, ours = pair(stock, VPSDEScheduler.from_config(stock.config, predictor="ancestral"), dtype)
+    stock, ours = pair(stock, VPSDEScheduler.from_config(stock.config, predictor="ancestral", time_grid=None), dtype)
     for scheduler in (stock, ours):
         scheduler.set_timesteps(13 if spacing == "leading" else 20)
     assert ours.timesteps.tolist() == stock.timesteps.tolist()
@@ -137,13 +137,15 @@ def test_ancestral_is_ddpm(spacing, variance_type, prediction_type, clip, dtype)
 @pytest.mark.parametrize("spacing", ["leading", "linspace"])  # on trailing, DDPM ends with noise: its last t is not 0
 def test_ancestral_with_large_variance_is_ddpm_fixed_large(spacing, clip):
     stock = diffusers.DDPMScheduler(timestep_spacing=spacing, variance_type="fixed_large", clip_sample=clip)
-    stock, ours = pair(stock, VPSDEScheduler.from_config(stock.config, predictor="ancestral"), torch.float64)
+    stock, ours = pair(
+        stock, VPSDEScheduler.from_config(stock.config, predictor="ancestral", time_grid=None), torch.float64
+    )
     for scheduler in (stock, ours):
         scheduler.set_timesteps(20)
     x = start(torch.float64)
     expected = run(stock, x, seed=5)
     torch.testing.assert_close(run(ours, x, seed=5), expected, rtol=1e-9, atol=1e-9)
-    small = VPSDEScheduler.from_config(stock.config, predictor="ancestral", variance_type="fixed_small")
+    small = VPSDEScheduler.from_config(stock.config, predictor="ancestral", variance_type="fixed_small", time_grid=None)
     small.set_timesteps(20)
     assert (run(small, x, seed=5) - expected).abs().max() > 1e-2  # the two variances are told apart
 
@@ -180,7 +182,9 @@ def test_clipping_is_ddims_with_clipped_model_output(clip):
 @pytest.mark.parametrize("ratio", [0.5, 0.995])
 def test_dynamic_thresholding_is_ddpms(ratio):
     stock = diffusers.DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=ratio, sample_max_value=2.5)
-    stock, ours = pair(stock, VPSDEScheduler.from_config(stock.config, predictor="ancestral"), torch.float64)
+    stock, ours = pair(
+        stock, VPSDEScheduler.from_config(stock.config, predictor="ancestral", time_grid=None), torch.float64
+    )
     for scheduler in (stock, ours):
         scheduler.set_timesteps(10)
     x = start(torch.float64, scale=2.0)
@@ -229,7 +233,7 @@ def test_flow_is_flow_match_euler(arguments, mu, own_sigmas):
 def test_flow_heun_is_flow_match_heun(shift):
     euler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     stock = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift)
-    ours = FlowSDEScheduler.from_config(stock.config, predictor="heun", probability_flow=True)
+    ours = FlowSDEScheduler.from_config(stock.config, predictor="heun", probability_flow=True, time_grid=None)
     for scheduler in (stock, ours, euler):
         scheduler.set_timesteps(6)
     # The stock order: t0, then every later time twice.
@@ -281,7 +285,7 @@ def test_add_noise_is_ddpms(beta_schedule):
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_scale_noise_is_flow_match_eulers(shift):
     stock = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-    ours = FlowSDEScheduler.from_config(stock.config)
+    ours = FlowSDEScheduler.from_config(stock.config, time_grid=None)
     for scheduler in (stock, ours):
         scheduler.set_timesteps(8)
     timesteps = ours.timesteps[[0, 3, 7]]
@@ -371,7 +375,7 @@ def test_samples_on_another_device_than_the_timesteps():
 
 def test_prev_timestep_of_unclip_is_accepted_and_changes_nothing():
     x = start()
-    ours = VPSDEScheduler.from_config(diffusers.UnCLIPScheduler().config, predictor="ancestral")
+    ours = VPSDEScheduler.from_config(diffusers.UnCLIPScheduler().config, predictor="ancestral", time_grid=None)
     results = []
     for passes in (False, True):
         ours.set_timesteps(5)

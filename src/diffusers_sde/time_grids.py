@@ -89,7 +89,9 @@ def blended(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0, wa
     spread = uniform(sde, FINE, t_start, t_end, warp=warp)
     t_end = float(spread[-1])
     fine = sech(sde, FINE, t_start, t_end)
-    lam = [0.5 * sde.log_snr(times).clamp(min=2.0 * SECH_START) for times in (spread, fine)]
+    lam = [0.5 * sde.log_snr(times) for times in (spread, fine)]
+    for v in lam:  # from pure noise on as long a way as to the next point, or what sech takes for it
+        v[0] = v[0] if torch.isfinite(v[0]) else min(SECH_START, float(2.0 * v[1] - v[2]))
     fraction, points = np.linspace(0.0, 1.0, FINE), np.sort(np.concatenate([v.numpy() for v in lam]))
     mean = sum(np.interp(points, v.numpy(), fraction) for v in lam) / 2.0
     grid = sde.time_of(2.0 * torch.from_numpy(np.interp(np.linspace(0.0, 1.0, n), mean, points)))
