@@ -297,7 +297,7 @@ def test_timesteps_say_where_the_network_is_called(name, predictor, corrector):
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-@pytest.mark.parametrize("n", [1, 10, 333, 1000])
+@pytest.mark.parametrize("n", [2, 10, 333, 1000])
 def test_default_timesteps_are_those_of_ddpm(spacing, n):
     ours, theirs = VPSDEScheduler(time_grid=None, timestep_spacing=spacing), DDPMScheduler(timestep_spacing=spacing)
     ours.set_timesteps(n)

@@ -87,7 +87,9 @@ def test_integer_timesteps_are_those_of_diffusers(spacing, n, theirs):
     reference = theirs(timestep_spacing=spacing)
     reference.set_timesteps(n)
     ours = discrete_timesteps(spacing, n, 1000)
-    assert ours.dtype == np.int64 and ours.tolist() == reference.timesteps.tolist()
+    # One level on linspace stands at the data for diffusers, where there is nothing to do, and at the noise here.
+    expected = [999] if (spacing, n) == ("linspace", 1) else reference.timesteps.tolist()
+    assert ours.dtype == np.int64 and ours.tolist() == expected
 
 
 def test_steps_offset_is_that_of_diffusers():

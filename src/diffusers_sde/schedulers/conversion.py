@@ -295,8 +295,7 @@ def on_our_grid(implied: dict[str, Any], config: dict[str, Any]) -> dict[str, An
     if not uniform or "corrector" in implied:
         return implied
     n = config.get("num_train_timesteps", 1000)
-    own_ends = ("final_sigmas_type", LEFT_OUT_KEY)
-    rest = {k: v for k, v in implied.items() if k not in own_ends}
+    rest = {k: v for k, v in implied.items() if k != LEFT_OUT_KEY}
     return {"sampling_eps": 1.0 / n, **rest, "time_grid": "blended"}
 
 

@@ -259,6 +259,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             config.solver_correction,
             config.gaussian_std,
         )
+        # Grids of ours end where final_sigmas_type="sigma_min" would lead: a step there would be a call for nothing.
+        final_time = self._final_time if config.time_grid is None else None
         plan = make_plan(
             self.sde,
             times,
@@ -269,7 +271,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             stochasticity=self.stochasticity,
             options=options,
             denoise_final=config.denoise_final or len(times) == 1,
-            final_time=self._final_time,
+            final_time=final_time,
         )
         # Where x0_hat is clipped it has to be formed; otherwise the parametrisation disappears in the coefficients.
         return plan.fold(self.parametrization, self.sde, predictors=not self._clips)

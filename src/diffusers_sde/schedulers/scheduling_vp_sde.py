@@ -35,7 +35,7 @@ class VPSDEScheduler(SDEScheduler):
         dynamic_thresholding_ratio: See ``thresholding``.
         sample_max_value: Largest threshold.
         final_sigmas_type: ``zero`` ends with x0_hat; ``sigma_min`` with a noise-free step to the first table entry, as
-            DDIM does where ``set_alpha_to_one`` is false.
+            DDIM does where ``set_alpha_to_one`` is false. Grids with a name end at that entry, and so with x0_hat.
         {common}
     """
 
