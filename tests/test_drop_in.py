@@ -3,6 +3,8 @@
 Every model is a real class with a handful of parameters, built offline; nothing is mocked.
 """
 
+from unittest import mock
+
 import diffusers
 import numpy as np
 import pytest
@@ -654,6 +656,33 @@ def test_sd3_predictor_corrector_is_the_reference_loop(sd3):
         torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
     finally:
         sd3.scheduler = stock
+
+
+@pytest.mark.parametrize(
+    ("swap", "calls"),
+    [({}, 5), (PC, 10), ({**PC, "correct_steps": 2}, 15), ({"predictor": "heun", "probability_flow": True}, 10)],
+    ids=["reverse SDE", "pc", "two corrections", "heun"],
+)
+@torch.no_grad()
+def test_strength_in_a_pipeline_that_passes_sigmas(flux, swap, calls):
+    """Image-to-image of Flux counts calls where it passes sigmas: the noise is that of the strength, at any order."""
+    pipe = silent(diffusers.FluxImg2ImgPipeline(**flux.components))
+    pipe.scheduler = FlowSDEScheduler.from_config(flux.scheduler.config, **swap)
+    noised, bar = [], mock.MagicMock()
+    add = pipe.scheduler.scale_noise
+    pipe.scheduler.scale_noise = lambda x, t, noise: noised.append(float(t)) or add(x, t, noise)
+    pipe.progress_bar = mock.MagicMock(return_value=bar)
+    with Watch(pipe.transformer) as watch:
+        latents = pipe(
+            "a cab", image=torch.rand(1, 3, 16, 16), strength=0.5, num_inference_steps=10, height=16, width=16,
+            output_type="latent", max_sequence_length=8,
+        ).images  # fmt: skip
+    assert torch.isfinite(latents).all()
+    assert len(watch.timesteps) == calls
+    assert pipe.progress_bar.call_args.kwargs["total"] == bar.__enter__().update.call_count == calls
+    level = pipe.scheduler.rows[pipe.scheduler._first_row].t
+    assert noised == [pytest.approx(1000 * level, rel=1e-5)]
+    assert level == float(pipe.scheduler._level_times[5])  # of ten
 
 
 def test_flux_in_bfloat16(flux):
