@@ -1084,3 +1084,13 @@ def test_a_flow_made_of_a_vp_config_is_refused():
     flow = diffusers.UniPCMultistepScheduler.from_config(ours.config, use_flow_sigmas=True)
     with pytest.raises(ValueError, match="use_flow_sigmas"):
         VPSDEScheduler.from_config(flow.config)
+
+
+@pytest.mark.parametrize(("version", "expected"), [("0.1.0.dev0", None), ("0.2.0.dev0", 3), ("7.0", 3), ("x", 3)])
+def test_the_default_order_of_before_is_read_as_the_default_of_now(version, expected, tmp_path):
+    VPSDEScheduler(solver_order=3).save_pretrained(tmp_path)
+    file = tmp_path / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "_diffusers_sde_version": version}))
+    assert VPSDEScheduler.from_pretrained(tmp_path).config.solver_order == expected
+    file.write_text(json.dumps({**json.loads(file.read_text()), "solver_order": 2}))
+    assert VPSDEScheduler.from_pretrained(tmp_path).config.solver_order == 2

@@ -33,6 +33,14 @@ def refuse_newer(config: Mapping[str, Any], known: Callable[[], Collection[str]]
         )
 
 
+def written_before(config: Mapping[str, Any], version: str) -> bool:
+    """Whether an earlier version of this package wrote the config; False if none says that it did."""
+    try:
+        return Version(config[VERSION_KEY]) < Version(version)
+    except (KeyError, InvalidVersion, TypeError):
+        return False
+
+
 class ShipsItsCode:
     """Mixin, before diffusers' own base classes: saving writes the class's code beside its config.
 

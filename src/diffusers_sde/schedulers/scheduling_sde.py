@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checks import check_number, check_numbers
 from ..denoisers import network_denoiser
-from ..hub.shipping import ShipsItsCode, refuse_newer
+from ..hub.shipping import ShipsItsCode, refuse_newer, written_before
 from ..noise import standard_normal_like
 from ..parametrizations import Parametrization, TimeConditioning, get_parametrization
 from ..plans import Plan, Row, advance, make_plan, memorise, squared_norm_ratio
@@ -211,6 +211,9 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         refuse_newer(config, lambda: known | stock_keys(), cls.__name__)
         config = with_stock_defaults(config)
         check_stock_numbers(config)
+        if config.get("solver_order") == 3 and written_before(config, "0.2.0.dev0"):
+            # The default of then, which was 2 up to 12 levels; what was meant is to leave it to the sampler.
+            config = {**config, "solver_order": None}
         lineage = [base.__name__ for base in cls.__mro__]
         implied = translate_config(config, cls.__name__, lineage, cls._families, known)
         if is_stock_config(config, cls.__name__) or config.get("solver_type") in OLD_SOLVER_TYPES:
