@@ -348,3 +348,16 @@ def test_set_timesteps_makes_a_used_scheduler_new(name, sampler):
     for scheduler in (used, twin):
         result = loop(scheduler, start(scheduler), generator=torch.Generator().manual_seed(1))
         assert torch.equal(result, loop(new, start(new), generator=torch.Generator().manual_seed(1)))
+
+
+SAMPLER_ARGUMENTS = (
+    "predictor", "corrector", "probability_flow", "stochasticity", "solver_order", "solver_type", "solver_correction",
+    "gaussian_std", "correct_steps", "langevin_norm", "time_grid", "rho", "steps_offset", "denoise_final",
+)  # fmt: skip
+
+
+@every_class
+def test_all_classes_have_the_same_sampler_by_default(name):
+    config, expected = build(name, "reverse SDE").config, build("vp", "reverse SDE").config
+    assert {key: config[key] for key in SAMPLER_ARGUMENTS} == {key: expected[key] for key in SAMPLER_ARGUMENTS}
+    assert config.solver_order is None

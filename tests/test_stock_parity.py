@@ -233,7 +233,8 @@ def test_flow_is_flow_match_euler(arguments, mu, own_sigmas):
 def test_flow_heun_is_flow_match_heun(shift):
     euler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     stock = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift)
-    ours = FlowSDEScheduler.from_config(stock.config, predictor="heun", probability_flow=True, time_grid=None)
+    config = {**stock.config, "_class_name": "FlowMatchHeunDiscreteScheduler"}  # FlowMapEuler has the same keys
+    ours = FlowSDEScheduler.from_config(config, predictor="heun", probability_flow=True, time_grid=None)
     for scheduler in (stock, ours, euler):
         scheduler.set_timesteps(6)
     # The stock order: t0, then every later time twice.

@@ -388,7 +388,7 @@ def assert_same_network(ours, theirs, family):
 @pytest.mark.parametrize(("name", "arguments", "family"), STOCK, ids=IDS)
 def test_matrix_right_or_refused(name, arguments, family, target, source, tmp_path, warnings):
     theirs = stock(name, arguments)
-    config = theirs.config if source == "memory" else from_json(theirs, tmp_path)
+    config = in_memory(theirs) if source == "memory" else from_json(theirs, tmp_path)
     cls = OURS[target]
     if CLASS_OF[family] is not cls:
         with pytest.raises(ValueError, match=rf"{cls.__name__} cannot represent. Use {CLASS_OF[family].__name__}"):
@@ -413,11 +413,20 @@ def test_dpmsolver_sde_config(target):
         assert all(ours.config[key] == value for key, value in DPMSOLVER_SDE.items())
 
 
+TWINS = ("FlowMatchHeunDiscreteScheduler", "FlowMapEulerDiscreteScheduler")  # classes of the same arguments
+
+
+def in_memory(theirs):
+    """The config of a scheduler that was constructed, not loaded: it holds its class's name only where it has to."""
+    named = {"_class_name": type(theirs).__name__} if type(theirs).__name__ in TWINS else {}
+    return {**theirs.config, **named}
+
+
 @pytest.mark.parametrize("through", ["memory", "json"])
 @pytest.mark.parametrize(("name", "arguments", "family"), STOCK, ids=IDS)
 def test_back_again_without_loss(name, arguments, family, through, tmp_path, warnings):
     theirs = stock(name, arguments)
-    ours = CLASS_OF[family].from_config(theirs.config, predictor="ancestral", corrector="langevin", snr=0.3)
+    ours = CLASS_OF[family].from_config(in_memory(theirs), predictor="ancestral", corrector="langevin", snr=0.3)
     config = ours.config if through == "memory" else from_json(ours, tmp_path)
     back = type(theirs).from_config(config)
     sampler = {"snr", "correct_steps"}  # what we were asked to change
@@ -734,8 +743,10 @@ def test_every_scheduler_of_diffusers_is_taken_by_its_class_or_refused_with_a_re
     theirs = stock_by_name(name)
     config = theirs.config if source == "memory" else from_json(theirs, tmp_path)
     taken = TAKEN_BY[name]
-    if (name, source) == ("FlowMapEulerDiscreteScheduler", "memory"):
-        taken = FlowSDEScheduler  # its arguments are those of FlowMatchHeun: nothing tells them apart
+    if source == "memory" and name in TWINS and not hasattr(diffusers.schedulers, "FlowMapEulerDiscreteScheduler"):
+        pytest.skip("this diffusers has no FlowMapEuler, which FlowMatchHeun could be mistaken for")
+    if source == "memory" and name in TWINS:
+        taken = "are those of FlowMatchHeunDiscreteScheduler and of FlowMapEulerDiscreteScheduler"
     for cls in OURS.values():
         if cls is taken:
             assert cls.from_config(config).config.num_train_timesteps == theirs.config.num_train_timesteps

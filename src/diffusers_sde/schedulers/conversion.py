@@ -306,6 +306,14 @@ def _refuse_kind(config: dict[str, Any], source: str) -> None:
     for key, meaning in _REFUSED_KEYS.items():
         if config.get(key) is not None:
             raise ValueError(f"{source} cannot be honoured: {key} belongs to {meaning}.")
+    twin = stock_arguments().get("FlowMapEulerDiscreteScheduler")
+    if "_class_name" not in config and twin and {key for key in config if not key.startswith("_")} == set(twin):
+        meaning = _REFUSED_CLASSES["FlowMapEulerDiscreteScheduler"]
+        raise ValueError(
+            f"{source} cannot be honoured: its keys, {', '.join(twin)}, are those of FlowMatchHeunDiscreteScheduler "
+            f"and of FlowMapEulerDiscreteScheduler, and the latter means {meaning}. If it is of the former, pass "
+            "{**scheduler.config, '_class_name': 'FlowMatchHeunDiscreteScheduler'}."
+        )
     if "shift" in config and "num_train_timesteps" not in config:
         meaning = _REFUSED_CLASSES["MiniMaxH3Scheduler"]
         raise ValueError(

@@ -38,7 +38,7 @@ class SubVPSDEScheduler(SDEScheduler):
         corrector: str | None = None,
         probability_flow: bool = False,
         stochasticity: float | None = None,
-        solver_order: int = 3,
+        solver_order: int | None = None,
         solver_type: str = "heun",
         solver_correction: bool = True,
         gaussian_std: float = 0.05,
