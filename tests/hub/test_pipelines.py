@@ -6,7 +6,6 @@ machine that never had it). They are slow to start, so each does all that there 
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from code_blocks import code_blocks
 from diffusers import DDPMPipeline, DiffusionPipeline
 from hub_models import fingerprint, tiny_pipeline, use_hub
 from loopback_hub import TOKEN, LoopbackHub
@@ -32,10 +32,6 @@ RESULTS = {
     "training_command": "accelerate launch scripts/train.py --sde vp",
 }
 KINDS = ("vp", "ve", "classes", "inpaint", "restore")
-
-
-def code_blocks(card):
-    return re.findall(r"```python\n(.*?)```", card, re.S)
 
 
 @pytest.fixture(scope="module")
