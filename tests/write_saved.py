@@ -1,6 +1,7 @@
 """Write what a version saves, small, and the samples that it gives: data for tests of later versions.
 
-``python tests/write_saved.py tests/data/saved_by_<version>`` is run once, with the version that is to be remembered.
+``python tests/write_saved.py tests/data/saved_by_<version>`` is run once, with the version that is to be remembered
+installed: what is saved states the version of the installed package.
 The samples are those of settings whose numbers are meant to stay: order and stochasticity are given, the levels are
 the saved config's own. The code that a saved folder carries is left out: the tests are of configs and weights, which
 the package reads by itself, and it is 140 kB for a scheduler and 350 kB for a pipeline.
