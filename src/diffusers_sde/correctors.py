@@ -2,7 +2,8 @@
 
     x <- x + step * score + sqrt(2 step) z
 
-Each call of a corrector is a model call of its own: reusing the predictor's score would be another, biased, algorithm.
+Each call of a corrector is a model call of its own. To reuse the predictor's score would be another algorithm, which is
+biased.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class Correction(NamedTuple):
     """One corrector call for each of n levels, each of shape (n,), float64.
 
     Where ``langevin`` is None, ``x``, ``x0`` and ``noise`` are the coefficients of the whole update. Otherwise ``x``
-    and ``x0`` give the score, and the step size is langevin (|z| / |score|)^2, known only once both are.
+    and ``x0`` give the score, and the step size is langevin (|z| / |score|)^2, which is known only when z and the score
+    are.
     """
 
     x: Tensor
@@ -34,7 +36,7 @@ def _step_ratio(sde: SDE, t: Tensor, s: Tensor) -> Tensor:
     """(alpha_t / alpha_s)^2 to the next level s: DDPM's alpha_i = 1 - beta_i on its own grid, 1 for VE.
 
     Algorithm 5 of the paper writes alpha_i; the official code takes it as 1 - beta_i of a table of N steps. The ratio
-    is the same number there and stays right for any number of steps. s = NaN stands for the data, alpha = 1.
+    is the same number there and stays right for any number of steps. s = NaN stands for the data, where alpha = 1.
     """
     log_alpha_s = torch.where(torch.isnan(s), torch.zeros_like(t), sde.log_alpha(torch.where(torch.isnan(s), t, s)))
     return torch.exp(2.0 * (sde.log_alpha(t) - log_alpha_s))
@@ -43,8 +45,9 @@ def _step_ratio(sde: SDE, t: Tensor, s: Tensor) -> Tensor:
 def langevin(sde: SDE, t: Tensor, s: Tensor, snr: float) -> Correction:
     """Langevin corrector, step = 2 alpha (snr |z| / |score|)^2 (Song et al. 2021, Algorithms 4 and 5).
 
-    The step size comes from the same z and score that it multiplies, which widens p_t by about 4/d for a sample of d
-    dimensions: nothing for images, but in one or two dimensions it has no finite mean. Use ``annealed_langevin`` there.
+    The step size comes from the same z and score that it multiplies. This widens p_t by about 4/d for a sample of d
+    dimensions. For images that is negligible, but in one or two dimensions the step size has no finite mean: use
+    ``annealed_langevin`` there.
     """
     precision = torch.exp(-2.0 * sde.log_sigma(t))
     return Correction(-precision, sde.alpha(t) * precision, torch.zeros_like(t), 2.0 * _step_ratio(sde, t, s) * snr**2)
@@ -61,10 +64,11 @@ def ornstein_uhlenbeck(sde: SDE, t: Tensor, s: Tensor, snr: float) -> Correction
     """Langevin dynamics with its linear part exact: x <- e^-h x + (1 - e^-h) alpha x0_hat + sqrt(1 - e^-2h) sigma z.
 
     h = 2 snr^2, the step of ``annealed_langevin`` in units of sigma^2. For a fixed x0_hat the dynamics is an
-    Ornstein-Uhlenbeck process around alpha x0_hat, solved here without error: stable for every h, exact on point
-    data, and for data of standard deviation c a call changes the variance by -(1 - e^-h)^2 sigma^2 alpha^2 c^2 /
-    (alpha^2 c^2 + sigma^2) only. It is the same as going up in noise by the exact transition and down again by a
-    first-order step, and needs a much larger ``snr`` than the other two: 0.3 is h = 0.18.
+    Ornstein-Uhlenbeck process around alpha x0_hat, which is solved here without error. It is stable for every h and
+    exact on point data. For data of standard deviation c a call changes the variance by exactly
+    -(1 - e^-h)^2 sigma^2 alpha^2 c^2 / (alpha^2 c^2 + sigma^2). It is the same as going up in noise by the exact
+    transition and down again by a first-order step. It needs a much larger ``snr`` than the other two correctors: 0.3
+    gives h = 0.18.
     """
     h = torch.full_like(t, 2.0 * snr**2)
     forget = -torch.expm1(-h)

@@ -4,27 +4,28 @@ With Tweedie's formula, x0_hat = (x_t + sigma^2 score) / alpha, this reads
 
     E[x_0 | x_t, y] = E[x_0 | x_t] + (sigma^2 / alpha) grad log p_t(y | x_t),
 
-so guidance is composition: a denoiser goes in and a denoiser comes out, and predictor-corrector sampling, the ODE and
-the likelihood take it like any other (Song et al. 2021, eq. 14 and appendix I). Where alpha vanishes, both factors are
-taken at the time where sigma / alpha = 1000.
+so guidance turns a denoiser into another denoiser, and predictor-corrector sampling, the ODE and the likelihood take
+the new one like any other (Song et al. 2021, eq. 14 and appendix I). Where alpha vanishes, both factors are taken at
+the time where sigma / alpha = 1000.
 
-Linear measurements y = A x_0 + noise have p_t(y | x_t) = E[N(y; A x_0, noise_std^2 I) | x_t], for which every method
-has its own Gaussian. With r = y - A x0_hat, J = d x0_hat / d x_t and S = noise_std^2 I they shift x0_hat by
+Linear measurements y = A x_0 + noise have p_t(y | x_t) = E[N(y; A x_0, noise_std^2 I) | x_t], which every method
+approximates by a Gaussian of its own. With r = y - A x0_hat, J = d x0_hat / d x_t and S = noise_std^2 I they shift
+x0_hat by
 
     dps       scale sqrt(m) sigma J^T A^T r / |r|, m the number of measurements;
     pigdm     (sigma^2/alpha) J^T A^T (v A A^T + S)^-1 r,  v = 1 / (1/data_std^2 + alpha^2/sigma^2);
     mmps      V A^T (A V A^T + S)^-1 r with V = (sigma^2/alpha) J, the true covariance of x_0 given x_t;
     gaussian  the same with V of Gaussian data with a given covariance.
 
-Beyond one call of the denoiser the first two cost one backward pass, ``mmps`` one for each iteration of its solver and
-one more, and ``gaussian`` nothing.
+Beside one call of the denoiser, ``dps`` and ``pigdm`` cost one backward pass, ``mmps`` costs one for each iteration of
+its solver and one more, and ``gaussian`` costs nothing.
 
 A method is one function ``(denoiser, sde, operator, y, noise_std, **options) -> denoiser`` and one line in
-``POSTERIOR_METHODS``. Replacement and resampling at jumps, which move the sample and not its estimate, are ways to
-execute a plan: ``Replacement`` and ``resampled``. ``smc_sample`` corrects the approximation with weighted particles.
+``POSTERIOR_METHODS``. Replacement and resampling move the sample and not its estimate, so they are ways to execute a
+plan: ``Replacement`` and ``resampled``. ``smc_sample`` corrects the approximation with weighted particles.
 
-Memory: a backward pass keeps the activations of the network for the whole batch; ``chunk_size`` limits it to so many
-samples at a time and costs one more forward pass per backward pass.
+A backward pass keeps the activations of the network in memory for the whole batch. ``chunk_size`` limits this to so
+many samples at a time, and costs one more forward pass per backward pass.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
-LARGEST_SCALE = 1e6  # of guidance; far beyond use, and float32 still holds the guided estimate
+LARGEST_SCALE = 1e6  # of guidance: far larger than is useful, and float32 can still hold the guided estimate
 LARGEST_RATIO = 1000.0  # sigma / alpha beyond which x_t says nothing about x_0
 
 
@@ -64,7 +65,7 @@ def classifier_guidance(
     Args:
         denoiser: The unconditional one.
         sde: Its SDE.
-        log_prob: (x_t, t) -> log p_t(y | x_t) in nats, shape (B,), differentiable; it must know the noise level.
+        log_prob: (x_t, t) -> log p_t(y | x_t) in nats, shape (B,), differentiable. It must know the noise level.
         scale: 1 is Bayes' rule; larger values sharpen p_t(y | x_t) to its power.
 
     Reference:
@@ -77,7 +78,7 @@ def classifier_guidance(
         x0_hat = denoiser(x, t)
         if scale == 0.0:
             return x0_hat
-        # The likelihood differentiates this once more, which fused attention kernels cannot.
+        # The log-likelihood needs second derivatives, and fused attention kernels have none.
         again = torch.is_grad_enabled() and x.requires_grad
         kernels = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if again else nullcontext()
         with torch.inference_mode(False), torch.enable_grad(), kernels:
@@ -97,12 +98,12 @@ def classifier_free_guidance(
     """Guide by the difference of a conditional and an unconditional estimate, both from one batched call.
 
     x0_hat = x0_hat(null) + scale (x0_hat(condition) - x0_hat(null)), which with exact denoisers is classifier guidance
-    with the same scale. Scale 1 calls the conditional half only and 0 the other.
+    with the same scale. Scale 1 calls the conditional half only, and scale 0 the unconditional half only.
 
     Args:
         denoiser: (x_t, t, condition) -> x0_hat.
-        condition: One row per sample, shape (B, ...).
-        null_condition: What the network takes for "no condition", broadcastable to ``condition``.
+        condition: The conditions, one row per sample, shape (B, ...).
+        null_condition: The value that the network takes for "no condition", broadcastable to ``condition``.
         scale: 0 is unconditional, 1 conditional, larger values push away from the unconditional estimate.
 
     Reference:
@@ -128,7 +129,7 @@ def guidance_interval(inside: Denoiser, outside: Denoiser, sde: SDE, interval: t
 
     Args:
         inside: The guided denoiser.
-        outside: The conditional one without guidance; only the one that is needed is called.
+        outside: The conditional denoiser without guidance. Of the two, only the one that is needed is called.
         sde: Their SDE.
         interval: Smallest and largest noise-to-signal ratio sigma/alpha, in units of the data; the same numbers mean
             the same noise for every SDE.
@@ -167,9 +168,9 @@ def dps(
 ) -> Denoiser:
     """Diffusion posterior sampling: follow the gradient of the norm of y - A x0_hat, not of its square.
 
-    The gradient has no size of its own: Chung et al. tie it to their thousand steps. Here it is scale sqrt(m) sigma
-    for m measurements, which moves x0_hat by about scale sigma/alpha in every measured direction, whatever the grid.
-    ``noise_std`` is not used: the method does not know when to stop fitting.
+    The method does not say how large the gradient is; Chung et al. choose a factor for their thousand steps. Here the
+    factor is scale sqrt(m) sigma for m measurements, which moves x0_hat by about scale sigma/alpha in every measured
+    direction on every grid. ``noise_std`` is not used, so that the method fits the noise in the measurements too.
 
     Args:
         denoiser: The unconditional one.
@@ -207,7 +208,7 @@ def pigdm(
 ) -> Denoiser:
     """Pseudo-inverse guidance: x_0 given x_t is taken for N(x0_hat, v I), v = (1/data_std^2 + alpha^2/sigma^2)^-1.
 
-    Exact for data that are isotropic with this standard deviation.
+    It is exact for data that are isotropic with this standard deviation.
 
     Args:
         denoiser: The unconditional one.
@@ -247,8 +248,9 @@ def mmps(
 ) -> Denoiser:
     """Moment matching: x_0 given x_t is a Gaussian with the true covariance (sigma^2 / alpha) d x0_hat / d x_t.
 
-    The system (A V A^T + noise_std^2 I) u = y - A x0_hat is solved by conjugate gradients, each iteration of which is
-    one backward pass; few suffice, and fewer regularise. Exact for Gaussian data.
+    The system (A V A^T + noise_std^2 I) u = y - A x0_hat is solved by conjugate gradients, and each iteration is one
+    backward pass. A few iterations suffice, and stopping early regularises the solution. The method is exact for
+    Gaussian data.
 
     Args:
         denoiser: The unconditional one.
@@ -294,9 +296,9 @@ def gaussian(
     noise_std: float = 0.0,
     covariance: Tensor | float = 1.0,
 ) -> Denoiser:
-    """As if the data were Gaussian with a known covariance C: V = C (I + (alpha/sigma)^2 C)^-1, no gradients.
+    """Treat the data as Gaussian with a known covariance C: V = C (I + (alpha/sigma)^2 C)^-1, without gradients.
 
-    Exact for Gaussian data. It forms A as a matrix, so it is for small data.
+    It is exact for Gaussian data. It forms A as a matrix, so it is for small data only.
 
     Args:
         denoiser: The unconditional one.
@@ -325,7 +327,7 @@ def gaussian(
         variance = values / (1.0 + torch.exp(sde.log_snr(t).double().cpu()).unsqueeze(-1) * values)
         gram = (along * variance.unsqueeze(-2)) @ along.T + noise_std**2 * torch.eye(len(a), dtype=torch.float64)
         r = operator.residual(y, x0_hat).flatten(1)
-        # Masks leave zero rows in A, and a residual of zero there.
+        # Masks make rows of A zero, and the residual is zero there too. The pseudo-inverse leaves these rows out.
         u = (torch.linalg.pinv(gram, hermitian=True) @ r.cpu().double().unsqueeze(-1)).squeeze(-1)
         shift = ((u @ along) * variance) @ axes.T
         return x0_hat + shift.to(x0_hat).reshape(x.shape)
@@ -372,7 +374,8 @@ def denoise_with_vjp(
         denoiser: (x_t, t) -> x0_hat; with ``chunk_size`` it is called with parts of the batch.
         x: State, shape (B, ...).
         t: Time, shape () or (B,).
-        chunk_size: Samples whose activations are kept at a time; None keeps all of them until the function is dropped.
+        chunk_size: Samples whose activations are kept at a time. None keeps those of the whole batch for as long as the
+            returned function exists.
 
     Returns:
         x0_hat and the function, both without a graph.
@@ -414,8 +417,9 @@ class Replacement:
     """Inpainting by replacement: after each row the known entries are drawn anew from p(x_s | x_0 known).
 
     x_s <- mask (alpha_s known + sigma_s z) + (1 - mask) x_s, at the time s at which the row has arrived, and the known
-    values themselves at the end. The paper's code re-noises at the time before the step, and in its last mean leaves
-    noise in the hole. Not exact even with a perfect score: the hole is not told what its surroundings will be.
+    values themselves at the end. The paper's code adds noise for the time before the step instead, and the mean that it
+    returns at the end still has noise in the hole. The method is not exact even with a perfect score, because the hole
+    is drawn without knowing what its surroundings will become.
 
     Args:
         sde: The SDE.
@@ -432,7 +436,7 @@ class Replacement:
         self.mask = mask.to(known.device).bool().expand_as(known)
 
     def __call__(self, x: Tensor, s: float | None) -> Tensor:
-        """X with its known entries at time ``s``; None is the data."""
+        """x with its known entries drawn for the time ``s``; None is the data."""
         return torch.where(self.mask, self.at(s).to(x), x)
 
     def at(self, s: float | None) -> Tensor:
@@ -446,17 +450,17 @@ class Replacement:
 def resampled(rows: Sequence[Row], resamplings: int, jump_length: int = 1) -> Iterator[tuple[int, float | None]]:
     """The order in which RePaint visits a plan's rows: every ``jump_length`` levels it goes back and does them again.
 
-    Noising the whole image back to the earlier time and denoising it again lets the known pixels and the hole, which
-    replacement draws apart, agree.
+    Replacement draws the known pixels and the hole independently. They come to agree when the whole image is noised
+    back to the earlier time and denoised again.
 
     Args:
-        rows: Rows without ``history`` or ``remember``: a jump breaks the path that multistep rows look back on.
+        rows: Rows without ``history`` or ``remember``, because a jump breaks the path that multistep rows look back on.
         resamplings: How often each stretch is done; 1 is plain replacement.
         jump_length: Levels per stretch.
 
     Yields:
-        The index of the next row, and the SDE time to noise the sample to after it, None for no jump. The time to start
-        from is the row's ``s``.
+        The index of the next row, and the SDE time to which the sample is noised after this row, or None if there is no
+        jump. The noising starts from the row's ``s``.
 
     Raises:
         ValueError: Bad numbers, or rows that look back.
@@ -471,7 +475,8 @@ def resampled(rows: Sequence[Row], resamplings: int, jump_length: int = 1) -> It
             "resampling needs a sampler without memory: set solver_order=1 and solver_correction=False, or another "
             "predictor."
         )
-    # A level begins with the first call at its time; a second stage is also made at the time that it leads to.
+    # A level begins with the first call at its time. A second stage may be called at the time of the next level, which
+    # is the time it leads to; it does not begin that level.
     starts = [0]
     for i, row in enumerate(rows):
         if row.t < rows[starts[-1]].t and (row.is_corrector or row.s != row.t):
@@ -487,7 +492,7 @@ def resampled(rows: Sequence[Row], resamplings: int, jump_length: int = 1) -> It
 
 
 def renoise(sde: SDE, x: Tensor, s: float, t: float, generator: Generators = None) -> Tensor:
-    """A draw from the transition kernel p(x_t | x_s), s < t: back up to more noise."""
+    """Draw from the transition kernel p(x_t | x_s), s < t, which goes back to more noise."""
     a, v = sde.transition(s, t)
     return x * float(a) + standard_normal_like(x, generator).to(x) * math.sqrt(float(v))
 
@@ -508,8 +513,8 @@ def sample_inpainting(
         plan: From ``make_plan``.
         denoiser: (x, t) -> x0_hat.
         x: Start, drawn from the prior, shape (B, ...).
-        replacement: The known entries. With a generator of its own, the rows draw the same noise as without it.
-        generator: Noise of the rows.
+        replacement: The known entries. If it has a generator of its own, the rows draw the same noise as without it.
+        generator: Source of the rows' noise.
         resamplings: See ``resampled``.
         jump_length: See ``resampled``.
 
@@ -540,9 +545,9 @@ class Particles:
 
     Attributes:
         samples: Shape (B, K, ...).
-        log_weights: Normalised, shape (B, K).
+        log_weights: Logarithms of the normalised weights, shape (B, K).
         log_evidence: Estimate of log p(y) in nats, whose exponential is unbiased, shape (B,).
-        effective: Smallest effective number of particles on the way, 1 / sum w^2, shape (B,).
+        effective: Smallest effective number of particles, 1 / sum w^2, in the course of the run, shape (B,).
     """
 
     samples: Tensor
@@ -577,13 +582,13 @@ def smc_sample(
 ) -> Particles:
     r"""Sample the posterior by sequential Monte Carlo: exact as the number of particles grows.
 
-    Particles move by the plan's rows with the denoiser of ``pigdm``, and carry the weights that make up for what is
-    wrong with it: with psi_t(x) = N(y; A x0_hat, noise_std^2 I + v A A^T) the twisting functions,
+    Particles move by the plan's rows with the denoiser of ``pigdm``, and their weights correct its error. With the
+    twisting functions psi_t(x) = N(y; A x0_hat, noise_std^2 I + v A A^T) the weights are
 
         w_s = w_t  p(x_s | x_t) psi_s(x_s) / (q(x_s | x_t) psi_t(x_t)),
 
-    p the unguided row and q the guided one; the last psi is the likelihood itself. The law that it converges to is that
-    of the *plan* given y: a finer plan removes the rest.
+    where p is the unguided row and q the guided one. The last psi is the likelihood itself. The particles converge to
+    the law of the *plan* given y, and what separates this from the law of the SDE vanishes as the plan gets finer.
 
     Args:
         plan: Rows with noise and without memory, ending with the data: the reverse SDE by ``ancestral``,
@@ -592,11 +597,12 @@ def smc_sample(
         sde: Its SDE.
         operator: A.
         y: Measurements of B problems, shape (B, ...).
-        noise_std: Standard deviation of the measurement noise, > 0: without noise no particle has any weight.
-        particles: K, per problem.
+        noise_std: Standard deviation of the measurement noise. It must be positive, because without noise no particle
+            has any weight.
+        particles: K, the number of particles per problem.
         generator: Source of all noise.
-        data_std: See ``pigdm``; it moves the efficiency, not the result.
-        resample_below: Resample where the effective number of particles is below this fraction of K.
+        data_std: See ``pigdm``. It changes the efficiency, not the law that is sampled.
+        resample_below: Particles are resampled where their effective number is below this fraction of K.
         chunk_size: Samples per backward pass; None for all.
 
     Returns:
@@ -672,7 +678,7 @@ def smc_sample(
 
 
 def _systematic(log_weights: Tensor, n: int, generator: Generators) -> Tensor:
-    """Draw n from each row's weights by one uniform number: systematic resampling, int64 (B, n)."""
+    """Draw n indices by each row's weights from one uniform number (systematic resampling), int64 (B, n)."""
     u = [
         torch.rand(1, generator=g, dtype=torch.float64, device="cpu" if g is None else g.device)
         for g in (generator if isinstance(generator, Sequence) else [generator] * len(log_weights))
@@ -683,10 +689,10 @@ def _systematic(log_weights: Tensor, n: int, generator: Generators) -> Tensor:
 
 
 def _path(sde: SDE, t: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Time, alpha and sigma, broadcastable against x; where alpha vanishes, at sigma/alpha = ``LARGEST_RATIO``."""
+    """Time, alpha and sigma, broadcastable against x; sigma/alpha is limited to ``LARGEST_RATIO``."""
     t = as_time(t)
     lowest = -2.0 * math.log(LARGEST_RATIO)
-    # A schedule may come here thousands of times: the end of the path is looked at first.
+    # This runs at every call, so the cheap condition comes first: does alpha vanish at t_max?
     if float(sde.log_snr(sde.t_max)) < -60.0 and bool((sde.log_snr(t) < lowest).any()):
         t = torch.minimum(t, sde.time_of(torch.tensor(lowest, dtype=torch.float64)).to(t))
     alpha, sigma = (expand_like(v, x).to(x) for v in (sde.alpha(t), sde.sigma(t)))
@@ -705,10 +711,10 @@ def check_interval(interval: tuple[float, float] | None) -> None:
 
 
 def check_scale(name: str, value: float, positive: bool = False) -> float:
-    """A factor on a guiding term, or with ``positive`` a scale of the data: finite and not negative.
+    """Check a factor on a guiding term, which may be 0, or with ``positive`` a scale of the data, which may not.
 
     Raises:
-        ValueError: It is not, or so large that float32 would overflow.
+        ValueError: It is negative, not finite, or so large that float32 would overflow.
     """
     return check_number(name, value, 0.0 if positive else None, None if positive else 0.0, at_most=LARGEST_SCALE)
 

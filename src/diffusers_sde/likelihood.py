@@ -5,12 +5,12 @@ By the instantaneous change of variables (Song et al. 2021, section 4.3 and appe
     log p(x_0) = log prior(x_T) + int div(velocity) dt;
 
 ``ode`` writes the flow in variables whose linear part leaves the integral in closed form, and what remains is
-tr(d x0_hat / dx) along the path. Three ways to get the trace, all unbiased:
+tr(d x0_hat / dx) along the path. There are three ways to get the trace, and all are unbiased:
 
-* ``exact``: one derivative per dimension; for small dimensions and for tests.
-* ``hutchinson``: v^T J v for probes v that are fixed for the whole solve (Skilling 1989; Hutchinson 1990; Grathwohl et
-  al. 2019), as in the paper. The errors at successive points have the same sign and add up.
-* ``resampled`` (the default): a fresh probe at every point. The errors at successive points are independent and
+* ``exact`` takes one derivative per dimension. It is for small dimensions and for tests.
+* ``hutchinson`` takes v^T J v with probes v that are fixed for the whole solve (Skilling 1989; Hutchinson 1990;
+  Grathwohl et al. 2019), as in the paper. The errors at successive points have the same sign and add up.
+* ``resampled`` (the default) takes a fresh probe at every point. The errors at successive points are independent and
   average out, which divides the scatter by about the square root of the number of points, at the same cost. Inside a
   Runge-Kutta method fresh probes would destroy the error estimate; here the path, its error and its step sizes are
   those of the state alone, and the trace is a quadrature along it.
@@ -45,9 +45,9 @@ class TraceOptions:
 
     Args:
         method: ``resampled``, ``hutchinson`` or ``exact``; see the head of this module.
-        num_probes: Probes per point; their derivatives share one forward pass. Not used by ``exact``.
-        probe: ``rademacher`` (+1 or -1, the least scatter) or ``gaussian``. For Gaussian probes the derivative of
-            x0_hat for isotropic Gaussian data is a control variate; for Rademacher probes that part has no noise.
+        num_probes: Probes per point; their derivatives share one forward pass. ``exact`` does not use it.
+        probe: ``rademacher`` (+1 or -1, which scatters least) or ``gaussian``. For Gaussian probes the derivative that
+            x0_hat has for isotropic Gaussian data is a control variate; for Rademacher probes that part has no noise.
         differentiation: ``reverse`` (vector-Jacobian products, works with every network) or ``forward``
             (Jacobian-vector products, no stored activations; the network's operations must support forward mode).
     """
@@ -71,7 +71,7 @@ def jacobian_products(
     Args:
         denoise: x -> x0_hat, acting on each sample alone.
         x: Shape (B, ...).
-        probes: Each of the shape of ``x``.
+        probes: The probes v, each of the shape of ``x``.
         differentiation: ``reverse`` or ``forward``.
 
     Returns:
@@ -83,7 +83,7 @@ def jacobian_products(
     products: list[Tensor] = []
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     if differentiation == "forward":
-        # The fused attention kernels have no forward derivative; the plain one has.
+        # The fused attention kernels have no forward derivative, but the plain one has.
         kernels = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
         x0 = x
         with kernels:
@@ -107,7 +107,7 @@ def jacobian_products(
 
 @dataclass
 class _Trace:
-    """Estimates of tr(d x0_hat / dx), one column per replicate; what ``ode.integrate`` calls."""
+    """The function that ``ode.integrate`` calls for estimates of tr(d x0_hat / dx), one column per replicate."""
 
     options: TraceOptions
     generators: Sequence[torch.Generator]
@@ -156,7 +156,7 @@ class _Trace:
             probe[:, i] = 1.0
             return probe.reshape(x.shape)
 
-        # One probe per dimension would need d copies of x at once: made on demand instead.
+        # All probes together, one per dimension, would need d copies of x at once. They are made on demand instead.
         x0, products = jacobian_products(denoise, x, _OnDemand(basis, x[0].numel()), self.options.differentiation)
         return x0, torch.stack(products).sum(0)
 
@@ -208,12 +208,13 @@ class LogProb:
 
     Attributes:
         value: log p(x) in nats, shape (B,), float64.
-        standard_error: Of ``value``, from the noise of the trace estimate (not from the solver's error), shape (B,): 0
-            for the exact trace; from the replicates for fixed probes, nan if there is only one; for resampled probes
-            from the scatter of the trace along the path, which needs no second probe.
-        latents: The codes, unit noise, shape (B, ...).
+        standard_error: Standard error of ``value``, shape (B,). It covers the noise of the trace estimate, not the
+            solver's error. It is 0 for the exact trace. For fixed probes it comes from the replicates, and is nan if
+            there is only one. For resampled probes it comes from the scatter of the trace along the path, which needs
+            no second probe.
+        latents: The codes, which are unit noise, shape (B, ...).
         calls: Network calls of each sample, shape (B,). Every call is a forward pass with ``num_probes`` derivatives.
-        t_min: The density is that of x_t at this time: of data with noise sigma(t_min).
+        t_min: SDE time of the density, which is that of x_t at this time: of data with noise sigma(t_min).
     """
 
     value: Tensor
@@ -241,20 +242,20 @@ def log_prob(
 ) -> LogProb:
     """Log-density of continuous data under the probability flow, in nats.
 
-    log p(x) = log prior(x_T) + log-determinant of the flow from t_min to t_max (Song et al. 2021, eq. 39), prior
-    N(0, prior_std^2 I) of the SDE. For quantised data see ``bits_per_dim``.
+    log p(x) = log prior(x_T) + log-determinant of the flow from t_min to t_max (Song et al. 2021, eq. 39), where the
+    prior is N(0, prior_std^2 I) of the SDE. For quantised data see ``bits_per_dim``.
 
     Args:
-        denoiser: (x_t, t, **conditioning) -> x0_hat; differentiable, nothing clipped.
+        denoiser: (x_t, t, **conditioning) -> x0_hat. It must be differentiable and must not clip.
         sde: The SDE.
         x: Data, shape (B, ...), taken as the state at ``t_min``.
         trace: How the trace is found; see ``TraceOptions``.
         options: Settings of the solver.
-        t_min: Where the data stand; the SDE's own t_min if None.
+        t_min: SDE time of the data; the SDE's own t_min if None.
         conditioning: Arguments of the denoiser with one row per sample, such as ``class_labels``.
-        generator: Source of the probes: one generator (or None for torch's global state), from which and from the
-            sample's content the probes of each sample follow, so that they do not depend on batch mates; or a list
-            with one for each sample.
+        generator: Source of the probes: a list with one generator for each sample, or one generator, or None for
+            torch's global state. In the last two cases the probes of a sample follow from the generator and from the
+            sample's content, so that they do not depend on its batch mates.
         progress: Called with the number of samples that are done.
 
     Returns:
@@ -296,9 +297,10 @@ class Quantization:
         low: Value of black in the network's data.
         high: Value of white.
         bit_depth: 8 for ordinary images.
-        grid: ``endpoints``: level k is low + (high - low) k / (2^b - 1), what ``ToTensor`` and this package's training
-            give; the bin around it is (high - low) / (2^b - 1) wide. ``bins``: 2^b bins fill [low, high] and level k is
-            the centre of its own, the paper's convention; the bin is (high - low) / 2^b wide.
+        grid: With ``endpoints``, level k stands for low + (high - low) k / (2^b - 1), as ``ToTensor`` and this
+            package's training have it, and the bin around it is (high - low) / (2^b - 1) wide. With ``bins``, the
+            paper's convention, 2^b bins fill [low, high], level k stands for the centre of its bin, and a bin is
+            (high - low) / 2^b wide.
     """
 
     low: float = -1.0
@@ -389,14 +391,14 @@ class BitsPerDim:
     """Bits per dimension of quantised data.
 
     Attributes:
-        mean: Over all images.
-        standard_error: Of ``mean``: the spread between images divided by the root of their number, which contains the
-            noise of traces and dequantisation; nan for a single image.
-        per_image: Shape (B,), float64.
+        mean: Mean over all images.
+        standard_error: Standard error of ``mean``: the spread between images divided by the root of their number, which
+            contains the noise of traces and dequantisation. It is nan for a single image.
+        per_image: Bits per dimension of each image, shape (B,), float64.
         per_image_error: The noise of the trace estimate in ``per_image``, shape (B,).
         calls: Network calls per image, all dequantisations together, shape (B,).
         t_min: SDE time at which the density was taken.
-        dequantization: Its name.
+        dequantization: Name of the dequantisation.
         importance_samples: Dequantisations per image.
     """
 
@@ -440,11 +442,12 @@ def bits_per_dim(
         value_range: (black, white) of floating-point ``images``; the network's range if None.
         dequantization: ``uniform`` in the bin; ``truncated_normal`` with standard deviation sigma/alpha at t_min, cut
             off at the bin's edges, for networks that were trained on undequantised images (Zheng et al. 2023,
-            arXiv:2305.03935); ``none`` if you did it yourself, uniformly.
-        importance_samples: K. Noise in log p (one probe per image) lifts the K-draw value; use several probes.
+            arXiv:2305.03935); ``none`` if you have dequantised the images yourself, uniformly.
+        importance_samples: K, the number of draws per image. Noise in log p raises the estimate of log P(k) for K > 1,
+            so use several probes then.
         trace: How the trace is found.
         options: Settings of the solver.
-        t_min: Where the data stand; the SDE's own t_min if None.
+        t_min: SDE time of the data; the SDE's own t_min if None.
         conditioning: Arguments of the denoiser with one row per image.
         generator: Source of dequantisation noise and probes; see ``log_prob``.
         progress: Called with the number of solves that are done, B K in all.
@@ -453,7 +456,7 @@ def bits_per_dim(
         The mean with its standard error, and the values of the images.
 
     Raises:
-        ValueError: Bad arguments: above all, images on the grid that nothing dequantises.
+        ValueError: Bad arguments, such as images on the grid with ``dequantization="none"``.
         RuntimeError: The solver gives up; see ``ode.integrate``.
     """
     quantization = Quantization() if quantization is None else quantization
@@ -494,7 +497,7 @@ def bits_per_dim(
 
     repeated = [source for source in noise_generators for _ in range(importance_samples)]
     if importance_samples > 1:
-        # The draws of one image run side by side: each needs numbers of its own, whatever the order.
+        # The draws of one image run side by side, so each needs a generator of its own, whatever the order.
         repeated = [_child(source) for source in repeated]
     spread = {name: value.repeat_interleave(importance_samples, 0) for name, value in (conditioning or {}).items()}
     result = log_prob(denoiser, sde, alpha * x, trace, options, t_min, spread, repeated, progress)
@@ -525,7 +528,7 @@ def _child(generator: torch.Generator) -> torch.Generator:
 
 
 def _already_continuous(images: Tensor, quantization: Quantization, importance_samples: int) -> Tensor:
-    """Data for ``dequantization="none"``, checked."""
+    """Check the data for ``dequantization="none"`` and return them."""
     if importance_samples != 1:
         raise ValueError(f"importance_samples must be 1 with dequantization='none', got {importance_samples!r}.")
     if not images.is_floating_point():

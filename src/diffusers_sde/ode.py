@@ -10,16 +10,16 @@ with m and c the mean and standard deviation of the data, in which it becomes, f
 
 z keeps unit variance along the whole path, and the linear part is exact: for Gaussian data with this mean and variance
 the right-hand side is zero. Where noise dominates, tau is proportional to alpha/sigma, so that alpha = 0 (rectified
-flow and cosine at t = 1) is an ordinary point; where data dominates it is half the log-SNR plus a constant, in which
-the fine structure is spread out evenly. m and c need not be right; they only decide how straight the flow is. The
+flow and cosine at t = 1) is an ordinary point. Where the data dominate, tau is half the log-SNR plus a constant, which
+spreads out the fine structure evenly. m and c need not be right, because they only decide how straight the flow is. The
 density follows from
 
     d log p(z) / dtau = d tanh(tau) - (s / c) tr(d x0_hat / d x).
 
 The solver is a variable-step, variable-order Adams method of predict-evaluate-correct type: **one network call per
 step**, where a Runge-Kutta pair of comparable order needs six. Each step takes the order, 1 to 5, that promises the
-longest next one. Every sample has its own time, step size and accept or reject decision, so a result does not depend on
-its batch mates; a sample that has arrived gives its place in the batch to the next one that waits.
+longest next step. Every sample has its own time, step size and accept or reject decision, so a result does not depend
+on its batch mates. A sample that has arrived gives its place in the batch to the next one that waits.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from .time_grids import get_time_grid
 FlowDenoiser = Callable[..., Tensor]
 """(x_t of shape (B, ...), t of shape (B,), **conditioning) -> x0_hat = E[x_0 | x_t], shape (B, ...)."""
 
-ORDER = 5  # most points the predictor looks back on; 4 and 6 need as many calls or more for the same error
+ORDER = 5  # the predictor uses at most this many earlier points; 4 and 6 need no fewer calls for the same error
 SAFETY, SHRINK, GROW = 0.8, 0.2, 2.0
 PROPORTIONAL, INTEGRAL = 0.7, 0.4
 
 
 class SolverError(RuntimeError):
-    """An adaptive solver gives up: at these tolerances it takes too many calls, or steps that are too small."""
+    """An adaptive solver gives up, because it needs too many calls or too small steps at these tolerances."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ODEOptions:
     Args:
         rtol: Relative tolerance.
         atol: Absolute tolerance, in standard deviations of the current marginal.
-        max_calls: Network calls per sample after which to give up.
+        max_calls: Network calls per sample after which the solver gives up.
         batch_size: Samples in one network call.
         data_mean: Approximate mean of the data, in the network's range.
         data_std: Approximate standard deviation of the data.
@@ -77,7 +77,7 @@ class ODEOptions:
 
     def __post_init__(self) -> None:
         check_tolerances(self.rtol, self.atol, largest_atol=1.0)
-        # Whole numbers such as 64.0 become integers: the batch size is a slice.
+        # Whole numbers such as 64.0 become integers, since the batch size is used in slices.
         for name in ("max_calls", "batch_size"):
             object.__setattr__(self, name, check_integer(name, getattr(self, name), at_least=1))
         check_number("data_mean", self.data_mean)
@@ -100,7 +100,7 @@ class FlowSolution:
 
 
 class TraceFunction(Protocol):
-    """What ``integrate`` calls to learn tr(d x0_hat / dx) along the way; see ``likelihood``."""
+    """The function by which ``integrate`` learns tr(d x0_hat / dx) along the way; see ``likelihood``."""
 
     @property
     def replicates(self) -> int:
@@ -115,19 +115,20 @@ class TraceFunction(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """x0_hat, shape of ``x``, and estimates of the trace, shape (B, replicates), float64.
 
-        ``samples`` says which of all samples the rows of ``x`` are, and ``gain``, shape (B,), is the derivative of
-        x0_hat for isotropic Gaussian data, a control variate.
+        ``samples`` says which of all samples the rows of ``x`` are. ``gain``, shape (B,), is the derivative that x0_hat
+        has for isotropic Gaussian data; it serves as a control variate.
         """
 
 
 @dataclass
 class Integral:
-    """``FlowSolution`` and the change of log-density.
+    """A ``FlowSolution`` and the change of log-density.
 
     Attributes:
-        solution: The state.
+        solution: The solution for the state.
         log_density_change: log p(z_start) - log p(z_end) in nats, one column per replicate, shape (B, R), float64.
-        variance: Variance of its mean over replicates that the noise of resampled probes causes, shape (B,).
+        variance: Variance that the noise of resampled probes causes in the mean of ``log_density_change`` over the
+            replicates, shape (B,).
     """
 
     solution: FlowSolution
@@ -146,7 +147,7 @@ class FlowCoordinates:
     std: float
 
     def tau_of(self, t: float) -> float:
-        """tau = asinh(c alpha / sigma)."""  # noqa: D403 - a formula
+        """tau = asinh(c alpha / sigma)."""
         return math.asinh(self.std * math.exp(0.5 * float(self.sde.log_snr(t))))
 
     def at(self, tau: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,7 +181,7 @@ def adams_weights(nodes: np.ndarray, count: np.ndarray) -> np.ndarray:
 
     Args:
         nodes: Distinct nodes, shape (B, P).
-        count: How many of them each row uses, shape (B,); the weights of the others are 0.
+        count: How many of the nodes each row uses, shape (B,); the weights of the others are 0.
 
     Returns:
         Weights, shape (B, P).
@@ -188,7 +189,8 @@ def adams_weights(nodes: np.ndarray, count: np.ndarray) -> np.ndarray:
     rows, points = nodes.shape
     power = np.arange(points)
     used = power[None, :] < count[:, None]
-    # Scaled to the farthest node, the powers stay of the order of one however short the step is.
+    # The nodes are scaled by the farthest one, so that their powers stay of the order of one for the shortest steps
+    # too.
     scale = np.where(used, np.abs(nodes), 0.0).max(1, initial=1.0)[:, None]
     table = np.where(used, nodes / scale, 0.0)[:, None, :] ** power[None, :, None]
     table = np.where(used[:, :, None], table * used[:, None, :], np.eye(points)[None])
@@ -209,7 +211,7 @@ def _times(sde: SDE, t_start: float, t_end: float) -> None:
 
 
 def check_state(x: Tensor, name: str = "x") -> Tensor:
-    """``x`` if it is a batch of finite floating-point samples, in at least float32 and safe to differentiate.
+    """Check that ``x`` is a batch of finite floating-point samples; return a copy in float32 or float64.
 
     Raises:
         ValueError: It is not.
@@ -221,13 +223,13 @@ def check_state(x: Tensor, name: str = "x") -> Tensor:
         raise ValueError(f"{name} must have shape (B, ...) with at least one sample, got {tuple(x.shape)}.")
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{name} must be finite.")
-    # A clone made outside inference mode may be differentiated, and nothing of the caller's is written to.
+    # A clone made outside inference mode may be differentiated, and the caller's tensor is never written to.
     with torch.inference_mode(False):
         return x.detach().clone().to(x.dtype if x.dtype == torch.float64 else torch.float32)
 
 
 def check_conditioning(conditioning: Mapping[str, Tensor] | None, samples: int) -> dict[str, Tensor]:
-    """Per-sample arguments of the denoiser, checked for their length."""
+    """Check that the denoiser's arguments have one row per sample; return copies of them."""
     for name, value in (conditioning or {}).items():
         if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != samples:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -240,9 +242,9 @@ def check_conditioning(conditioning: Mapping[str, Tensor] | None, samples: int) 
 
 @dataclass
 class _Slots:
-    """The samples that are on their way, one row each. Control on the host in float64, states on the device."""
+    """The samples that are on their way, one row each. Control is on the host in float64, states are on the device."""
 
-    index: np.ndarray  # which of all samples
+    index: np.ndarray  # the sample's number among all samples
     tau: np.ndarray
     step: np.ndarray  # size of the next step
     count: np.ndarray  # points in the history; 0 before the first call
@@ -291,7 +293,7 @@ class _Slots:
 
 
 def _host(z: Tensor, values: np.ndarray | Tensor) -> Tensor:
-    """Numbers of the host as a tensor of z's dtype on its device, in their own shape."""
+    """Numbers of the host as a tensor of the same shape, with z's dtype and on z's device."""
     tensor = (torch.from_numpy(values) if isinstance(values, np.ndarray) else values).to(dtype=z.dtype)
     return tensor.to(z.device)
 
@@ -324,16 +326,16 @@ def integrate(
         denoiser: (x_t, t, **conditioning) -> x0_hat; t has shape (B,).
         sde: The SDE.
         x: State at ``t_start``, shape (B, ...).
-        t_start: Where the state stands.
-        t_end: Where to carry it; either direction.
+        t_start: SDE time of the state.
+        t_end: SDE time to carry it to, earlier or later than ``t_start``.
         options: Settings of the solver.
-        trace: Estimates the divergence; the steps never depend on its noise beyond an upper bound on their size.
+        trace: Estimates the divergence. It only caps the step size and never enters the error estimate.
         conditioning: Arguments of the denoiser with one row per sample.
         progress: Called with the number of samples that have just arrived.
 
     Raises:
         ValueError: Bad arguments.
-        RuntimeError: The solver gives up: too many calls, or a denoiser that is not finite or not smooth.
+        RuntimeError: The solver gives up, because of too many calls or a denoiser that is not finite or not smooth.
     """
     _times(sde, t_start, t_end)
     x = check_state(x)
@@ -360,14 +362,14 @@ def integrate(
         while len(slots.index):
             s = slots
             is_first = s.count == 0
-            # Never leave a last step that is much shorter than the one before.
+            # A rest shorter than two steps is divided into two equal steps: the last step must not be a tiny one.
             rest = np.abs(end - s.tau)
             step = np.where(s.step >= rest * (1 - 1e-9), rest, np.where(s.step > 0.5 * rest, 0.5 * rest, s.step))
             signed = sign * np.where(is_first, 1.0, step)
             nodes = (s.tau_history - s.tau[:, None]) / signed[:, None]
             with_new = np.concatenate([np.ones((len(nodes), 1)), nodes], 1)
             predict = adams_weights(nodes, s.order)
-            # Adams-Moulton weights through the new point and the last 0, 1, ... points of the history.
+            # These are the Adams-Moulton weights through the new point and the last 0, 1, ... points of the history.
             moulton = np.stack([adams_weights(with_new, np.minimum(s.count, k) + 1) for k in range(ORDER + 1)], 1)
             signed = np.where(is_first, 0.0, signed)
             target = np.where(is_first | (step < rest), s.tau + signed, end)
@@ -396,7 +398,7 @@ def integrate(
             slope = (x0.to(state.dtype) - mean) / std - column[2] * z
 
             history = torch.cat([slope[:, None], s.field_history], 1)
-            # The error of order k: what one more point of the history changes, shape (S, ORDER, ...).
+            # The error of order k is what one more point of the history changes, shape (S, ORDER, ...).
             change_of_order = (moulton[:, 1:] - moulton[:, :-1]) * signed[:, None, None]
             errors = torch.bmm(_host(z, change_of_order), history.flatten(2))
             highest = _combine(moulton[:, -1] * signed[:, None], history)
@@ -424,7 +426,7 @@ def integrate(
             s.rejected += ~accept
             taken = np.where(accept, signed, 0.0)
             rates = np.concatenate([rate[:, None], s.rate_history], 1)
-            # The trace of smooth fields is integrated at full order, whatever the state chose.
+            # The trace is integrated at full order, whatever order was chosen for the state.
             s.integral += np.einsum("sp,spr->sr", moulton[:, -1] * taken[:, None], rates)
             if trace is not None and trace.resampled:
                 s.variance += np.where(accept & ~is_first, _noise(target, rates.mean(2), s), 0.0)
@@ -479,8 +481,8 @@ def integrate(
 def _best_order(sizes: np.ndarray, count: np.ndarray) -> np.ndarray:
     """The order, 1 .. count, that promises the longest next step.
 
-    High orders win where the flow is smooth. A network's output is rough in time below some scale (a sinusoidal
-    embedding of 1000 t oscillates), and there low orders win: high differences multiply the roughness.
+    High orders are best where the flow is smooth. A network's output is rough in time below some scale (a sinusoidal
+    embedding of 1000 t oscillates). There low orders are best, because high differences multiply the roughness.
     """
     orders = np.arange(1, sizes.shape[1] + 1)
     usable = orders[None, :] <= np.maximum(count, 1)[:, None]
@@ -492,10 +494,10 @@ def _largest_step(rate: np.ndarray, dims: int, options: ODEOptions) -> np.ndarra
     """Upper bound of the next step for the sake of the trace.
 
     The error norm of the state gives little weight to directions in which the data barely vary, but the trace counts
-    every direction alike. Each direction with standard deviation c_i contributes a step of width one in tau at
-    tau = log(c / c_i), which must not be jumped over: 0.8 resolves it to about 1e-3 of its height, and the method is of
-    fifth order. Before the first such step the rate is still growing from zero like exp(-2 tau), and strides are fine
-    that leave less than ten tolerances behind.
+    every direction alike. Each direction with standard deviation c_i makes the trace rise within a width of one in tau,
+    at tau = log(c / c_i), and the solver must not jump over this rise. A step of 0.8 resolves it to about 1e-3 of its
+    height, and the method is of fifth order. Before the first such rise the rate is still growing from zero like
+    exp(-2 tau), and a longer step is allowed if the integral over it is below ten tolerances.
     """
     tolerance = max(options.atol, options.rtol)
     ordinary = 0.8 * min(1.0, (tolerance / 1e-4) ** 0.2)
@@ -506,8 +508,9 @@ def _largest_step(rate: np.ndarray, dims: int, options: ODEOptions) -> np.ndarra
 def _noise(target: np.ndarray, rates: np.ndarray, slots: _Slots) -> np.ndarray:
     """Contribution of the last accepted point to the variance of the integral of independently noisy rates.
 
-    The distance of a rate from the straight line between its two neighbours estimates its noise (and the curvature of
-    the true rate adds to it, so the estimate is on the safe side); its weight is that of the trapezoidal rule.
+    The distance of a rate from the straight line between its two neighbours estimates its noise. The curvature of the
+    true rate adds to this distance, so that the noise is rather overestimated. The weight of a rate is that of the
+    trapezoidal rule.
     """
     left, here = slots.tau_history[:, 1], slots.tau_history[:, 0]
     width = target - left
@@ -541,7 +544,7 @@ def solve_flow(
         x: State at ``t_start``, shape (B, ...), float32 or float64 (half precision is promoted to float32).
         t_start: SDE time of ``x``.
         t_end: SDE time of the result; sigma must be positive there.
-        options: Tolerances and the like; see ``ODEOptions``.
+        options: Tolerances and other settings; see ``ODEOptions``.
         conditioning: Arguments of the denoiser with one row per sample, such as ``class_labels``.
         progress: Called with the number of samples that have just arrived.
 
@@ -574,9 +577,10 @@ def sample_flow(
         sde: The SDE.
         latents: Unit noise, shape (B, ...); it is scaled to the prior here.
         options: Settings of the solver.
-        t_min: Where to stop; the SDE's own t_min if None.
-        denoise_final: Return x0_hat at the end, for one more call (Tweedie's formula).
-        temperature: Factor on the latents; below 1, typical instead of diverse samples (Song et al. 2021, section 4.3).
+        t_min: SDE time at which to stop; the SDE's own t_min if None.
+        denoise_final: Whether to return x0_hat at the end, for one more call (Tweedie's formula).
+        temperature: Factor on the latents. Below 1 the samples are more typical and less diverse (Song et al. 2021,
+            section 4.3).
         conditioning: Arguments of the denoiser with one row per sample.
         progress: Called with the number of samples that have just arrived.
 
@@ -621,7 +625,7 @@ def encode(
         sde: The SDE.
         x0: Data, shape (B, ...).
         options: Settings of the solver.
-        t_min: Where the data stand; the SDE's own t_min if None.
+        t_min: SDE time of the data; the SDE's own t_min if None.
         conditioning: Arguments of the denoiser with one row per sample.
         progress: Called with the number of samples that have just arrived.
 
@@ -673,7 +677,7 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor | Sequence[float]) -> Tensor:
     cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))
     theta = torch.acos(cosine.clamp(-1.0, 1.0))[:, None]
     w = torch.as_tensor(weights, dtype=torch.float64, device=a.device)[None, :]
-    # Codes that are nearly parallel have no arc: the straight line is its limit.
+    # Codes that are nearly parallel have no arc. The straight line, its limit, is taken for them.
     arc = theta.sin().abs() > 1e-6
     safe = torch.where(arc, theta.sin(), torch.ones_like(theta))
     first = torch.where(arc, torch.sin((1.0 - w) * theta) / safe, 1.0 - w).to(a.dtype)
@@ -692,16 +696,16 @@ def interpolate(
     t_min: float | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> FlowSolution:
-    """Between data: encode both ends, interpolate the codes spherically, decode (Song et al. 2021, section 4.3).
+    """Interpolate data: encode both ends, interpolate the codes spherically, decode (Song et al. 2021, section 4.3).
 
     Args:
         denoiser: (x_t, t) -> x0_hat.
         sde: The SDE.
         x_a: Data, shape (B, ...).
         x_b: Data, same shape.
-        num: Points, both ends included.
+        num: Number of points, both ends included.
         options: Settings of the solver.
-        t_min: Where the data stand; the SDE's own t_min if None.
+        t_min: SDE time of the data; the SDE's own t_min if None.
         progress: Called with the number of samples that have just arrived.
 
     Returns:
@@ -735,7 +739,8 @@ def edit(
 ) -> Tensor:
     """Variations of data: add noise up to an intermediate time, then run the reverse SDE (SDEdit).
 
-    Meng et al. 2022 (arXiv:2108.01073, Algorithm 1). What survives is what the noise does not hide.
+    This is Algorithm 1 of Meng et al. 2022 (arXiv:2108.01073). The result keeps of the data what the noise does not
+    hide.
 
     Args:
         denoiser: (x_t, t) -> x0_hat.

@@ -21,7 +21,7 @@ from .parametrizations import Parametrization
 from .predictors import PredictorOptions, Stage, default_stochasticity, get_predictor
 from .sdes import SDE
 
-LARGEST_NUMBER = torch.finfo(torch.float32).max  # of samples and their coefficients
+LARGEST_NUMBER = torch.finfo(torch.float32).max  # samples and their coefficients must be smaller
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +30,14 @@ class Row:
 
     A linear row is x_new = x * x_t + model * F + noise * z + sum_k history[k] * (k-th last remembered x0_hat), where F
     is what the model returns: x0_hat, or the raw network output once the plan is folded. A Langevin row has no constant
-    update: ``x`` and ``model`` give the score, the step size is langevin (|z|/|score|)^2.
+    update: ``x`` and ``model`` give the score, and the step size is langevin (|z|/|score|)^2.
 
     Attributes:
         t: SDE time at which the model is called.
         s: SDE time of the result; None for the data (alpha = 1, sigma = 0).
-        skip, out: x0_hat = skip * x_t + out * F.
-        remember: Keep this call's x0_hat for later rows.
-        memo: Keep memo[0] * x_t + memo[1] * x0_hat instead; see ``memorise``.
+        skip, out: The coefficients in x0_hat = skip * x_t + out * F.
+        remember: Whether this call's x0_hat is kept for later rows.
+        memo: If given, memo[0] * x_t + memo[1] * x0_hat is kept instead; see ``memorise``.
         is_corrector: Whether a corrector owns this call.
     """
 
@@ -65,8 +65,8 @@ class Plan:
     """A sampler for one SDE on one grid.
 
     Attributes:
-        rows: One per model call, in order; ``len(rows)`` is the number of function evaluations (nfe).
-        order: Rows per noise level: correctors and the calls of the predictor. The last level may have fewer.
+        rows: One row per model call, in order; ``len(rows)`` is the number of function evaluations (nfe).
+        order: Rows per noise level, those of correctors and of the predictor together. The last level may have fewer.
         memory: How many earlier estimates the rows look back on.
     """
 
@@ -96,7 +96,7 @@ class Plan:
             else replace(row, skip=a, out=b)
             for row, a, b in zip(self.rows, skip, out, strict=True)
         )
-        # Infinite where alpha = 0; and samples are float32, in which an alpha of 1e-39 is as good as 0.
+        # The coefficients are infinite where alpha = 0. Samples are float32, in which an alpha of 1e-39 acts like 0.
         if not all(abs(v) < LARGEST_NUMBER for row in rows for v in (row.x, row.model, row.skip, row.out)):
             raise ValueError(
                 f"prediction_type of {type(parametrization).__name__} does not determine the data where alpha(t) = 0 "
@@ -130,13 +130,13 @@ def make_plan(
         corrector: A name in ``CORRECTORS``, or None.
         correct_steps: Corrector calls per level.
         snr: Signal-to-noise ratio r of the corrector's step size.
-        stochasticity: 1 for the reverse SDE, 0 for the probability-flow ODE. None is 1, and for ``exponential`` as
-            much as each interval allows, see ``default_stochasticity``.
+        stochasticity: 1 for the reverse SDE, 0 for the probability-flow ODE. None means 1, but for ``exponential`` it
+            means as much as each interval allows; see ``default_stochasticity``.
         options: Further options of the predictor.
-        denoise_final: End with x0_hat at the last time (Tweedie's formula: the mean without the noise); otherwise the
-            last time is where the result stands, noise and all.
-        final_time: With ``denoise_final``, end with a noise-free step to this time instead of the data, as diffusers
-            does for ``final_sigmas_type="sigma_min"``.
+        denoise_final: Whether the plan ends with x0_hat at the last time (Tweedie's formula: the mean without the
+            noise). Otherwise the result stands at the last time and still has the noise of that time.
+        final_time: With ``denoise_final``, the plan ends with a noise-free step to this time instead of the data, as
+            diffusers does for ``final_sigmas_type="sigma_min"``.
 
     Raises:
         ValueError: Unknown names, a grid that does not decrease, or a combination without meaning.
@@ -200,18 +200,18 @@ def restart_plan(
 ) -> Plan:
     """Restart sampling: on reaching ``low`` go back up to ``high`` in noise and down again, ``repeats`` times.
 
-    The way up is the forward transition, exact and free of calls; it mixes what the way down got wrong (Xu et al. 2023,
-    arXiv:2306.14878). It is merged into the row that arrives at ``low``, so that a plan stays one row per model call.
+    The way up is the forward transition, which is exact and costs no call. Its noise covers a part of the errors that
+    the way down has made (Xu et al. 2023, arXiv:2306.14878). It is merged into the row that arrives at ``low``, so that
+    a plan still has one row per model call.
     Estimates from before a restart are not used after it.
 
     Args:
         sde: The SDE.
         times: Decreasing times, shape (n,).
-        low: Where to turn; the nearest of ``times`` but the first.
-        high: Where to go back to; the nearest earlier one.
-        repeats: How often.
-        **arguments: Of ``make_plan``; ``probability_flow``, that is ``stochasticity=0``, is what the method is meant
-        for.
+        low: Time at which to turn. The nearest of ``times`` is taken.
+        high: Time to go back to. The nearest of ``times`` is taken, and it must come before ``low``.
+        repeats: How often to go back.
+        **arguments: Arguments of ``make_plan``. The method is meant for the probability flow, ``stochasticity=0``.
 
     Raises:
         ValueError: ``high`` is not before ``low`` on the grid, ``repeats`` is negative, or see ``make_plan``.
@@ -248,7 +248,7 @@ def restart_plan(
 
 
 def check_times(sde: SDE, times: Any, at_least: int) -> Tensor:
-    """A grid as float64: at least so many times of the path, strictly decreasing.
+    """A grid as float64, checked to hold at least ``at_least`` times of the path, strictly decreasing.
 
     Raises:
         ValueError: It is not.
@@ -268,7 +268,7 @@ def _final_row(sde: SDE, t: float, final_time: float | None) -> Row:
 
 
 def _in_sample_and_estimate(stage: Stage) -> Stage:
-    """Carry out ``late`` and write out ``memo``: coefficients of x_t, x0_hat and what is remembered."""
+    """Substitute ``late`` and ``memo``, so that the stage is expressed in x_t, x0_hat and stored estimates only."""
     weights = [stage.x0, *stage.history]
     for k, update in enumerate(stage.late):
         weights[k:] = [weights[k] + stage.x * update if k < len(weights) else stage.x * update, *weights[k + 1 :]]
@@ -279,16 +279,17 @@ def _in_sample_and_estimate(stage: Stage) -> Stage:
 
 
 def _slopes(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Coefficients of the differences E_0 - E_1, E_1 - E_2, ... in sum_k weights_k E_k, next to sum(weights) E_0."""
+    """Coefficients of the differences E_0 - E_1, E_1 - E_2, ... if sum_k weights_k E_k is written by them and E_0."""
     return [-sum(weights[k:], torch.zeros_like(weights[0])) for k in range(1, len(weights))]
 
 
 def _across_corrections(stage: Stage) -> Stage:
-    """A multistep stage behind a corrector, which calls the model at the same time and then moves the sample.
+    """Rewrite a multistep stage that follows a corrector, which calls the model at the same time and moves the sample.
 
-    Differences of estimates are to tell how the estimate changes along the path, not how far the corrector jumped:
-    each is taken over one interval, between the call after the jump at its start and the call before the jump at its
-    end. In memory those are number 1 and 0 for the last interval, 3 and 2 for the one before, ...
+    A difference of two estimates should tell how the estimate changes along the path, not how far the corrector moved
+    the sample. Each difference is therefore taken over one interval, between the call after the corrector at its start
+    and the call before the corrector at its end. In memory these are numbers 1 and 0 for the last interval, numbers 3
+    and 2 for the interval before it, and so on.
     """
     weights = [stage.x0, *stage.history]
     history = [c for slope in _slopes(weights) for c in (slope, -slope)]
@@ -296,14 +297,14 @@ def _across_corrections(stage: Stage) -> Stage:
 
 
 def _finish_steps(corrections: list[list[Row]], stage: Stage) -> None:
-    """Let the first corrector call of each level be remembered, and finish the step that led there with it."""
+    """Use the first corrector call of each level twice: store its estimate, and complete the previous step with it."""
     slopes = [v.tolist() for v in _slopes(stage.late)] if stage.late else []
     memos = None if stage.memo is None else [m.tolist() for m in stage.memo]
     for i, rows in enumerate(corrections[: len(stage.x)]):
         row = rows[0]
         memo = None if memos is None else (memos[0][i], memos[1][i])
         if slopes and row.langevin is None:
-            # x <- x + sum_k slope_k difference_k first; the newest difference is this call minus the last in memory.
+            # First x <- x + sum_k slope_k difference_k. The newest difference is this call minus the last in memory.
             of_x, of_x0 = memo or (0.0, 1.0)
             newest = slopes[0][i]
             history = [-newest] + [c for slope in slopes[1:] for c in (slope[i], -slope[i])]
@@ -319,7 +320,7 @@ def _finish_steps(corrections: list[list[Row]], stage: Stage) -> None:
 
 
 def _predictor_rows(times: Tensor, stages: list[Stage]) -> list[list[Row]]:
-    """Per interval the rows of its stages."""
+    """The rows of the stages, one list for each interval."""
     columns = [
         (
             s.x.tolist(),
@@ -373,15 +374,16 @@ def advance(
         row: The row; its coefficients are Python floats, so nothing waits for the device.
         x: Sample, shape (B, ...).
         model_output: What the plan's model returned at (``x``, ``row.t``), same shape.
-        memory: Remembered x0_hats, most recent first, at least ``len(row.history)``.
-        draw: Returns fresh unit noise of x's shape; called only if the row has noise.
-        batch_norms: Langevin step size from norms averaged over the batch, as the official code does it, instead of
-            each sample's own. Samples then depend on their batch mates.
+        memory: Remembered x0_hats, the most recent first, at least ``len(row.history)`` of them.
+        draw: Function that returns fresh unit noise of x's shape; it is called only if the row has noise.
+        batch_norms: Whether the Langevin step size follows from norms averaged over the batch, as in the official code,
+            instead of from each sample's own norms. Samples then depend on their batch mates.
 
     Returns:
         The new sample, same shape.
     """
-    # In place on tensors made here: at image sizes an allocation costs as much as the arithmetic.
+    # The arithmetic is done in place on tensors made here: at image sizes an allocation costs as much as the
+    # arithmetic.
     update = model_output * row.model if row.x == 0.0 else (x * row.x).add_(model_output, alpha=row.model)
     if row.langevin is not None:
         z = draw()
@@ -395,7 +397,7 @@ def advance(
 
 
 def memorise(row: Row, x: Tensor, x0_hat: Tensor) -> Tensor:
-    """What a row with ``remember`` leaves to later rows: x0_hat, or the combination of it with x_t that they use."""
+    """What a row with ``remember`` stores for later rows: x0_hat, or its combination with x_t that ``memo`` gives."""
     return x0_hat if row.memo is None else (x * row.memo[0]).add_(x0_hat, alpha=row.memo[1])
 
 
@@ -407,5 +409,5 @@ def squared_norm_ratio(z: Tensor, score: Tensor, batch_norms: bool) -> Tensor:
     )
     if batch_norms:
         score_norm, noise_norm = score_norm.mean(0, keepdim=True), noise_norm.mean(0, keepdim=True)
-    # A vanishing score says nothing about the scale of p_t: move by nothing rather than by infinity.
+    # A score of zero says nothing about the scale of p_t. The step is then zero, where the formula would be infinite.
     return torch.where(score_norm > 0, noise_norm / score_norm, torch.zeros_like(noise_norm)).square()

@@ -29,16 +29,17 @@ class Stage(NamedTuple):
     """Coefficients of one model call for each of n intervals, each of shape (n,), float64.
 
     Attributes:
-        x: Of the sample.
-        x0: Of the denoised estimate at this call.
-        noise: Of fresh unit noise.
-        history: Of the denoised estimates of earlier calls, most recent first; entries where none exists yet are 0.
+        x: Coefficient of the sample.
+        x0: Coefficient of the denoised estimate at this call.
+        noise: Coefficient of fresh unit noise.
+        history: Coefficients of the denoised estimates of earlier calls, the most recent first. They are 0 where no
+            such estimate exists yet.
         at_target: The network is called at the interval's end s instead of its start t.
         remember: A later stage or interval uses this call's estimate.
-        memo: Coefficients of x_t and x0_hat in an estimate that takes the place of x0_hat: ``x0`` and ``history`` are
-            coefficients of it, and it is what is remembered. None for x0_hat itself.
-        late: What the estimate at the start of an interval, and those before it, add to the sample there, once the
-            former is known: the rest of the step before.
+        memo: The quantity that is extrapolated, as a combination a x_t + b x0_hat, given as (a, b). ``x0`` and
+            ``history`` then multiply this quantity, and it is what is remembered. None means x0_hat itself.
+        late: Weights with which the estimate at the start of this interval, and earlier ones, finish the *previous*
+            step before this one begins; the most recent first.
     """
 
     x: Tensor
@@ -56,10 +57,11 @@ class Predictor:
     """A registered predictor.
 
     Attributes:
-        stages: (sde, times, stochasticity, of all or of each interval, options) -> stages.
-        calls: Model calls per interval, the number of stages.
+        stages: The function (sde, times, stochasticity, options) -> stages. The stochasticity is one number for all
+            intervals, or a tensor with one number for each.
+        calls: Model calls per interval, which is the number of stages.
         finite_at_zero_snr: Whether it can start where alpha(t) = 0; f and g^2 are infinite there.
-        deterministic: Integrates the probability-flow ODE only.
+        deterministic: Whether it integrates the probability-flow ODE only.
     """
 
     stages: Callable[[SDE, Tensor, Tensor | float, PredictorOptions], list[Stage]]
@@ -68,11 +70,11 @@ class Predictor:
     deterministic: bool = False
 
 
-# Constants of ``default_stochasticity``; measured, see docs/results.md.
+# The constants of ``default_stochasticity`` were measured; see docs/results.md.
 RENEWED, LARGEST = 0.6, 2.0
 
-# Constants of ``exponential`` with ``solver_order`` None; measured by benchmarks/swapped.py, and on the project's own
-# grids by benchmarks/quality.py.
+# The constants of ``exponential`` with ``solver_order`` None were measured by benchmarks/swapped.py, and on the
+# project's own grids by benchmarks/quality.py.
 #
 # Order 3 is taken on grids whose median interval is at most this long in lambda: over longer ones a parabola fits the
 # estimates worse than a line. Switching from interval to interval instead is worse than either order.
@@ -83,7 +85,8 @@ THIRD_ORDER_INTERVAL = 0.6
 # the same length keep their order of convergence.
 SHORTEST_REACH, LONGEST_REACH, REACH_OF_NOISE = 1.1, 1.75, 0.85
 
-START = -5.0  # lambda to which E[x_0 | x_t] is as good as constant, sigma/alpha = 150; the paper's VP SDE starts there
+# Up to this lambda (sigma/alpha = 150) E[x_0 | x_t] is nearly constant. The paper's VP SDE starts there.
+START = -5.0
 SOLVER_TYPES = ("heun", "midpoint")
 
 
@@ -93,10 +96,11 @@ class PredictorOptions:
 
     Attributes:
         solver_order: 1, 2 or 3, for ``exponential``; None chooses by the lengths of the intervals, see there.
-        large_variance: Noise of the ``ancestral`` predictor from beta instead of the posterior variance.
-        solver_type: ``heun`` or ``midpoint``, DPM-Solver++'s names: the slope of order 2 with its exact weight, or
-            with the weight of a point in the middle.
-        solver_correction: Redo each step of ``exponential`` with the estimate at its end, as soon as that is known.
+        large_variance: Whether the ``ancestral`` predictor takes its noise from beta instead of the posterior variance.
+        solver_type: ``heun`` or ``midpoint``, which are DPM-Solver++'s names. The slope of order 2 gets its exact
+            weight with ``heun``, and the weight of a point in the middle with ``midpoint``.
+        solver_correction: Whether each step of ``exponential`` is done again with the estimate at its end, as soon as
+            that estimate is known.
         gaussian_std: Standard deviation of the Gaussian part of the data that ``exponential`` integrates exactly.
     """
 
@@ -120,8 +124,8 @@ def default_stochasticity(sde: SDE, times: Tensor) -> Tensor:
     whichever is longer. The noise of an interval corrects what the network got wrong before it. But the larger eta is,
     the harder is the interval to integrate: the polynomial of ``exponential`` is extrapolated against
     exp((1 + eta^2) l). The noise is also still in the estimates from which the next interval is extrapolated, and the
-    longer that one is, the more it is magnified. Long intervals therefore get little noise (close to the probability
-    flow), short ones more than Anderson's reverse SDE.
+    longer that interval is, the more this noise is magnified. Long intervals therefore get little noise, which is close
+    to the probability flow. Short ones get more than the reverse SDE with eta = 1 (Anderson's).
     """
     lam = 0.5 * sde.log_snr(times)
     h = lam[1:] - lam[:-1]
@@ -148,8 +152,8 @@ def euler_maruyama(sde: SDE, times: Tensor, stochasticity: Tensor | float, optio
 def reverse_diffusion(sde: SDE, times: Tensor, stochasticity: Tensor | float, options: PredictorOptions) -> list[Stage]:
     """The forward discretisation, reversed: x_s = (2 - a) x_t + v score + sqrt(v) z (Song et al. 2021, eq. 46).
 
-    a and v are of the exact transition kernel x_t | x_s ~ N(a x_s, v I), which is DDPM's sqrt(1 - beta) and beta for
-    VP and SMLD's 1 and sigma_t^2 - sigma_s^2 for VE; half the score and no noise for the probability flow.
+    a and v come from the exact transition kernel x_t | x_s ~ N(a x_s, v I). For VP they are DDPM's sqrt(1 - beta) and
+    beta, for VE they are SMLD's 1 and sigma_t^2 - sigma_s^2. The probability flow takes half the score and no noise.
     """
     t, s = times[:-1], times[1:]
     a, v = sde.transition(s, t)
@@ -161,7 +165,7 @@ def ancestral(sde: SDE, times: Tensor, stochasticity: Tensor | float, options: P
 
     The variance is eta^2 sigma_s^2 v / sigma_t^2 with v of the transition kernel. eta = 1 is DDPM's posterior (Ho et
     al. 2020, eq. 6-7) and SMLD's (Song et al. 2021, eq. 47); eta = 0 is DDIM and values between are DDIM's eta (Song et
-    al. 2020, arXiv:2010.02502, eq. 12). ``large_variance`` puts v itself in the noise, as the official code.
+    al. 2020, arXiv:2010.02502, eq. 12). With ``large_variance`` the noise has the variance v, as in the official code.
     """
     t, s = times[:-1], times[1:]
     _, v = sde.transition(s, t)
@@ -181,29 +185,32 @@ def exponential(sde: SDE, times: Tensor, stochasticity: Tensor | float, options:
               + sigma_s sqrt(1 - exp(-2 eta^2 h)) z
 
     (Lu et al. 2022, arXiv:2211.01095, appendix A). Order p takes x0_hat(l) as the polynomial through the last p
-    estimates, with exact weights and no extra model call; fewer at the start. Order 1 is DDIM for eta = 0 and ancestral
-    sampling for eta = 1, order 2 DPM-Solver++(2M) and its SDE form. The integral needs no special case at
-    lambda = -infinity, where alpha(t) = 0.
+    estimates, with exact weights and no extra model call; at the start, where fewer estimates exist, it takes those.
+    Order 1 is DDIM for eta = 0 and ancestral sampling for eta = 1. Order 2 is DPM-Solver++(2M) and its SDE form. The
+    integral needs no special case at lambda = -infinity, where alpha(t) = 0.
 
     ``solver_order`` None is safe on any grid. It takes order 3 where the intervals of the grid are short and order 2
-    where they are long, and extrapolates no estimate further than it carries: where an interval is longer than those
-    before it, the earlier estimates are taken to lie further back than they do, which bounds what their differences
-    contribute (``_reach``). Where neighbouring intervals are about alike this is the classical rule, to the last digit.
+    where they are long, and it limits how far the estimates are extrapolated. Where an interval is longer than those
+    before it, the earlier estimates are taken to lie further back than they do. This bounds what their differences
+    contribute (``_reach``). Where neighbouring intervals have about the same length, the weights are exactly those of
+    the classical rule.
 
     ``solver_correction``: once the estimate at the end of a step is known, the step's integral is redone with the
     polynomial that includes it, before the next step starts. It costs no model call (the estimate is not evaluated
     again), changes nothing but coefficients, and for eta = 0 raises the order by one (Zhao et al. 2023,
-    arXiv:2302.04867, UniC; Xue et al. 2023, arXiv:2309.05019, for the SDE). It is no MCMC corrector: it draws no noise.
+    arXiv:2302.04867, UniC; Xue et al. 2023, arXiv:2309.05019, for the SDE). It is not an MCMC corrector, since it draws
+    no noise.
 
-    ``gaussian_std`` (call it c): take the data as e + c z. Then e stands at noise S^2 = sigma^2 + alpha^2 c^2, all of
-    the above holds with S for sigma, log(alpha/S) for lambda and
+    ``gaussian_std`` (call it c) takes the data as e + c z. Then e has the noise S^2 = sigma^2 + alpha^2 c^2 at time t,
+    and all of the above holds with S in place of sigma, log(alpha/S) in place of lambda and
 
         E[e | x_t] = x0_hat + c^2 alpha score = (1 + c^2 alpha^2/sigma^2) x0_hat - (c^2 alpha/sigma^2) x_t
 
-    for x0_hat, and sampling e down to S = c at sigma = 0 is sampling the data. The marginals are the same whatever c
-    is; what changes is what is integrated exactly: point data for c = 0, data of standard deviation c in general (every
-    step of any length and eta is then exact), and with c far above sigma the integrand is the noise: c = 0 is data
-    prediction, a large c noise prediction, and a c between is the first above this noise and the second below it.
+    in place of x0_hat. To sample e down to S = c, where sigma = 0, is to sample the data. The marginals do not depend
+    on c. What depends on c is which data are integrated exactly: points for c = 0, and Gaussian data of standard
+    deviation c in general, for which a step of any length and any eta is exact. Where sigma is far below c the
+    integrand is the noise. So c = 0 is data prediction, a large c is noise prediction, and a c between is data
+    prediction at noise above c and noise prediction at noise below c.
     """
     log_snr = sde.log_snr(times)
     ratio = options.gaussian_std**2 * torch.exp(log_snr)
@@ -215,7 +222,8 @@ def exponential(sde: SDE, times: Tensor, stochasticity: Tensor | float, options:
     x = torch.exp(log_std[1:] - log_std[:-1] - decay)
     noise = torch.exp(log_std[1:]) * torch.sqrt(-torch.expm1(-2.0 * decay))
 
-    # An infinite interval has no slope. The estimate at its start, the mean of the data, holds down to START anyway.
+    # The first interval may be infinite (alpha = 0). x0_hat is treated as constant up to START, and only the rest of
+    # the interval is integrated at higher order.
     whole, h = h, torch.where(torch.isfinite(h), h, (lam[1:] - START).clamp(min=1.0))
     order = options.solver_order or _order_for(whole)
     back = _distances(h, order)
@@ -230,7 +238,7 @@ def exponential(sde: SDE, times: Tensor, stochasticity: Tensor | float, options:
         used = [_moment(whole, q, 0) + slope, -slope]
     late = []
     if options.solver_correction:
-        # What the step before would have been, with the estimate at its end, minus what it was.
+        # The update is the step before with the estimate at its end included, minus the step as it was taken.
         late = _moulton_update(h, q, back)
         for k in range(order):
             late[k + 1] = late[k + 1] + (exact[k] - used[k])
@@ -262,12 +270,12 @@ def _order_for(h: Tensor) -> int:
 
 
 def _reach(decay: Tensor, order: int) -> Tensor:
-    """How many times further than the last interval was long its slope may be extrapolated, for each interval.
+    """For each interval, how far the last slope may be extrapolated, in lengths of the interval before.
 
     The estimate at the start of an interval and the one before it differ by the slope of E[x_0 | x_t] along the path
     and by the noise that was drawn between them, which renewed the share nu = 1 - exp(-2 eta^2 h) of the variance.
-    Extrapolated over an interval r times as long, that noise is magnified r times: r sqrt(nu) is what is bounded, with
-    the largest nu of the intervals between the estimates used.
+    An extrapolation over an interval r times as long magnifies that noise r times. The product r sqrt(nu) is therefore
+    bounded, with the largest nu of the intervals between the estimates used.
 
     Args:
         decay: eta^2 h of each interval.
@@ -288,7 +296,8 @@ def _within_reach(back: list[Tensor], h: Tensor, reach: Tensor) -> list[Tensor]:
 def _divided_difference(nodes: list[Tensor]) -> list[Tensor]:
     """Coefficients of f(node_0), f(node_1), ... in the divided difference f[node_0, node_1, ...].
 
-    One over an infinite distance is 0, which is its limit, where the nodes are too few or an interval is infinite.
+    Where too few nodes exist, or an interval is infinite, a distance is infinite and the coefficients are 0, which is
+    their limit.
     """
     exists = torch.stack([torch.isfinite(node) for node in nodes]).all(0)
     coefficients = []
@@ -318,8 +327,8 @@ def _newton_moments(h: Tensor, q: Tensor, back: list[Tensor], degrees: int) -> l
 def _adams_weights(h: Tensor, q: Tensor, back: list[Tensor]) -> list[Tensor]:
     """Weights of the last estimates in q int_0^h exp(q (w - h)) x0_hat(lambda_t + w) dw (Adams-Bashforth).
 
-    The Newton form of the interpolation polynomial through lambda_t, the time before, ...; its order is one less than
-    the number of distances.
+    They come from the Newton form of the polynomial that interpolates at lambda_t, at the time before it, and so on.
+    The number of estimates is one less than the number of distances.
     """
     order = len(back) - 1
     weights = [torch.zeros_like(h) for _ in range(order)]
@@ -332,8 +341,8 @@ def _adams_weights(h: Tensor, q: Tensor, back: list[Tensor]) -> list[Tensor]:
 def _moulton_update(h: Tensor, q: Tensor, back: list[Tensor]) -> list[Tensor]:
     """What the estimate at the end of each interval adds to the integral of ``_adams_weights`` (Adams-Moulton).
 
-    Coefficients of that estimate and of the ``order`` before it: the Newton term of the polynomial that goes through
-    all of them, in place of the one through as many as there are.
+    The result holds the coefficients of that estimate and of the ``order`` estimates before it. They are the one Newton
+    term by which the polynomial through all of these differs from the polynomial without the estimate at the end.
     """
     order = len(back) - 1
     update = [torch.zeros_like(h) for _ in range(order + 1)]
@@ -349,7 +358,7 @@ def _moulton_update(h: Tensor, q: Tensor, back: list[Tensor]) -> list[Tensor]:
 
 
 def _moment(h: Tensor, q: Tensor, j: int) -> Tensor:
-    """Q int_0^h exp(q (w - h)) w^j dw, accurate for every h (h may be infinite for j = 0)."""
+    """q int_0^h exp(q (w - h)) w^j dw, accurate for every h (h may be infinite for j = 0)."""
     if j == 0:
         return -torch.expm1(-q * h)
     nodes, quadrature = np.polynomial.legendre.leggauss(20)
@@ -366,9 +375,9 @@ def _moment(h: Tensor, q: Tensor, j: int) -> Tensor:
 def heun(sde: SDE, times: Tensor, stochasticity: Tensor | float, options: PredictorOptions) -> list[Stage]:
     """Heun's method on the probability-flow ODE dx = x0_hat d alpha + eps_hat d sigma; second order, two calls.
 
-    Euler's method on this form is DDIM; the second call, at the Euler point, replaces both integrands by the mean of
-    the two ends: x_s += (D_s - D_t) (d alpha - d sigma alpha_s/sigma_s) / 2. For VE this is Algorithm 1 of Karras et
-    al. 2022 (arXiv:2206.00364), for rectified flow Heun on the velocity.
+    Euler's method on this form is DDIM. The second call is made at the Euler point, and each integrand is replaced by
+    the mean of its values at the two ends: x_s += (D_s - D_t) (d alpha - d sigma alpha_s/sigma_s) / 2. For VE this is
+    Algorithm 1 of Karras et al. 2022 (arXiv:2206.00364), for rectified flow it is Heun's method on the velocity.
     """
     t, s = times[:-1], times[1:]
     (first,) = ancestral(sde, times, 0.0, options)

@@ -18,10 +18,10 @@ from .sdes import SDE
 Warp = Callable[[Tensor], Tensor]
 """An increasing map of decreasing times that keeps t_start: the shift of a flow."""
 
-FINE = 1025  # points between which ``blended`` interpolates its distribution functions
+FINE = 1025  # number of points between which ``blended`` interpolates its distribution functions
 
-# Where alpha vanishes at the start (rectified flow, cosine, zero terminal SNR) grids in log-SNR spread their points
-# from sigma/alpha = 1000 on; the first point is the start itself.
+# Where alpha vanishes at the start (rectified flow, cosine, zero terminal SNR), grids in log-SNR spread their points
+# from sigma/alpha = 1000 on. The first point is the start itself.
 MIN_LOG_SNR = -2.0 * math.log(1000.0)
 
 
@@ -46,8 +46,8 @@ def karras(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0) -> 
     return _with_ends(sde.time_of(-2.0 * rho * ramp.log()), t_start, t_end)
 
 
-# The middle, width and floor of the density of ``sech``, in lambda = log(alpha/sigma). Measured on the mixtures of
-# benchmarks/quality.py: digits, and patches of photographs, which show structure at far more noise.
+# The middle, width and floor of the density of ``sech``, in lambda = log(alpha/sigma), were measured on the two
+# mixtures of benchmarks/quality.py: digits, and patches of photographs, which show structure at far more noise.
 SECH_MIDDLE, SECH_WIDTH, SECH_FLOOR = 0.5, 2.5, 0.15
 SECH_START = -5.0  # sigma/alpha = 150, where the paper's VP SDE starts, for paths that start at infinity
 
@@ -55,13 +55,13 @@ SECH_START = -5.0  # sigma/alpha = 150, where the paper's VP SDE starts, for pat
 def sech(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0) -> Tensor:
     """Points where the estimate changes: density sech((lambda - 0.5)/2.5) + 0.15 in lambda = log(alpha/sigma).
 
-    For Gaussian data of standard deviation c, x0_hat along the reverse process is a sigmoid of lambda + log c. Uniform
-    log-SNR spends most of its points before and after that rise, where any step is exact; the density of the rise
-    itself is a hyperbolic secant, here widened because data have many scales, and with a floor because some lie
-    further out.
+    For Gaussian data of standard deviation c, x0_hat along the reverse process is a sigmoid of lambda + log c. A grid
+    uniform in log-SNR spends most of its points before and after that rise, where any step is exact. The density of the
+    rise itself is a hyperbolic secant. Here it is wider, because data have many scales, and it has a floor, because
+    some of these scales lie further out.
     """
     first, last = (0.5 * float(sde.log_snr(t)) for t in (t_start, t_end))
-    if math.isinf(first):  # the first step, from pure noise, is exact for all but data that show at this level
+    if math.isinf(first):  # above this noise level x0_hat is nearly constant, so one step covers it
         first = min(SECH_START, last - 1.0)
 
     def mass(lam: Tensor) -> Tensor:  # the density integrated; 2 atan(tanh(u/2)) is the Gudermannian
@@ -81,16 +81,16 @@ def sech(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0) -> Te
 def blended(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0, warp: Warp | None = None) -> Tensor:
     """Half of the points where ``uniform`` has them, half where ``sech`` has them: the mean of both distributions.
 
-    A grid uniform in t has its last interval far too long in log-SNR, and ``sech`` takes no notice of the shift by
-    which a flow says at how much noise its images show, nor of pipelines that count levels, as image-to-image does: at
-    strength 0.5 it starts at a fifth of the noise that uniform times have there. The mean of both is as exact as
-    ``sech`` from ten levels on, and near to the uniform times otherwise (benchmarks/swapped.py).
+    In a grid uniform in t the last interval is far too long in log-SNR. ``sech`` has two other faults. It ignores the
+    shift of a flow, which says at how much noise its images show. And it does not suit pipelines that count levels, as
+    image-to-image does: at strength 0.5 it starts at a fifth of the noise that uniform times have there. The mean of
+    both is as exact as ``sech`` from ten levels on, and is near to the uniform times otherwise (benchmarks/swapped.py).
     """
     spread = uniform(sde, FINE, t_start, t_end, warp=warp)
     t_end = float(spread[-1])
     fine = sech(sde, FINE, t_start, t_end)
     lam = [0.5 * sde.log_snr(times) for times in (spread, fine)]
-    for v in lam:  # from pure noise on as long a way as to the next point, or what sech takes for it
+    for v in lam:  # pure noise gets a finite place: as far again as the next interval, or SECH_START if that is lower
         v[0] = v[0] if torch.isfinite(v[0]) else min(SECH_START, float(2.0 * v[1] - v[2]))
     fraction, points = np.linspace(0.0, 1.0, FINE), np.sort(np.concatenate([v.numpy() for v in lam]))
     mean = sum(np.interp(points, v.numpy(), fraction) for v in lam) / 2.0
@@ -111,22 +111,22 @@ TIME_GRIDS: dict[str, Callable[..., Tensor]] = {
     "sech": sech,
     "blended": blended,
 }
-WARPED = ("uniform", "blended")  # the grids that know uniform times
+WARPED = ("uniform", "blended")  # the grids that are made from uniform times
 
 
 def get_time_grid(
     name: str, sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0, warp: Warp | None = None
 ) -> Tensor:
-    """N decreasing times from ``t_start`` to ``t_end`` on a named grid, float64.
+    """n decreasing times from ``t_start`` to ``t_end`` on a named grid, float64.
 
     Args:
         name: A key of ``TIME_GRIDS``.
         sde: The SDE.
-        n: How many.
-        t_start: The first.
-        t_end: The last, before ``warp``.
+        n: Number of times.
+        t_start: The first time.
+        t_end: The last time, before ``warp`` is applied.
         rho: Exponent of ``karras``.
-        warp: What to do with uniform times; grids in log-SNR have none, and take no notice of it.
+        warp: Map that is applied to uniform times. Grids in log-SNR have no uniform times and ignore it.
 
     Raises:
         ValueError: Unknown name, n below 1, rho not positive, or ends that are not decreasing.
@@ -147,15 +147,15 @@ TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 def discrete_timesteps(
     spacing: str, n: int, num_train_timesteps: int, steps_offset: int = 0, drops_last: bool = False
 ) -> np.ndarray:
-    """Diffusers' integer timesteps (Lin et al. 2023, arXiv:2305.08891, Table 2), decreasing, int64.
+    """diffusers' integer timesteps (Lin et al. 2023, arXiv:2305.08891, Table 2), decreasing, int64.
 
     Args:
         spacing: ``leading``, ``linspace`` or ``trailing``.
-        n: How many.
+        n: Number of timesteps.
         num_train_timesteps: N, the length of the table.
-        steps_offset: Added to the ``leading`` ones.
-        drops_last: As DPM-Solver, UniPC, DEIS and SASolver have it: ``leading`` and ``linspace`` spread n + 1 timesteps
-            and leave out the last, which stands at the data.
+        steps_offset: Number that is added to the timesteps of ``leading``.
+        drops_last: Whether ``leading`` and ``linspace`` spread n + 1 timesteps and leave out the last, which stands at
+            the data. DPM-Solver, UniPC, DEIS and SASolver do so.
 
     Raises:
         ValueError: Unknown spacing, or more timesteps than the table has.
@@ -181,7 +181,7 @@ def discrete_timesteps(
 
 
 def whole_timesteps(timesteps: Tensor, num_train_timesteps: int) -> Tensor:
-    """Decreasing timesteps as whole entries 0, ..., N - 1 of a table, each once: the nearest that keep their order.
+    """Round decreasing timesteps to the entries 0, ..., N - 1 of a table, so that their order is kept and none repeats.
 
     Raises:
         ValueError: More timesteps than the table has entries.
@@ -192,6 +192,6 @@ def whole_timesteps(timesteps: Tensor, num_train_timesteps: int) -> Tensor:
             f"{len(timesteps)}."
         )
     rank = torch.arange(len(timesteps), 0, -1, dtype=torch.float64) - 1.0
-    # Less its rank, a strictly decreasing list of whole numbers is one that does not increase.
+    # Whole numbers are strictly decreasing if, and only if, they do not increase after each one's rank is subtracted.
     level = torch.flip(torch.cummax(torch.flip(timesteps.round() - rank, (0,)), 0).values, (0,))
     return level.clamp(0.0, float(num_train_timesteps - len(timesteps))) + rank

@@ -3,7 +3,7 @@
     from diffusers_sde.evaluation import EvaluationConfig, evaluate
     report = evaluate(EvaluationConfig(model="outputs/demo", sampler=("pc: corrector=langevin, snr=0.1",)))
 
-Needs the extra ``training``: ``pip install diffusers-sde[training]``.
+It needs the extra ``training``: ``pip install diffusers-sde[training]``.
 """
 
 from .cli import main, parse_args

@@ -22,14 +22,14 @@ from .configuration import EvaluationConfig
 from .data import Images
 from .pictures import tile
 
-STRIPS = 6  # pairs of images in the picture
+STRIPS = 6  # number of pairs of images in the picture
 STRIP_LENGTH = 9
 
 
 def bits_per_dim(
     config: EvaluationConfig, flow: ProbabilityFlow, images: Images, conditional: bool, process: PartialState
 ) -> dict[str, Any]:
-    """Bits per dimension of images, which are divided among the processes; ``conditional`` on their classes."""
+    """Bits per dimension of images, which are divided among the processes; given their classes if ``conditional``."""
     levels = spread(images.pixels, min(config.num_images or len(images.pixels), len(images.pixels)))
     labels = spread(images.labels, len(levels)) if conditional and images.labels is not None else None
     mine = list(range(process.process_index, len(levels), process.num_processes))
@@ -70,7 +70,10 @@ def bits_per_dim(
 
 
 def draw_codes(config: EvaluationConfig, flow: ProbabilityFlow, levels: Tensor) -> float:
-    """A row per pair of images: the first, the way between their codes, the second; returns the round-trip error."""
+    """Draw a row for each pair of images, and return the error of images rebuilt from their codes.
+
+    A row shows the first image, the images on the way from its code to that of the second, and the second image.
+    """
     chosen = levels[np.unique(np.linspace(0, len(levels) - 1, min(2 * STRIPS, len(levels))).round().astype(int))]
     if len(chosen) < 2:
         raise ValueError("figure needs at least two images.")
@@ -79,7 +82,7 @@ def draw_codes(config: EvaluationConfig, flow: ProbabilityFlow, levels: Tensor) 
     strips = flow.interpolate(first, second, STRIP_LENGTH, options).sample
     real = torch.stack([flow._state(first), flow._state(second)], 1)
     rebuilt = strips[:, [0, -1]]
-    # real | its reconstruction | interpolation, whose ends are reconstructions | real
+    # A row is: the first image | its reconstruction, the interpolation, the other's reconstruction | the second image.
     rows = torch.cat([real[:, :1], strips, real[:, 1:]], 1)
     pixels = ((rows - flow.data_min) / (flow.data_max - flow.data_min)).clamp(0, 1).mul(255).round().byte().cpu()
     path = Path(str(config.figure))

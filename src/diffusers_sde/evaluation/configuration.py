@@ -1,4 +1,4 @@
-"""What an evaluation is told: one documented dataclass, from which the command line is generated."""
+"""The options of an evaluation, as one documented dataclass from which the command line is generated."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class EvaluationConfig:
 
     @property
     def samples(self) -> int:
-        """Images to draw by each sampler."""
+        """Number of images to draw by each sampler."""
         if self.num_samples is not None:
             return self.num_samples
         return 0 if (self.bpd or self.figure) and self.sampler is None else DEFAULT_SAMPLES

@@ -34,7 +34,7 @@ class Images:
 
 
 def data_name(config: EvaluationConfig) -> str:
-    """What to call the data: no path of this machine."""
+    """The name of the data in reports, which holds no path of this machine."""
     name = config.dataset_name or "digits"
     folder = config.data_dir or (name if is_local(name) else None)
     return name if folder is None else Path(folder).resolve().name
@@ -44,10 +44,10 @@ def read_images(config: EvaluationConfig, pipe: Any, split: str, count: int | No
     """Images of a split, evenly spread over it, in the size of the pipeline's network.
 
     Args:
-        config: Where the data are.
-        pipe: For the size.
-        split: Which split.
-        count: How many at most, all if None.
+        config: Says where the data are.
+        pipe: The pipeline, whose network decides the size.
+        split: Name of the split.
+        count: Largest number of images; all if None.
         show_progress: Whether to show a progress bar.
 
     Raises:

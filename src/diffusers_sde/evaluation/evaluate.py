@@ -1,4 +1,4 @@
-"""A saved pipeline, measured: its samplers against data, its likelihood, its latent codes.
+"""Measure a saved pipeline: its samplers against data, its likelihood, its latent codes.
 
 ``evaluate`` returns, and writes to ``results.json``, a dictionary of JSON values:
 
@@ -45,7 +45,7 @@ from .data import Images, data_name, read_images
 from .pictures import sheet, tile
 from .report import markdown_table
 
-NEAREST_IMAGES = 1000  # whose nearest neighbours are looked for
+NEAREST_IMAGES = 1000  # at most this many images have their nearest neighbours looked for
 NEAREST_SHOWN, NEIGHBOURS_SHOWN = 12, 4
 
 
@@ -58,8 +58,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         The results, the same on every process; see the module's docstring.
 
     Raises:
-        ValueError: Bad arguments, data or pipeline; found before anything is drawn. ``FolderInUse``: another run is
-            writing to the output folder.
+        ValueError: The arguments, the data or the pipeline are bad, which is found before anything is drawn. It is a
+            ``FolderInUse`` if another run is writing to the output folder.
         OSError: The output folder cannot be written.
     """
     process = launched_processes()
@@ -96,7 +96,7 @@ def _evaluate(config: EvaluationConfig, process: PartialState) -> dict[str, Any]
             drawn, calls = draw_images(sampler, config.samples, config.batch_size, process, progress_bar=True)
             if judge is not None:
                 report["samplers"].append(judge(sampler, drawn, calls))
-                _write(config, report)  # what is known so far survives an interruption
+                _write(config, report)  # so that an interruption does not lose the results so far
     images = test or reference
     if config.bpd:
         report["bits_per_dim"] = bits_per_dim(config, flow, images, _is_conditional(pipe), process)
@@ -121,8 +121,8 @@ def _samplers(config: EvaluationConfig, pipe: Any) -> list[ImageSampler]:
 
 def _data(config: EvaluationConfig, pipe: Any, process: PartialState) -> tuple[Images, Images | None]:
     show = process.is_main_process
-    with process.main_process_first():  # the others find what the first one has converted
-        # Without samplers there is nothing to compare with: the reference is what the likelihood is computed of.
+    with process.main_process_first():  # the other processes then find the data that the first one has converted
+        # Without samplers nothing is compared, and the reference holds the images whose likelihood is computed.
         if config.samples == 0 and config.test_split is not None:
             reference = read_images(config, pipe, config.test_split, config.num_images, show)
             return reference, reference
@@ -158,7 +158,7 @@ class _Judge:
         if isinstance(extractor, ClassifierFeatures):
             self.description |= {"accuracy": extractor.accuracy, "data": extractor.data}
         real = self._some(reference.pixels if test is None else test.pixels)
-        among_themselves = test is None  # then the nearest image is the image itself, and the next one counts
+        among_themselves = test is None  # then the nearest image is the image itself, and the second nearest is taken
         found, _ = nearest_neighbours(real, reference.pixels, 1 + among_themselves)
         self._real_distances = found[:, -1]
 
@@ -182,7 +182,7 @@ class _Judge:
         return {"label": f"real images ({self._test.split})", "metrics": metrics, "nearest": nearest}
 
     def __call__(self, sampler: ImageSampler, images: Tensor, calls: float) -> dict[str, Any]:
-        """The entry of one sampler; its pictures are written."""
+        """Write the pictures of one sampler, and return its entry in the report."""
         labels = [sampler.label(number) for number in range(len(images))]
         known = torch.tensor(labels) if self._has_classes and labels[0] is not None else None
         metrics = self._quality(images, known)

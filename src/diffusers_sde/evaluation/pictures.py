@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-SHOWN_SIDE = 64  # pixels; smaller images are enlarged to it
-SHEET = 100  # images
+SHOWN_SIDE = 64  # smaller images are enlarged to this side, in pixels
+SHEET = 100  # number of images that ``sheet`` shows at most
 
 
 def tile(rows: Tensor) -> Image.Image:
@@ -26,6 +26,10 @@ def tile(rows: Tensor) -> Image.Image:
 
 
 def sheet(images: Tensor) -> Image.Image:
-    """The first images in a square, shape (N, C, H, W)."""
+    """A picture of the first images in a square.
+
+    Args:
+        images: Bytes, shape (N, C, H, W).
+    """
     side = max(1, math.isqrt(min(len(images), SHEET)))
     return tile(images[: side * side].unflatten(0, (side, side)))

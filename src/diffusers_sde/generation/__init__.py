@@ -3,7 +3,7 @@
     from diffusers_sde.generation import SamplingConfig, generate
     generate(SamplingConfig(model="outputs/digits", num_images=1000, output_dir="outputs/images", corrector="langevin"))
 
-Needs the extra ``training``: ``pip install diffusers-sde[training]``.
+It needs the extra ``training``: ``pip install diffusers-sde[training]``.
 """
 
 from .cli import SamplingConfig, generate, main

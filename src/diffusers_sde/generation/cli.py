@@ -31,7 +31,7 @@ FORMATS = ("png", "npz")
 RECORD = "samples.json"
 _NAME = re.compile(r"(\d{6,})\.png")
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
-UNPACKED = ".images"  # where the images of an npz file wait for each other
+UNPACKED = ".images"  # folder in which the images of an npz file are collected until all are there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class SamplingConfig:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.class_labels, (list, tuple)):  # numbers are fine: the command line has words only
+        if isinstance(self.class_labels, (list, tuple)):  # numbers are allowed; the command line gives words only
             object.__setattr__(self, "class_labels", tuple(str(label) for label in self.class_labels))
         check_options(self)
 
@@ -98,7 +98,7 @@ def generate(config: SamplingConfig) -> dict[str, Any]:
     """Draw images and write them; images that are there already are left as they are.
 
     Under ``accelerate launch`` the images are divided among the processes. Every file is written under another name
-    first, so that an interruption leaves only whole ones; one that is broken nevertheless is drawn again.
+    first, so that an interruption leaves only whole files. A file that is broken nevertheless is drawn again.
     ``samples.json`` says what the folder holds.
 
     Returns:
@@ -112,7 +112,7 @@ def generate(config: SamplingConfig) -> dict[str, Any]:
         OSError: The folder cannot be written.
     """
     process = launched_processes()
-    config.make_sampler()  # refuses what it can before anything is loaded
+    config.make_sampler()  # refuses bad options, as far as it can, before anything is loaded
     with lock_for_all(Path(config.output_dir), process):
         return _generate(config, process)
 
@@ -190,7 +190,7 @@ def _file(folder: Path, number: int) -> Path:
 
 
 def _numbers(folder: Path) -> list[int]:
-    """Of the images in a folder."""
+    """The numbers of the images in a folder."""
     return sorted(int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
 
 
@@ -220,7 +220,7 @@ def _check_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def _check_surplus(folder: Path, packed: int, config: SamplingConfig) -> None:
-    """Refuse a folder with more images than are asked for, which whoever counts its files would take for samples."""
+    """Refuse a folder with more images than are asked for: people who read the folder would take all for samples."""
     numbers = _numbers(folder) if config.format == "png" else []
     found = max(packed, numbers[-1] + 1 if numbers else 0)
     if found > config.num_images:
@@ -231,19 +231,19 @@ def _check_surplus(folder: Path, packed: int, config: SamplingConfig) -> None:
 
 
 def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a file is an image of this shape, (C, H, W), to its last pixel; what is not is drawn again."""
+    """Whether a file is a complete image of this shape, (C, H, W). If it is not, it is drawn again."""
     try:
         content = path.read_bytes()
-        Image.open(BytesIO(content)).verify()  # checksums
+        Image.open(BytesIO(content)).verify()  # checks the checksums
         with Image.open(BytesIO(content)) as image:
             image.load()
             return content.endswith(PNG_END) and (len(image.getbands()), image.height, image.width) == shape
-    except Exception:  # whatever a decoder throws
+    except Exception:  # a decoder may raise anything
         return False
 
 
 def _count(packed: Path, shape: tuple[int, ...]) -> int:
-    """Images in an npz file; 0 where there is none."""
+    """Number of images in an npz file; 0 where there is no such file."""
     if not packed.exists():
         return 0
     try:
@@ -251,7 +251,7 @@ def _count(packed: Path, shape: tuple[int, ...]) -> int:
             images = arrays["arr_0"]
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[1:] != (*shape[1:], shape[0]):
             raise ValueError(f"its arr_0 is {images.dtype} of shape {images.shape}")
-    except Exception as error:  # it may hold anything
+    except Exception as error:  # the file may hold anything
         raise ValueError(
             f"{str(packed)!r} holds no images of this model ({error}): delete it, or choose another folder."
         ) from error

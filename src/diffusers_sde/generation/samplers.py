@@ -1,8 +1,8 @@
 """A sampler as words on a command line, and images by their numbers.
 
 Image number i is drawn with a random generator of its own, seeded by (seed, i), and its class is that of i modulo the
-number of classes: a set of images does not depend on the batch size, on the number of processes or on interruptions
-(beyond the rounding of the network, which may differ by batch size).
+number of classes. A set of images therefore does not depend on the batch size, on the number of processes or on
+interruptions, except for the rounding of the network, which may differ by batch size.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CONSTANTS = {"none": None, "true": True, "false": False}
 
 
 def parse_value(text: str) -> Any:
-    """None, a boolean, a number or the text itself, whichever it spells."""
+    """The None, boolean or number that the text spells, or else the text itself."""
     if text.lower() in _CONSTANTS:
         return _CONSTANTS[text.lower()]
     for kind in (int, float):
@@ -50,13 +50,14 @@ def launched_processes() -> PartialState:
 
 @dataclass(frozen=True)
 class Sampler:
-    """What to change about a pipeline's own sampler, under a name.
+    """Changes to a pipeline's own sampler, with a name.
 
     Args:
         label: Name in tables and files.
         options: Arguments of the scheduler (``predictor``, ``corrector``, ``snr``, ``time_grid``, ...), of the
             pipeline's call (``num_inference_steps``, ``method``, ``rtol``, ``atol``, ``guidance_scale``), or
-            ``scheduler``, the name of a scheduler class of this package or of diffusers. Empty for the pipeline's own.
+            ``scheduler``, the name of a scheduler class of this package or of diffusers. Without options it is the
+            pipeline's own sampler.
     """
 
     label: str
@@ -85,19 +86,19 @@ def load_pipeline(model: str) -> DiffusionPipeline:
     """A pipeline from a folder or from the Hub.
 
     Raises:
-        ValueError: It is no pipeline.
-        OSError: There is none.
+        ValueError: The files are not those of a pipeline.
+        OSError: There is no such folder or repository.
     """
     try:
         return DiffusionPipeline.from_pretrained(model)
     except (ValueError, OSError):
         raise
-    except Exception as error:  # files that are no pipeline's lead to anything
+    except Exception as error:  # files that do not belong to a pipeline may raise anything
         raise ValueError(f"model {model!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def as_sde_pipeline(pipe: DiffusionPipeline) -> SDEPipeline:
-    """A pipeline of this package as it is, another one with a ``UNet2DModel`` as an ``SDEPipeline``.
+    """Return a pipeline of this package as it is, and any other one with a ``UNet2DModel`` as an ``SDEPipeline``.
 
     Raises:
         ValueError: It has no such network.
@@ -121,8 +122,8 @@ class ImageSampler:
             classes if None.
 
     Attributes:
-        calls: Network calls so far, counted in images: both halves of guidance and rejected steps included.
-        images: Images drawn so far.
+        calls: Network calls so far, counted for each image. Both halves of guidance and rejected steps are included.
+        images: Number of images drawn so far.
 
     Raises:
         ValueError: An option that neither the scheduler nor the pipeline has, or a bad value; the sampler is named.
@@ -142,7 +143,7 @@ class ImageSampler:
             self._arguments, self._scheduler = self._configure(dict(sampler.options))
         except ValueError as error:
             raise ValueError(f"sampler {sampler.label!r}: {error}") from error
-        except Exception as error:  # diffusers' schedulers check no types: whatever a wrong one leads to
+        except Exception as error:  # diffusers' schedulers check no types, so a wrong one may raise anything
             given = ", ".join(f"{name}={value!r}" for name, value in sampler.options.items())
             raise ValueError(
                 f"sampler {sampler.label!r}: one of {given} is of the wrong type ({one_line(error)})."
@@ -188,9 +189,9 @@ class ImageSampler:
         """The images of the given numbers, batch by batch.
 
         Args:
-            numbers: Of the images.
+            numbers: Numbers of the images.
             batch_size: Images in one network call.
-            progress_bar: Whether to show one.
+            progress_bar: Whether to show a progress bar.
 
         Yields:
             The numbers of a batch, and its images as bytes, shape (B, C, H, W), on the CPU.
@@ -210,7 +211,7 @@ class ImageSampler:
             for start in range(0, len(numbers), batch_size):
                 batch = list(numbers[start : start + batch_size])
                 generators = [generator_of(self.seed, number) for number in batch]
-                # Drawn here, not by the pipeline, which would draw what is not float32 differently.
+                # The noise is drawn here, because a pipeline whose network is not float32 would draw other noise.
                 shape = self.pipe.sample_shape
                 latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
                 classes = None if self._classes is None else torch.tensor([self.label(number) for number in batch])
@@ -236,7 +237,7 @@ class ImageSampler:
 def draw_images(
     sampler: ImageSampler, count: int, batch_size: int, process: PartialState, progress_bar: bool = False
 ) -> tuple[Tensor, float]:
-    """Images 0 to ``count`` - 1, drawn by all processes together; to be called on all.
+    """Draw images 0 to ``count`` - 1 by all processes together. All processes must call it.
 
     Returns:
         The images on every process, bytes of shape (count, C, H, W), and network calls per image.
@@ -261,6 +262,6 @@ def _classes(pipe: SDEPipeline, class_labels: Iterable[int | str] | None) -> lis
             raise ValueError("class_labels need a class-conditional pipeline, and this one is not.")
         return None
     if class_labels is not None:
-        names = pipe.labels  # "3" is a number, unless it is a name
+        names = pipe.labels  # "3" is read as a number, unless a class has this name
         return pipe._numbers([x if x in names or not isinstance(x, str) else parse_value(x) for x in class_labels])
     return [n for n in range(pipe.num_classes) if n != pipe.config.null_class]

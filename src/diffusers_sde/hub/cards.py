@@ -33,10 +33,10 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 KEYS = ("license", "description", "dataset", "training_command", "metrics", "recipes", "pictures", "limitations")
 EVALUATION_KEYS = (
     *("samplers", "data", "num_samples", "features", "baseline", "bits_per_dim", "images"),
-    *("model", "sde", "seed", "figure"),  # of no use here: the pipeline itself is asked
+    *("model", "sde", "seed", "figure"),  # these are not used, because the pipeline itself knows them
 )
 TASK = "unconditional-image-generation"
-# Options of a sampler in an evaluation that are the pipeline's, not the scheduler's; and the scheduler's class.
+# These options of a sampler in an evaluation belong to the pipeline; the last one names the scheduler's class.
 CALL_OPTIONS = (
     *("num_inference_steps", "method", "rtol", "atol", "guidance_scale", "classifier_guidance_scale"),
     "scheduler",
@@ -54,7 +54,7 @@ LIMITATIONS = (
 )
 STOCK_PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
-# Per class: tag, description, and how to call it in a line or a few that run as they stand.
+# For each class: the tag, the description, and a few lines of code that call it and run as they stand.
 PIPELINES = {
     "SDEPipeline": (
         "unconditional-image-generation",
@@ -91,8 +91,8 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
 
     Args:
         pipe: A pipeline of this package.
-        repo_id: Where it will be, ``user/name``.
-        results: What the pipeline does not know about itself; see above.
+        repo_id: Name of its repository, ``user/name``.
+        results: What the pipeline does not know about itself; see the head of this module.
 
     Raises:
         ValueError: ``results`` hold something unknown, or a recipe that the scheduler refuses.
@@ -156,7 +156,7 @@ def add_card(folder: str | os.PathLike, pipe: Any, repo_id: str, results: Mappin
     """Write the card of a pipeline, README.md, into its folder, and copy its pictures there; see ``model_card``.
 
     Raises:
-        ValueError: See ``model_card``, or a picture is missing, or is none.
+        ValueError: See ``model_card``; or the file of a picture is missing or is not a picture.
     """
     card = model_card(pipe, repo_id, results)
     pictures = checked_pictures((results or {}).get("pictures", {}))
@@ -167,10 +167,10 @@ def add_card(folder: str | os.PathLike, pipe: Any, repo_id: str, results: Mappin
 
 
 def checked_results(results: Mapping[str, Any] | None) -> dict[str, Any]:
-    """``results`` with every part of the form that the head of this module says.
+    """Check that every part of ``results`` has the form that the head of this module describes, and return them.
 
     Raises:
-        ValueError: They come from files, and one of them holds something else.
+        ValueError: A part has another form.
     """
     results = dict(results or {})
     forms: dict[str, tuple[type, ...]] = {
@@ -202,10 +202,10 @@ def checked_results(results: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def checked_pictures(pictures: Mapping[str, Any]) -> list[Path]:
-    """The files, if each is an image that a card can show, with a name of its own.
+    """Check that each file is an image that a card can show, with a name of its own, and return the files.
 
     Raises:
-        ValueError: There is no such file, or it holds something else, which is not to be published.
+        ValueError: A file does not exist, or it holds something else, which must not be published.
     """
     paths = [Path(str(picture)) for picture in pictures.values()]
     for path in paths:
@@ -215,7 +215,7 @@ def checked_pictures(pictures: Mapping[str, Any]) -> list[Path]:
             with Image.open(path) as image:
                 image.verify()
                 kind = image.format
-        except Exception as error:  # of many kinds, by format
+        except Exception as error:  # each format raises errors of its own
             raise ValueError(f"pictures: {str(path)!r} is no image that can be read: {error}") from error
         if kind not in PICTURE_FORMATS:
             raise ValueError(f"pictures: {str(path)!r} must be one of {', '.join(PICTURE_FORMATS)}, got {kind}.")
@@ -239,7 +239,7 @@ def _facts(pipe: Any, dataset: Mapping[str, Any]) -> list[list[str]]:
     channels, height, width = pipe.sample_shape
     rows = []
     sde = getattr(scheduler, "sde", None)
-    if sde is not None:  # a scheduler of ours
+    if sde is not None:  # then the scheduler is one of ours
         text = repr(sde)
         rows += [
             ["SDE", f"`{text if len(text) < 200 else type(sde).__name__}`"],
@@ -276,13 +276,13 @@ def _text(options: Mapping[str, Any]) -> str:
 
 
 def _recipe_table(scheduler: Any, recipes: Sequence[Mapping[str, Any]]) -> str:
-    """The table of samplers, with their calls counted by laying each out where nobody has counted them."""
+    """The table of samplers. Where the calls of a sampler are not given, its plan is made to count them."""
     measures = list(dict.fromkeys(name for recipe in recipes for name in recipe.get("metrics", {})))
     rows = []
     for recipe in recipes:
         options, levels, calls = recipe.get("options", {}), recipe["num_inference_steps"], recipe.get("calls")
         if recipe.get("scheduler") is None:
-            # Laid out although the calls may be known: what a card shows must be what the scheduler takes.
+            # The plan is made even if the calls are known, because a card must show options that the scheduler accepts.
             unknown = set(options) - set(inspect.signature(type(scheduler).__init__).parameters)
             if unknown:
                 names = ", ".join(map(str, unknown))

@@ -31,15 +31,15 @@ class ExportConfig:
     Args:
         model: Folder or Hub name of a pipeline.
         hub_model_id: Repository, ``user/name``. With ``output_dir``, only the card says so.
-        output_dir: Write the repository's files here, and upload nothing.
+        output_dir: Folder to which the repository's files are written; nothing is uploaded then.
         results: JSON files for the card; see ``cards``. Later ones add to lists and replace the rest.
-        license: Of the weights.
-        pipeline: Class to export the model as, such as ``InpaintSDEPipeline``; its own if None.
-        variant: ``fp16`` or ``bf16``: weights of that precision, beside the float32 ones.
+        license: Licence of the weights.
+        pipeline: Class to export the model as, such as ``InpaintSDEPipeline``; its own class if None.
+        variant: ``fp16`` or ``bf16``. Weights of that precision are written beside the float32 ones.
         max_shard_size: Largest weight file, such as ``2GB``.
         hub_private_repo: Whether a new repository is private.
-        create_pr: Open a pull request instead of committing.
-        update_card: Replace the card that is on the Hub.
+        create_pr: Whether to open a pull request instead of committing.
+        update_card: Whether to replace the card that is on the Hub.
     """
 
     model: str
@@ -121,7 +121,7 @@ def _results(config: ExportConfig) -> dict[str, Any]:
 def _training_command(recorded: Mapping[str, Any]) -> str | None:
     try:
         from ..training import TrainingConfig
-    except ImportError:  # without the extra that training needs: the card goes without it
+    except ImportError:  # the extra that training needs is not installed, so the card does without the command
         return None
     names = {f.name for f in fields(TrainingConfig)}
     return TrainingConfig(**{key: value for key, value in recorded.items() if key in names}).command()

@@ -2,8 +2,8 @@
 
 diffusers copies the files of a repository flat into a cache and imports each by itself, so a file may import nothing of
 its neighbours. Modules up to the pipelines say ``from .module import Name`` and have no side effects on import; in the
-order of their imports they can be written one after another. Nothing is renamed and nothing evaluated: the text of a
-module is kept, its imports of other modules are dropped and those from outside are collected at the top.
+order of their imports they can be written one after another. Nothing is renamed and nothing is evaluated: the text of a
+module is kept, its imports of our other modules are dropped, and its imports from outside are collected at the top.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LIBRARY = __name__.partition(".")[0]
 HOMEPAGE = "https://github.com/diffusers-sde/diffusers-sde"
 ROOT = Path(__file__).parents[1]
 
-# What reads the package's own files has nothing to read in an exported one.
+# These modules read files of the package, which an exported file does not have. It gets these texts in their place.
 SUBSTITUTES = {
     "version": f'__version__ = "{__version__}"',
     "hub.flattening": """LIBRARY = "diffusers_sde"
@@ -43,8 +43,9 @@ Licence: Apache-2.0.
 from __future__ import annotations
 
 '''
-# diffusers writes a class's module into model_index.json: the package's name is what both kinds of loading look up. No
-# name may be left that stands for a class, since diffusers counts the pipelines of a file by their names.
+# diffusers writes a class's module into model_index.json, and both kinds of loading look up the package's name there.
+# diffusers finds the pipeline by scanning the module's globals, so the loop variable is deleted: it is a second
+# reference to a class.
 FOOTER = f'''
 
 _class = None
@@ -70,7 +71,7 @@ def self_contained_source(*entries: str) -> str:
     hoisted = sorted(imports, key=lambda line: (line.startswith("from"), line))
     body = "\n\n\n".join(f"# {'-' * 20} {name}\n\n" + text for name, [text] in modules.items() if text)
     text = HEADER.format(title=" and ".join(entries)) + "\n".join(hoisted) + "\n\n\n" + body + FOOTER
-    # diffusers reads imports by regular expressions, examples in docstrings included.
+    # diffusers finds imports by regular expressions, which match the examples in docstrings too.
     return re.sub(rf"(?m)^([ \t]+)(?=(from|import) {LIBRARY}\b)", r"\1>>> ", text)
 
 
@@ -119,7 +120,7 @@ def _visit(name: str, modules: dict[str, list[str]], imports: set[str], defined:
         if isinstance(inner, ast.ImportFrom) and inner.level and inner.lineno not in dropped:
             raise ValueError(f"{name}, line {inner.lineno}: cannot be flattened: an import inside a function.")
     lines = [line for number, line in enumerate(source.splitlines(), 1) if number not in dropped]
-    # Dict order is that of first insertion, so that the module has to be put behind its imports now.
+    # A dict keeps the order of first insertion, so the module is inserted anew to stand behind its imports.
     del modules[name]
     modules[name] = ["\n".join(lines).strip()]
 
@@ -137,7 +138,7 @@ def _names(node: ast.stmt) -> list[str]:
 
 
 def _define(node: ast.stmt, module: str, defined: dict[str, tuple[str, str]]) -> bool:
-    """Note what a statement binds; whether the same statement has been there before.
+    """Note what a statement binds; return whether another module has the same statement.
 
     Raises:
         ValueError: Two modules mean different things by one name.

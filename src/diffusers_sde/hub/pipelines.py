@@ -29,7 +29,7 @@ def own_index(index: dict[str, Any]) -> dict[str, Any]:
     the package imported there is nothing to run: the file is not even downloaded.
     """
     if not isinstance(index, Mapping):
-        return index  # no index; diffusers says so
+        return index  # this is not an index, and diffusers says so
     name = index.get("_class_name")
     index = dict(index)
     shipped = [f"{key}/{LIBRARY}.py" for key, value in index.items() if isinstance(value, list) and LIBRARY in value]
@@ -93,7 +93,8 @@ class SharedPipeline(ShipsItsCode, DiffusionPipeline):
 
         def types(hint: Any) -> tuple[Any, ...]:
             allowed = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-            # A network of ours is of another copy of its class where the package is missing: that of its own file.
+            # Where the package is missing, a network of ours has the class of its own file, a second copy of the same
+            # code.
             ours = any(inspect.isclass(each) and issubclass(each, ShipsItsCode) for each in allowed)
             return (*allowed, ModelMixin) if ours else allowed
 
@@ -110,7 +111,7 @@ class SharedPipeline(ShipsItsCode, DiffusionPipeline):
         """Write the index and the pipeline's code, after the components; see ``ShipsItsCode``."""
         for path in Path(save_directory).glob("*/*config.json"):
             config = json.loads(path.read_text(encoding="utf-8"))
-            if config.pop("_name_or_path", None) is not None:  # where it was loaded from, which is nobody's business
+            if config.pop("_name_or_path", None) is not None:  # the place it was loaded from, which is private
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -137,9 +138,9 @@ class SharedPipeline(ShipsItsCode, DiffusionPipeline):
             token: Access token; the one of ``hf auth login`` or of HF_TOKEN if None.
             create_pr: Open a pull request instead of committing.
             safe_serialization: Save weights as safetensors; False needs trust from everyone who loads them.
-            variant: Name of these weights, such as ``fp16``, beside others in the same repository.
+            variant: Name that these weights get, such as ``fp16``, beside others in the same repository.
             max_shard_size: Largest weight file, such as ``"2GB"``.
-            results: For the card: data set, metrics, recipes, training command; see ``hub.cards``.
+            results: What the card is to say of data set, metrics, recipes and training command; see ``hub.cards``.
 
         Returns:
             Address of the repository.

@@ -23,7 +23,7 @@ def refuse_newer(config: Mapping[str, Any], known: Callable[[], Collection[str]]
     try:
         if written is None or Version(written) <= Version(__version__):
             return
-    except (InvalidVersion, TypeError):  # of a stranger's making: it says nothing
+    except (InvalidVersion, TypeError):  # somebody else wrote this entry, so it says nothing about our versions
         return
     unknown = {key for key in config if not key.startswith("_")}.difference(known())
     if unknown:
@@ -34,7 +34,7 @@ def refuse_newer(config: Mapping[str, Any], known: Callable[[], Collection[str]]
 
 
 def written_before(config: Mapping[str, Any], version: str) -> bool:
-    """Whether an earlier version of this package wrote the config; False if none says that it did."""
+    """Whether an earlier version of this package wrote the config; False if the config names no version."""
     try:
         return Version(config[VERSION_KEY]) < Version(version)
     except (KeyError, InvalidVersion, TypeError):
@@ -44,8 +44,8 @@ def written_before(config: Mapping[str, Any], version: str) -> bool:
 class ShipsItsCode:
     """Mixin, before diffusers' own base classes: saving writes the class's code beside its config.
 
-    The config states the version that wrote it, and no path of the machine it was loaded on. Classes that others derive
-    from ours are saved without code, which is theirs.
+    The config states the version that wrote it, and no path of the machine it was loaded on. A subclass that is defined
+    outside this package is saved without code, because we cannot ship code that we do not own.
     """
 
     _source_file = f"{LIBRARY}.py"  # diffusers looks for a component's code under the library's name
@@ -74,7 +74,7 @@ class ShipsItsCode:
         """The config as it is written."""
         in_memory = dict(self._internal_dict)
         config = json.loads(super().to_json_string())  # type: ignore[misc]
-        self._internal_dict = FrozenDict(in_memory)  # diffusers writes its version into it
+        self._internal_dict = FrozenDict(in_memory)  # undoes that diffusers writes its version into it
         config.pop("_name_or_path", None)
         config[VERSION_KEY] = __version__
         return json.dumps(config, indent=2, sort_keys=True) + "\n"

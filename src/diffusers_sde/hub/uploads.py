@@ -39,8 +39,8 @@ def upload(
         token: Access token; that of ``hf auth login`` or HF_TOKEN if None.
         commit_message: Title of the commit.
         create_pr: Open a pull request instead of committing.
-        variant: Of the weights in ``folder``. Shards that an earlier upload of it left over are deleted.
-        replace_card: Upload README.md although the repository has one; otherwise what people wrote on the Hub stays.
+        variant: Variant of the weights in ``folder``. Shards of an earlier upload of the same variant are deleted.
+        replace_card: Whether README.md is uploaded although the repository has one. Otherwise the one on the Hub stays.
 
     Returns:
         Address of the repository, or of the pull request.
@@ -68,7 +68,7 @@ def upload(
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error of the client, which wraps those of large files; None where there is none."""
+    """The HTTP status behind an error of the client, which wraps the errors of large files; None without a status."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(status, int):
@@ -79,7 +79,7 @@ def _status(error: BaseException | None) -> int | None:
 
 @contextmanager
 def explained(repo_id: str, token: str | None) -> Iterator[None]:
-    """Errors of the client as an OSError that says what to do and holds no token."""
+    """Turn errors of the client into an OSError that says what to do and holds no token."""
     try:
         yield
     except ValueError:  # not a repository name, or metadata that the Hub refuses; the client says which

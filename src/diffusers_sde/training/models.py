@@ -36,7 +36,7 @@ def build_scheduler(config: TrainingConfig, source: ImageSource) -> SDEScheduler
         common["sampling_eps"] = config.sampling_eps
     if prediction_type == "edm" or (config.sde == "ve" and config.sigma_max is None):
         std, largest_distance = source.statistics(config.data_min)
-        # Three digits are plenty, and a config that a person reads.
+        # Three digits are precise enough, and a person can read them in the config.
         common["sigma_data"] = config.sigma_data or _rounded(max(std, 1e-3))
     else:
         largest_distance = 0.0
@@ -74,9 +74,9 @@ def default_weighting(config: TrainingConfig, scheduler: SDEScheduler) -> str:
 
 
 def default_precision() -> str | None:
-    """What accelerate was launched with; else bf16 where the hardware computes in it, so that it is faster; else no.
+    """The precision that accelerate was launched with; otherwise bf16 where the hardware computes in it, or no.
 
-    None, which changes nothing, where accelerate was set up before.
+    It is None, which changes nothing, where accelerate was set up before.
     """
     if AcceleratorState._shared_state:
         return None
@@ -97,8 +97,8 @@ def check_trainable(
     """Make sure that the loss is finite at all training times.
 
     Raises:
-        ValueError: The prediction type has no finite target somewhere, such as the noise where alpha = 0 on a grid, or
-            times cannot be drawn that way.
+        ValueError: The prediction type has no finite target at some time (such as the noise where alpha = 0), or the
+            times cannot be drawn by ``time_sampling``.
     """
     u = torch.linspace(0.0, 1.0 - 1e-9, discrete_steps or 1000, dtype=torch.float64)
     u = u if discrete_steps is not None else u.clamp(min=1e-9)
@@ -113,7 +113,7 @@ def check_trainable(
 
 
 def build_unet(config: TrainingConfig, source: ImageSource) -> UNet2DModel:
-    """The network: from ``model_config_name_or_path``, or sized for the images.
+    """The network, built from ``model_config_name_or_path``, or with a size that suits the images.
 
     Raises:
         ValueError: A given config that does not fit the images, or sizes that do not divide.
@@ -132,7 +132,7 @@ def build_unet(config: TrainingConfig, source: ImageSource) -> UNet2DModel:
         raise ValueError(f"block_out_channels must be multiples of 4, got {' '.join(map(str, channels))}.")
     sides = [source.resolution // 2**level for level in range(levels)]
     attends = [level > 0 and side in config.attention_resolutions for level, side in enumerate(sides)]
-    # At least four channels in a group, so that normalising a group does not erase single features.
+    # With fewer than four channels per group, GroupNorm would remove the scale of individual features.
     groups = min(32, math.gcd(*channels) // 4 if math.gcd(*channels) % 4 == 0 else 1)
     head_dim = math.gcd(*channels, 64)
     return UNet2DModel(
@@ -152,7 +152,9 @@ def build_unet(config: TrainingConfig, source: ImageSource) -> UNet2DModel:
 
 
 def class_embeddings(config: TrainingConfig, source: ImageSource) -> int | None:
-    """Classes that the network knows, the null class for hidden labels last; None without ``class_conditional``.
+    """Number of classes that the network knows, or None without ``class_conditional``.
+
+    If labels are hidden in training, the last class is the null class, which stands for a hidden label.
 
     Raises:
         ValueError: The images have no classes, or some are not labelled.
@@ -169,7 +171,7 @@ def class_embeddings(config: TrainingConfig, source: ImageSource) -> int | None:
 
 
 def default_channels(resolution: int) -> tuple[int, ...]:
-    """Channels per level: double at the first halving, halve down to a side of 4 (or an odd one), at most 5 levels."""
+    """Channels of each level. The image is halved down to a side of 4 or an odd side, in at most 5 levels."""
     levels, side = 1, resolution
     while side % 2 == 0 and side // 2 >= 4 and levels < 5:
         levels, side = levels + 1, side // 2
@@ -181,7 +183,7 @@ def _unet_from_config(path: str, source: ImageSource, classes: int | None) -> UN
     config = UNet2DModel.load_config(path)
     try:
         unet = UNet2DModel.from_config({**config, "num_class_embeds": classes})
-    except Exception as error:  # diffusers checks no types: whatever a wrong one leads to
+    except Exception as error:  # diffusers checks no types, so a wrong one may raise anything
         raise ValueError(f"model_config_name_or_path {path!r} is no config of a UNet2DModel: {error}") from error
     has = {"in_channels": unet.config.in_channels, "out_channels": unet.config.out_channels}
     for name, value in has.items():

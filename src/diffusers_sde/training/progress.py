@@ -1,4 +1,4 @@
-"""How good the samples are while training goes on."""
+"""The quality of the samples, measured while training goes on."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from ..pipelines import SDEPipeline
 from .configuration import TrainingConfig
 from .data import ImageSource
 
-REFERENCE = 10_000  # images, spread evenly over the data
+REFERENCE = 10_000  # number of images to compare with, spread evenly over the data
 CLASSIFIER = "classifier.safetensors"
 
 
 class ProgressOfSamples:
-    """Draws the same few samples every time and compares them with the data; torch's random state is left alone.
+    """Draws the same few samples every time and compares them with the data; torch's random state does not change.
 
-    Building it prepares the features of the data, so that whatever is missing is missed before training starts.
+    The features of the data are prepared when the object is built, so that it fails before training starts if something
+    is missing.
 
     Args:
-        config: Of the run.
+        config: The configuration of the run.
         source: The data.
 
     Raises:
-        ValueError: Features that cannot be had.
+        ValueError: The features cannot be computed.
     """
 
     def __init__(self, config: TrainingConfig, source: ImageSource) -> None:
@@ -43,7 +44,7 @@ class ProgressOfSamples:
         self._quality = SampleQuality(images, extractor)
 
     def __call__(self, pipe: SDEPipeline) -> dict[str, float]:
-        """The numbers, on the main process; to be called on all. See ``metrics.SampleQuality``."""
+        """The numbers of ``metrics.SampleQuality``, on the main process. All processes must call it together."""
         config = self._config
         sampler = Sampler("evaluation", {"num_inference_steps": config.num_inference_steps})
         drawer = ImageSampler(pipe, sampler, config.seed)
