@@ -210,3 +210,10 @@ def test_network_denoiser_scales_the_input_and_undoes_the_parametrisation():
     torch.testing.assert_close(timestep, torch.log(sigma / alpha)[:, 0] / 4)
     expected = sd**2 * alpha / variance * x + sigma * sd / variance.sqrt() * (torch.tanh(fed) + 0.1)
     torch.testing.assert_close(got, expected)
+
+
+def test_a_network_may_be_fed_the_time_itself():
+    edm = EDMSDE()
+    conditioning = TimeConditioning("time", 1)
+    assert float(conditioning.timestep(edm, 20.0)) == 20.0 == float(conditioning.time(edm, 20.0))
+    assert bool(conditioning.lies_on(edm, edm.t_max)) and not bool(conditioning.lies_on(edm, 1.01 * edm.t_max))

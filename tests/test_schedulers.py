@@ -33,8 +33,8 @@ def user_scheduler(sde):
     """A scheduler for an SDE from outside: the arguments of a shipped one, and another path."""
 
     class UserSDEScheduler(SubVPSDEScheduler):
-        def _setup(self, _, **kwargs):
-            super()._setup(sde, **kwargs)
+        def setup(self, _, **kwargs):
+            super().setup(sde, **kwargs)
 
     return UserSDEScheduler
 

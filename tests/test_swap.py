@@ -1040,8 +1040,8 @@ def test_flow_grids_of_dpm_solvers_kin_are_theirs(name, shift):
 class UserSDEScheduler(SubVPSDEScheduler):
     """A user's scheduler: the arguments of one of ours, another SDE."""
 
-    def _setup(self, sde, final_time=None):
-        super()._setup(RectifiedFlowSDE(), final_time)
+    def setup(self, sde, final_time=None):
+        super().setup(RectifiedFlowSDE(), final_time)
 
 
 @pytest.mark.parametrize("through", ["memory", "json"])

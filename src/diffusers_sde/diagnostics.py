@@ -25,6 +25,7 @@ CONDITIONINGS = {
     "discrete": "the index of a table of {n} timesteps",
     "continuous": "t times {n}",
     "score_sde": "t times {last}",
+    "time": "t itself",
     "sigma": "the noise level sigma",
     "log_sigma": "log sigma",
     "edm": "log(sigma)/4",

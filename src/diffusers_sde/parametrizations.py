@@ -140,18 +140,19 @@ def get_parametrization(
     return plain[prediction_type]()
 
 
-TIME_CONDITIONINGS = ("discrete", "continuous", "score_sde", "sigma", "log_sigma", "edm")
+TIME_CONDITIONINGS = ("discrete", "continuous", "score_sde", "time", "sigma", "log_sigma", "edm")
 
 
 @dataclass(frozen=True)
 class TimeConditioning:
     """What the network is fed for SDE time t, and the way back.
 
-    Four maps that differ by a fraction of a step are in use, and a checkpoint works only with its own:
+    Maps that differ by a fraction of a step are in use, and a checkpoint works only with its own:
 
     * ``discrete``: t N - 1, the index into a DDPM table of N entries (diffusers' timesteps);
     * ``continuous``: t N (networks trained by this package; flow-matching models);
     * ``score_sde``: t (N - 1) (the paper's official VP and sub-VP networks, 999 t);
+    * ``time``: t itself;
     * ``sigma``: sigma(t)/alpha(t) (the paper's VE networks and diffusers' ``google/ncsnpp-*``);
     * ``log_sigma``: its logarithm; ``edm``: a quarter of that (c_noise of Karras et al. 2022).
 
@@ -166,7 +167,9 @@ class TimeConditioning:
     def __post_init__(self) -> None:
         check_choice("time_conditioning", self.name, TIME_CONDITIONINGS)
         # A flow may be fed t itself; a table of one entry is none.
-        check_integer("num_train_timesteps", self.num_train_timesteps, at_least=1 if self.name == "continuous" else 2)
+        check_integer(
+            "num_train_timesteps", self.num_train_timesteps, at_least=1 if self.name in ("continuous", "time") else 2
+        )
 
     def timestep(self, sde: SDE, t: Tensor | float) -> Tensor:
         """The network's input for SDE time ``t``, same shape."""
@@ -174,6 +177,8 @@ class TimeConditioning:
         if self.name in ("sigma", "log_sigma", "edm"):
             log_sigma = -0.5 * sde.log_snr(t)
             return {"sigma": log_sigma.exp(), "log_sigma": log_sigma, "edm": 0.25 * log_sigma}[self.name]
+        if self.name == "time":
+            return t
         u = t / sde.t_max
         return {"discrete": u * n - 1.0, "continuous": u * n, "score_sde": u * (n - 1)}[self.name]
 
@@ -183,6 +188,8 @@ class TimeConditioning:
         if self.name in ("sigma", "log_sigma", "edm"):
             log_sigma = {"sigma": c.log(), "log_sigma": c, "edm": 4.0 * c}[self.name]
             return sde.time_of(-2.0 * log_sigma)
+        if self.name == "time":
+            return c
         u = {"discrete": (c + 1.0) / n, "continuous": c / n, "score_sde": c / (n - 1)}[self.name]
         return u * sde.t_max
 

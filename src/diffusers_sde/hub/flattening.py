@@ -151,7 +151,7 @@ def _define(node: ast.stmt, module: str, defined: dict[str, tuple[str, str]]) ->
         elif isinstance(node, ast.Import):
             meaning = next(f"import {a.name}" for a in node.names if name in (a.asname, a.name.split(".")[0]))
         other, other_meaning = defined.setdefault(name, (module, meaning))
-        if other_meaning != meaning:
+        if other_meaning != meaning and other != module:  # a module may bind a name again: overloads do
             raise ValueError(f"{name} means different things in {other} and {module}: rename one of them.")
         known = known or other != module
     return known and not isinstance(node, (ast.Import, ast.ImportFrom))

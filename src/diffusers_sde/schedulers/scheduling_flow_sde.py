@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ..checks import check_number, check_numbers
 from ..sdes import RectifiedFlowSDE
 from ..time_grids import WARPED
-from .scheduling_sde import SDEScheduler, document_common_arguments
+from .arguments import sampler_arguments
+from .config_checks import checked_own
+from .scheduling_sde import SDEScheduler
 
 LARGEST_MU = 100.0  # the shift is e^mu
 _Times = TypeVar("_Times", float, Tensor)
 
 
-@document_common_arguments
 class FlowSDEScheduler(SDEScheduler):
     """Reverse SDE, predictor-corrector and probability-flow sampling on the straight path of a flow-matching model.
 
@@ -47,7 +47,7 @@ class FlowSDEScheduler(SDEScheduler):
     _families = ("flow",)
     _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
 
-    @register_to_config
+    @sampler_arguments(snr=0.05, sampling_eps=0.01, timestep_spacing="linspace")
     def __init__(
         self,
         num_train_timesteps: int = 1000,
@@ -60,31 +60,11 @@ class FlowSDEScheduler(SDEScheduler):
         time_shift_type: str = "exponential",
         shift_terminal: float | None = None,
         prediction_type: str = "flow_prediction",
-        predictor: str = "exponential",
-        corrector: str | None = None,
-        probability_flow: bool = False,
-        stochasticity: float | None = None,
-        solver_order: int | None = None,
-        solver_type: str = "heun",
-        solver_correction: bool = True,
-        gaussian_std: float = 0.05,
-        correct_steps: int = 1,
-        snr: float = 0.05,
-        langevin_norm: str = "sample",
-        time_grid: str | None = "sech",
-        rho: float = 7.0,
-        sampling_eps: float = 0.01,
-        timestep_spacing: str = "linspace",
-        steps_offset: int = 0,
-        denoise_final: bool = True,
-        clip_sample: bool = False,
-        clip_sample_range: float = 1.0,
-        variance_type: str | None = "fixed_small",
-        time_conditioning: str = "continuous",
-        sigma_data: float = 0.5,
+        **sampler: Any,
     ) -> None:
+        self.register_to_config(**checked_own(self.config))
         self._mu: float | None = None
-        self._setup(RectifiedFlowSDE())
+        self.setup(RectifiedFlowSDE())
 
     def set_timesteps(
         self,

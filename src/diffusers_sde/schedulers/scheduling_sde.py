@@ -25,7 +25,8 @@ from ..plans import Plan, Row, advance, make_plan, memorise, squared_norm_ratio
 from ..predictors import PredictorOptions, get_predictor
 from ..sdes import SDE, expand_like
 from ..time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid, whole_timesteps
-from .config_checks import SMALLEST_TIME, check_stock_numbers, checked_config
+from .arguments import SMALLEST_TIME, document_arguments
+from .config_checks import check_stock_numbers
 from .conversion import (
     KEPT_KEY,
     LEFT_OUT_KEY,
@@ -41,50 +42,6 @@ from .conversion import (
 )
 
 OLD_SOLVER_TYPES = ("bh1", "bh2", "logrho")  # stock solvers' names, which configs of ours once held in place of our own
-
-COMMON_ARGUMENTS = """
-        predictor: ``exponential``, ``ancestral``, ``reverse_diffusion``, ``euler_maruyama``, ``heun`` or ``none``.
-        corrector: None, ``langevin``, ``annealed_langevin`` or ``ornstein_uhlenbeck``: MCMC at a fixed time.
-        probability_flow: Integrate the probability-flow ODE instead of the reverse SDE.
-        stochasticity: eta of the reverse SDE, dx = [f x - (1 + eta^2)/2 g^2 score] dt + eta g dw; 1 is Anderson's.
-            None is 1 too, and for ``exponential`` as much as each step allows: eta^2 = min(0.6/h, 2), where h is the
-            length in log(alpha/sigma) of the step or of the next one, whichever is longer: more noise the more steps
-            there are.
-        solver_order: Order of the ``exponential`` predictor. None takes 3 where the steps are short and 2 where they
-            are long, and extrapolates no estimate further than it carries, which is safe on any grid. 1, 2 or 3 is the
-            classical multistep rule of that order, also where a step is much longer than those before it.
-        solver_type: ``heun`` or ``midpoint``, DPM-Solver++'s names for the weight of the slope in order 2; ``heun``
-            is exact.
-        solver_correction: Redo each step of ``exponential`` with the estimate at its end once that is known, as UniPC
-            does; no model call, no noise, and no MCMC ``corrector``. Off behind ``langevin``, whose step varies.
-        gaussian_std: Standard deviation, in units of the data, of the Gaussian part of the data that ``exponential``
-            integrates exactly: 0 is data prediction, large values are noise prediction, and between the two the
-            first holds above this noise and the second below.
-        correct_steps: Corrector calls per noise level.
-        snr: Signal-to-noise ratio of the corrector's step size; the best depends on SDE, data and number of steps.
-        langevin_norm: ``sample`` takes each sample's own norms, ``batch`` the batch mean, as the official code.
-        time_grid: ``sech``, ``log_snr``, ``karras``, ``uniform`` (in t, the paper's) or ``blended`` (the mean of
-            ``uniform`` and ``sech``, for swapped configs); None for ``timestep_spacing``, which it also is where only
-            that is passed.
-        rho: Exponent of the Karras grid.
-        sampling_eps: Last SDE time of a ``time_grid`` (the paper's epsilon).
-        timestep_spacing: ``leading``, ``linspace`` or ``trailing``: diffusers' grids, used where ``time_grid`` is None.
-        steps_offset: Added to the timesteps of the ``leading`` grid.
-        denoise_final: End with x0_hat at the last time, the mean without noise.
-        clip_sample: Clip x0_hat of predictor calls to [-clip_sample_range, clip_sample_range].
-        clip_sample_range: See ``clip_sample``.
-        variance_type: diffusers' names. ``fixed_large`` gives the ``ancestral`` predictor beta as variance; ``learned``
-            and ``learned_range`` mean that the network also returns a variance, which is dropped: the SDE fixes it.
-        time_conditioning: What the network is fed for SDE time t: ``discrete`` (t N - 1), ``continuous`` (t N),
-            ``score_sde`` (t (N - 1)), ``sigma``, ``log_sigma`` or ``edm``; see ``TimeConditioning``.
-        sigma_data: Standard deviation of the data, for ``edm`` prediction.
-""".strip()
-
-
-def document_common_arguments(cls: type) -> type:
-    """Put the arguments that all SDE schedulers share where the class docstring says ``{common}``."""
-    cls.__doc__ = (cls.__doc__ or "").replace("{common}", COMMON_ARGUMENTS)
-    return cls
 
 
 @dataclass
@@ -131,6 +88,11 @@ class _StepResult(tuple):
 class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     """Base of the SDE schedulers. Not constructed itself: a subclass names an SDE and its config arguments.
 
+        class MyScheduler(SDEScheduler):
+            @sampler_arguments
+            def __init__(self, rate: float = 1.0, **sampler):
+                self.setup(MySDE(rate))
+
     ``set_timesteps`` lays the sampler out as a plan, one row of numbers per model call; ``step`` executes the next row.
     Predictor-corrector sampling and Heun repeat timesteps, ``order`` of them per noise level, so a pipeline that calls
     the network once per timestep runs them unchanged. ``num_inference_steps`` counts noise levels; the number of model
@@ -149,8 +111,21 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
 
     # ------------------------------------------------------------------ construction
 
-    def _setup(self, sde: SDE, final_time: float | None = None) -> None:
-        """Finish construction: check the config and put the scheduler in its initial state."""
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        document_arguments(cls)
+
+    def setup(self, sde: SDE, final_time: float | None = None) -> None:
+        """Finish construction: the last line of the ``__init__`` of a subclass.
+
+        Args:
+            sde: The SDE, made of the subclass's arguments.
+            final_time: SDE time to which a noise-free step leads behind the last level of diffusers' grids; None to end
+                with x0_hat.
+
+        Raises:
+            ValueError: Arguments that do not fit together, or not this SDE; nothing has been trained or sampled yet.
+        """
         # Who names one of diffusers' grids and no time_grid means that grid.
         left_out = set(self.config.get("_use_default_values", ()))
         if "time_grid" in left_out and not {"timestep_spacing", "steps_offset"} <= left_out:
@@ -158,8 +133,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         # Every value counts as given: diffusers would otherwise replace ours by the defaults of the class that is
         # swapped in, and would not know whose config it is.
         name = type(self).__name__
-        checked = checked_config(self.config)
-        self.register_to_config(_use_default_values=[], _class_name=name, **{ORIGIN_KEY: name}, **checked)
+        self.register_to_config(_use_default_values=[], _class_name=name, **{ORIGIN_KEY: name})
         config = self.config
         self.sde = sde
         self._final_time = final_time

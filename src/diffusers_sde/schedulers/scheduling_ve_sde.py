@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from diffusers.configuration_utils import register_to_config
+from typing import Any
 
 from ..sdes import VESDE
-from .config_checks import checked_config
-from .scheduling_sde import SDEScheduler, document_common_arguments
+from .arguments import sampler_arguments
+from .config_checks import checked_own
+from .scheduling_sde import SDEScheduler
 
 
-@document_common_arguments
 class VESDEScheduler(SDEScheduler):
     """Reverse SDE, predictor-corrector and probability-flow sampling on the VE SDE.
 
@@ -32,7 +32,7 @@ class VESDEScheduler(SDEScheduler):
 
     _families = ("ve", "edm")
 
-    @register_to_config
+    @sampler_arguments(snr=0.15, sampling_eps=1e-5, timestep_spacing="linspace", time_conditioning="sigma")
     def __init__(
         self,
         num_train_timesteps: int = 2000,
@@ -40,28 +40,7 @@ class VESDEScheduler(SDEScheduler):
         sigma_max: float = 50.0,
         prediction_type: str = "score",
         preconditioning: str | None = None,
-        predictor: str = "exponential",
-        corrector: str | None = None,
-        probability_flow: bool = False,
-        stochasticity: float | None = None,
-        solver_order: int | None = None,
-        solver_type: str = "heun",
-        solver_correction: bool = True,
-        gaussian_std: float = 0.05,
-        correct_steps: int = 1,
-        snr: float = 0.15,
-        langevin_norm: str = "sample",
-        time_grid: str | None = "sech",
-        rho: float = 7.0,
-        sampling_eps: float = 1e-5,
-        timestep_spacing: str = "linspace",
-        steps_offset: int = 0,
-        denoise_final: bool = True,
-        clip_sample: bool = False,
-        clip_sample_range: float = 1.0,
-        variance_type: str | None = "fixed_small",
-        time_conditioning: str = "sigma",
-        sigma_data: float = 0.5,
+        **sampler: Any,
     ) -> None:
-        self.register_to_config(**checked_config(self.config))
-        self._setup(VESDE(sigma_min, sigma_max))
+        self.register_to_config(**checked_own(self.config))
+        self.setup(VESDE(sigma_min, sigma_max))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
 from ..parametrizations import TimeConditioning
 from ..sdes import SDE, VPSDE, DiscreteVPSDE, ddpm_betas
-from .config_checks import checked_config
-from .scheduling_sde import SDEScheduler, document_common_arguments
+from .arguments import sampler_arguments
+from .config_checks import checked_own
+from .scheduling_sde import SDEScheduler
 
 
-@document_common_arguments
 class VPSDEScheduler(SDEScheduler):
     """Reverse SDE, predictor-corrector and probability-flow sampling on the VP SDE, for any DDPM-type network.
 
@@ -42,7 +43,7 @@ class VPSDEScheduler(SDEScheduler):
     _families = ("vp",)
     _compatibles = [e.name for e in KarrasDiffusionSchedulers if not e.name.startswith("EDM")]
 
-    @register_to_config
+    @sampler_arguments(time_conditioning=None)
     def __init__(
         self,
         num_train_timesteps: int = 1000,
@@ -57,38 +58,16 @@ class VPSDEScheduler(SDEScheduler):
         dynamic_thresholding_ratio: float = 0.995,
         sample_max_value: float = 1.0,
         final_sigmas_type: str = "zero",
-        predictor: str = "exponential",
-        corrector: str | None = None,
-        probability_flow: bool = False,
-        stochasticity: float | None = None,
-        solver_order: int | None = None,
-        solver_type: str = "heun",
-        solver_correction: bool = True,
-        gaussian_std: float = 0.05,
-        correct_steps: int = 1,
-        snr: float = 0.01,
-        langevin_norm: str = "sample",
-        time_grid: str | None = "sech",
-        rho: float = 7.0,
-        sampling_eps: float = 1e-3,
-        timestep_spacing: str = "leading",
-        steps_offset: int = 0,
-        denoise_final: bool = True,
-        clip_sample: bool = False,
-        clip_sample_range: float = 1.0,
-        variance_type: str | None = "fixed_small",
-        time_conditioning: str | None = None,
-        sigma_data: float = 0.5,
+        **sampler: Any,
     ) -> None:
-        self.register_to_config(**checked_config(self.config))
-        if time_conditioning is None:
+        self.register_to_config(**checked_own(self.config))
+        if self.config.time_conditioning is None:
             self.register_to_config(time_conditioning="continuous" if continuous else "discrete")
         if continuous and (beta_schedule != "linear" or trained_betas is not None or rescale_betas_zero_snr):
             raise ValueError(
                 "continuous=True is the paper's VP SDE with linear beta(t): it takes beta_schedule='linear', no "
                 f"trained_betas and no rescale_betas_zero_snr, got beta_schedule={beta_schedule!r}."
             )
-        num_train_timesteps = self.config.num_train_timesteps  # an integer now, where 1000.0 was given
         sde: SDE
         if continuous:
             TimeConditioning(self.config.time_conditioning, num_train_timesteps)  # refuses N by name
@@ -102,7 +81,7 @@ class VPSDEScheduler(SDEScheduler):
             sde = DiscreteVPSDE.from_betas(betas, rescale_betas_zero_snr)
             self.betas = betas.float()
             self.alphas_cumprod = torch.tensor(sde.alphas_cumprod, dtype=torch.float32)
-        self._setup(sde, final_time=sde.t_max / num_train_timesteps if final_sigmas_type == "sigma_min" else None)
+        self.setup(sde, final_time=sde.t_max / num_train_timesteps if final_sigmas_type == "sigma_min" else None)
         # A table with zero terminal SNR is what the network was trained on: epsilon determines nothing at its end.
         starts_at_the_end = self.config.time_grid is not None or self.config.timestep_spacing != "leading"
         if starts_at_the_end and float(sde.log_alpha(sde.t_max)) < -80.0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
@@ -27,7 +28,7 @@ def build_scheduler(config: TrainingConfig, source: ImageSource) -> SDEScheduler
         ValueError: Options that its SDE cannot take.
     """
     prediction_type = config.prediction_type or DEFAULT_PREDICTION[config.sde]
-    common = {
+    common: dict[str, Any] = {
         "num_train_timesteps": config.num_train_timesteps,
         "prediction_type": prediction_type,
         "time_conditioning": config.time_conditioning or "continuous",
@@ -46,7 +47,7 @@ def build_scheduler(config: TrainingConfig, source: ImageSource) -> SDEScheduler
         return VESDEScheduler(sigma_min=sigma_min, sigma_max=sigma_max, **common)
     if config.sde == "flow":
         return FlowSDEScheduler(**common)
-    betas = {"beta_start": config.beta_start, "beta_end": config.beta_end}
+    betas: dict[str, Any] = {"beta_start": config.beta_start, "beta_end": config.beta_end}
     if config.sde == "sub_vp":
         return SubVPSDEScheduler(**betas, **common)
     if config.discrete:

@@ -1,0 +1,337 @@
+"""The one list of the arguments that all SDE schedulers share: names, types, defaults, checks and documentation.
+
+A scheduler spells the arguments of its own path and takes the rest from here. A new option of the samplers is one more
+entry of ``SAMPLER_ARGUMENTS``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar, overload
+
+from diffusers.configuration_utils import register_to_config
+
+from ..checks import check_choice, check_flag, check_integer, check_number
+from ..correctors import CORRECTORS
+from ..parametrizations import PREDICTION_TYPES, TIME_CONDITIONINGS
+from ..predictors import PREDICTORS, SOLVER_TYPES
+from ..time_grids import TIME_GRIDS, TIMESTEP_SPACINGS
+
+# A table is built and a time is listed for each: a config of a few hundred bytes must not cost gigabytes.
+LONGEST_TABLE = 100_000
+MOST_CORRECTIONS = 1000
+SMALLEST_TIME = 1e-9  # nearer to the data coefficients leave the range of float32
+LANGEVIN_NORMS = ("sample", "batch")
+VARIANCE_TYPES = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+
+_Init = TypeVar("_Init", bound=Callable[..., None])
+
+
+def or_none(check: Callable[..., Any], **bounds: Any) -> Callable[[str, Any], Any]:
+    """A check that also allows None."""
+    return lambda name, value: None if value is None else check(name, value, **bounds)
+
+
+# Its square, and one over that, are numbers of float32.
+SCALE_CHECK = partial(check_number, at_least=1e-9, at_most=1e6)
+
+
+@dataclass(frozen=True)
+class SamplerArgument:
+    """One argument of every scheduler.
+
+    Attributes:
+        name: Its name, which is also its key in the config.
+        type: Its annotation.
+        default: Its default, where a class does not state another.
+        check: (name, value) -> the value as a plain Python one, or a ValueError.
+        documentation: What it means.
+    """
+
+    name: str
+    type: str
+    default: Any
+    check: Callable[[str, Any], Any]
+    documentation: str
+
+
+SAMPLER_ARGUMENTS = (
+    # the network
+    SamplerArgument(
+        "num_train_timesteps",
+        "int",
+        1000,
+        partial(check_integer, at_least=1, at_most=LONGEST_TABLE),
+        "N, the scale of the network's timesteps.",
+    ),
+    SamplerArgument(
+        "prediction_type",
+        "str",
+        "epsilon",
+        partial(check_choice, allowed=PREDICTION_TYPES),
+        "``epsilon``, ``sample``, ``v_prediction``, ``flow_prediction``, ``score`` or ``edm``.",
+    ),
+    # the sampler
+    SamplerArgument(
+        "predictor",
+        "str",
+        "exponential",
+        partial(check_choice, allowed=PREDICTORS),
+        "``exponential``, ``ancestral``, ``reverse_diffusion``, ``euler_maruyama``, ``heun`` or ``none``.",
+    ),
+    SamplerArgument(
+        "corrector",
+        "str | None",
+        None,
+        partial(check_choice, allowed=(None, *CORRECTORS)),
+        "None, ``langevin``, ``annealed_langevin`` or ``ornstein_uhlenbeck``: MCMC at a fixed time.",
+    ),
+    SamplerArgument(
+        "probability_flow",
+        "bool",
+        False,
+        check_flag,
+        "Integrate the probability-flow ODE instead of the reverse SDE.",
+    ),
+    SamplerArgument(
+        "stochasticity",
+        "float | None",
+        None,
+        or_none(check_number, at_least=0.0, at_most=1000.0),
+        "eta of the reverse SDE, dx = [f x - (1 + eta^2)/2 g^2 score] dt + eta g dw; 1 is Anderson's. None is 1 too, "
+        "and for ``exponential`` as much as each step allows: eta^2 = min(0.6/h, 2), where h is the length in "
+        "log(alpha/sigma) of the step or of the next one, whichever is longer: more noise the more steps there are.",
+    ),
+    SamplerArgument(
+        "solver_order",
+        "int | None",
+        None,
+        or_none(check_integer, at_least=1, at_most=3),
+        "Order of the ``exponential`` predictor. None takes 3 where the steps are short and 2 where they are long, and "
+        "extrapolates no estimate further than it carries, which is safe on any grid. 1, 2 or 3 is the classical "
+        "multistep rule of that order, also where a step is much longer than those before it.",
+    ),
+    SamplerArgument(
+        "solver_type",
+        "str",
+        "heun",
+        partial(check_choice, allowed=SOLVER_TYPES),
+        "``heun`` or ``midpoint``, DPM-Solver++'s names for the weight of the slope in order 2; ``heun`` is exact.",
+    ),
+    SamplerArgument(
+        "solver_correction",
+        "bool",
+        True,
+        check_flag,
+        "Redo each step of ``exponential`` with the estimate at its end once that is known, as UniPC does; no model "
+        "call, no noise, and no MCMC ``corrector``. Off behind ``langevin``, whose step varies.",
+    ),
+    SamplerArgument(
+        "gaussian_std",
+        "float",
+        0.05,
+        partial(check_number, at_least=0.0, at_most=1e6),
+        "Standard deviation, in units of the data, of the Gaussian part of the data that ``exponential`` integrates "
+        "exactly: 0 is data prediction, large values are noise prediction, and between the two the first holds above "
+        "this noise and the second below.",
+    ),
+    SamplerArgument(
+        "correct_steps",
+        "int",
+        1,
+        partial(check_integer, at_least=1, at_most=MOST_CORRECTIONS),
+        "Corrector calls per noise level.",
+    ),
+    SamplerArgument(
+        "snr",
+        "float",
+        0.01,
+        partial(check_number, above=0.0, at_most=1000.0),
+        "Signal-to-noise ratio of the corrector's step size; the best depends on SDE, data and number of steps.",
+    ),
+    SamplerArgument(
+        "langevin_norm",
+        "str",
+        "sample",
+        partial(check_choice, allowed=LANGEVIN_NORMS),
+        "``sample`` takes each sample's own norms, ``batch`` the batch mean, as the official code.",
+    ),
+    # the grid
+    SamplerArgument(
+        "time_grid",
+        "str | None",
+        "sech",
+        partial(check_choice, allowed=(None, *TIME_GRIDS)),
+        "``sech``, ``log_snr``, ``karras``, ``uniform`` (in t, the paper's) or ``blended`` (the mean of ``uniform`` "
+        "and ``sech``, for swapped configs); None for ``timestep_spacing``, which it also is where only that is "
+        "passed.",
+    ),
+    SamplerArgument(
+        "rho",
+        "float",
+        7.0,
+        partial(check_number, at_least=0.01, at_most=1000.0),
+        "Exponent of the Karras grid.",
+    ),
+    SamplerArgument(
+        "sampling_eps",
+        "float",
+        1e-3,
+        partial(check_number, at_least=SMALLEST_TIME),
+        "Last SDE time of a ``time_grid`` (the paper's epsilon).",
+    ),
+    SamplerArgument(
+        "timestep_spacing",
+        "str",
+        "leading",
+        partial(check_choice, allowed=TIMESTEP_SPACINGS),
+        "``leading``, ``linspace`` or ``trailing``: diffusers' grids, used where ``time_grid`` is None.",
+    ),
+    SamplerArgument(
+        "steps_offset",
+        "int",
+        0,
+        partial(check_integer, at_least=0, at_most=LONGEST_TABLE - 1),
+        "Added to the timesteps of the ``leading`` grid.",
+    ),
+    # its results
+    SamplerArgument(
+        "denoise_final",
+        "bool",
+        True,
+        check_flag,
+        "End with x0_hat at the last time, the mean without noise.",
+    ),
+    SamplerArgument(
+        "clip_sample",
+        "bool",
+        False,
+        check_flag,
+        "Clip x0_hat of predictor calls to [-clip_sample_range, clip_sample_range].",
+    ),
+    SamplerArgument("clip_sample_range", "float", 1.0, SCALE_CHECK, "See ``clip_sample``."),
+    # the network again
+    SamplerArgument(
+        "variance_type",
+        "str | None",
+        "fixed_small",
+        partial(check_choice, allowed=VARIANCE_TYPES),
+        "diffusers' names. ``fixed_large`` gives the ``ancestral`` predictor beta as variance; ``learned`` and "
+        "``learned_range`` mean that the network also returns a variance, which is dropped: the SDE fixes it.",
+    ),
+    SamplerArgument(
+        "time_conditioning",
+        "str | None",
+        "continuous",
+        partial(check_choice, allowed=(None, *TIME_CONDITIONINGS)),
+        "What the network is fed for SDE time t: ``discrete`` (t N - 1), ``continuous`` (t N), ``score_sde`` "
+        "(t (N - 1)), ``time`` (t itself), ``sigma``, ``log_sigma`` or ``edm``; see ``TimeConditioning``.",
+    ),
+    SamplerArgument(
+        "sigma_data",
+        "float",
+        0.5,
+        SCALE_CHECK,
+        "Standard deviation of the data, for ``edm`` prediction.",
+    ),
+)
+
+
+def checked_sampler(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The shared arguments of a config with their values as plain Python ones.
+
+    Raises:
+        ValueError: A value of the wrong type or out of range; the message names the key.
+    """
+    checked = {a.name: a.check(a.name, config[a.name]) for a in SAMPLER_ARGUMENTS}
+    if checked["steps_offset"] >= checked["num_train_timesteps"]:
+        raise ValueError(
+            f"steps_offset must be less than num_train_timesteps = {checked['num_train_timesteps']}, got "
+            f"{checked['steps_offset']!r}."
+        )
+    return checked
+
+
+@overload
+def sampler_arguments(init: _Init, /) -> _Init: ...
+@overload
+def sampler_arguments(**defaults: Any) -> Callable[[_Init], _Init]: ...
+def sampler_arguments(init: Any = None, /, **defaults: Any) -> Any:
+    """Give the ``__init__`` of a scheduler the arguments that all of them share.
+
+        @sampler_arguments(snr=0.15)
+        def __init__(self, rate: float = 1.0, prediction_type: str = "score", **sampler):
+            self.setup(MySDE(rate))
+
+    The signature then is flat: the arguments that are spelled, as they are, and behind them the shared ones, as keyword
+    arguments. All are checked, and written to the config. A shared one that is spelled keeps its place and the default
+    that it is given there.
+
+    Args:
+        init: The ``__init__``; its last parameter is ``**sampler``.
+        **defaults: Defaults of this class, where they differ from those of the list.
+
+    Raises:
+        TypeError: ``__init__`` has no ``**sampler``, or a default belongs to no argument of the list.
+    """
+    if init is None:
+        return partial(_with_sampler_arguments, defaults=defaults)
+    return _with_sampler_arguments(init, defaults)
+
+
+def _with_sampler_arguments(init: Callable[..., None], defaults: Mapping[str, Any]) -> Callable[..., None]:
+    *own, rest = inspect.signature(init).parameters.values()
+    if rest.kind is not inspect.Parameter.VAR_KEYWORD:
+        raise TypeError(f"The last parameter of {init.__qualname__} must be **sampler, got {rest}.")
+    spelled = {parameter.name for parameter in own}
+    shared = {a.name: a for a in SAMPLER_ARGUMENTS if a.name not in spelled}
+    if unknown := defaults.keys() - shared.keys():
+        raise TypeError(f"sampler_arguments takes defaults of {', '.join(shared)}, got {', '.join(sorted(unknown))}.")
+    added = [
+        inspect.Parameter(
+            a.name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(a.name, a.default), annotation=a.type
+        )
+        for a in shared.values()
+    ]
+    signature = inspect.Signature([*own, *added], return_annotation=None)
+
+    @functools.wraps(init)
+    def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            bound = signature.bind(self, *args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}.__init__() {error}") from None
+        bound.apply_defaults()
+        checked = checked_sampler(self.config)
+        self.register_to_config(**checked)
+        bound.arguments.update(checked)
+        init(*bound.args, **bound.kwargs)
+
+    checked_init.__signature__ = signature  # type: ignore[attr-defined]
+    types = {p.name: p.annotation for p in signature.parameters.values() if p.annotation is not p.empty}
+    checked_init.__annotations__ = {**types, "return": None}
+    registered: Callable[..., None] = register_to_config(checked_init)
+    return registered
+
+
+def document_arguments(cls: type) -> None:
+    """Put the shared arguments where the docstring of a class says ``{common}``, or else behind it.
+
+    Those that the class documents itself are left out.
+    """
+    text = cls.__doc__ or ""
+    lines = [
+        textwrap.fill(f"{a.name}: {a.documentation}", 120, initial_indent=" " * 8, subsequent_indent=" " * 12)
+        for a in SAMPLER_ARGUMENTS
+        if f"\n        {a.name}: " not in text
+    ]
+    before, placed, after = text.partition("{common}")
+    if placed:
+        cls.__doc__ = before + "\n".join(lines).strip() + after
+    elif "__init__" in cls.__dict__:
+        cls.__doc__ = f"{text.rstrip()}\n\n    Shared by all SDE schedulers:\n" + "\n".join(lines) + "\n    "
