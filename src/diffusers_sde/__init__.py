@@ -32,6 +32,7 @@ from .pipelines import (
 from .plans import Plan, Row, make_plan, restart_plan
 from .sampling import sample
 from .schedulers import FlowSDEScheduler, SDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
+from .schedulers.arguments import sampler_arguments
 from .schedulers.conversion import for_stock
 from .sdes import (
     EDMSDE,
@@ -83,6 +84,7 @@ __all__ = [
     "restart_plan",
     "sample",
     "sample_adaptive",
+    "sampler_arguments",
 ]
 
 

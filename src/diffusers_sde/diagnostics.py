@@ -66,6 +66,8 @@ class Diagnosis:
 
     def __str__(self) -> str:
         what = FAMILY_NAMES.get(self.family or "", "of a kind that its scheduler's config does not tell")
+        if self.family is None and self.suggestions:
+            what = "of an SDE of its own"
         lines = [
             f"{self.pipeline} with {self.scheduler}",
             f"  network:      {self.network or 'none found'}, {what}",
@@ -105,7 +107,9 @@ def diagnose(pipe: Any) -> Diagnosis:
     config = config_of(scheduler)
     diagnosis.family = config_family(config)
 
-    fitting: SDEScheduler | None = None
+    # A user's own scheduler is of an SDE of its own, which no class of ours stands for.
+    is_users = isinstance(scheduler, SDEScheduler) and not isinstance(scheduler, tuple(SCHEDULERS.values()))
+    fitting: SDEScheduler | None = scheduler if is_users else None
     for name, cls in SCHEDULERS.items():
         try:
             candidate = scheduler if isinstance(scheduler, cls) else cls.from_config(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import pipelines as diffusers_pipelines
+from diffusers.pipelines import pipeline_loading_utils
 
 from ..version import __version__
 from .cards import add_card
@@ -32,6 +35,9 @@ def own_index(index: dict[str, Any]) -> dict[str, Any]:
         return index  # this is not an index, and diffusers says so
     name = index.get("_class_name")
     index = dict(index)
+    for value in index.values():
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value):
+            _admit(*value)
     shipped = [f"{key}/{LIBRARY}.py" for key, value in index.items() if isinstance(value, list) and LIBRARY in value]
     if isinstance(name, list) and len(name) == 2 and name[0] == PIPELINE_MODULE:
         pipeline = next((cls for cls in _descendants(SharedPipeline) if cls.__name__ == name[1]), None)
@@ -47,6 +53,22 @@ def own_index(index: dict[str, Any]) -> dict[str, Any]:
         ignored = index.get("_ignore_files")
         index["_ignore_files"] = [*(ignored if isinstance(ignored, list) else []), *shipped]
     return index
+
+
+def _admit(library: str, name: str) -> None:
+    """Let diffusers load a component whose class a user has derived from ours, in a module that is imported.
+
+    diffusers loads a class from such a module only if that also holds the base class, such as ``SchedulerMixin``, which
+    a user has no reason to import; and from the Hub only if the module is an attribute of ``diffusers.pipelines``.
+    """
+    module = sys.modules.get(library)
+    cls = None if module is None else vars(module).get(name)  # no getattr: transformers would import what it names
+    if library == LIBRARY or not (inspect.isclass(cls) and issubclass(cls, ShipsItsCode)):
+        return
+    pipeline_loading_utils.ALL_IMPORTABLE_CLASSES[name] = ["save_pretrained", "from_pretrained"]
+    # diffusers would look for all that is defined below a package in the package itself.
+    if not hasattr(module, "__path__") and not hasattr(diffusers_pipelines, library):
+        setattr(diffusers_pipelines, library, module)
 
 
 def _descendants(cls: type[SharedPipeline]) -> Iterator[type[SharedPipeline]]:

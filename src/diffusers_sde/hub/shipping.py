@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ def written_before(config: Mapping[str, Any], version: str) -> bool:
 class ShipsItsCode:
     """Mixin, before diffusers' own base classes: saving writes the class's code beside its config.
 
-    The config states the version that wrote it, and no path of the machine it was loaded on. A subclass that is defined
-    outside this package is saved without code, because we cannot ship code that we do not own.
+    The config states the version that wrote it, and no path of the machine it was loaded on. A class that a user has
+    derived from ours is saved without code, and saving says so: its module is the user's, and may need other files.
     """
 
     _source_file = f"{LIBRARY}.py"  # diffusers looks for a component's code under the library's name
@@ -68,6 +69,13 @@ class ShipsItsCode:
         folder.mkdir(parents=True, exist_ok=True)
         if self._is_ours:
             (folder / self._source_file).write_text(self_contained_source(*self._source_entries), encoding="utf-8")
+        else:
+            cls = type(self)
+            warnings.warn(
+                f"{cls.__name__} is saved without its code, which is in the module {cls.__module__!r}: whoever loads "
+                "it needs that module, and has to import it first.",
+                stacklevel=3,
+            )
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
 
     def to_json_string(self) -> str:

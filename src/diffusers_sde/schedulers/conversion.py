@@ -183,6 +183,8 @@ def config_family(config: dict[str, Any]) -> str | None:
     for name in (config.get("_class_name"), config.get(ORIGIN_KEY)):
         if name in _OWN:
             return _OWN[name]
+    if config.get(ORIGIN_KEY) is not None:  # a user's scheduler, whatever its arguments are called
+        return None
     name = stock_class(config)
     if name == "LTXEulerAncestralRFScheduler":
         return "flow"

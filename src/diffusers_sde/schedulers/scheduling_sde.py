@@ -35,6 +35,7 @@ from .conversion import (
     exchanged,
     is_stock_config,
     on_our_grid,
+    origin_class,
     refuse_foreign,
     stock_keys,
     translate_config,
@@ -184,7 +185,9 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             raise ValueError(f"{cls.__name__} has no argument {hints}. It takes {', '.join(sorted(known))}.")
         refuse_newer(config, lambda: known | stock_keys(), cls.__name__)
         config = with_stock_defaults(config)
-        check_stock_numbers(config)
+        # An argument of a user's class may have a name that means something else in a stock config.
+        own_keys = known if origin_class(config, cls.__name__) is not None else ()
+        check_stock_numbers({k: v for k, v in config.items() if k not in own_keys})
         if config.get("solver_order") == 3 and written_before(config, "0.2.0.dev0"):
             # The default of then, which was 2 up to 12 levels; what was meant is to leave it to the sampler.
             config = {**config, "solver_order": None}

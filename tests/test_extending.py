@@ -1,0 +1,160 @@
+"""docs/extending.md, executed; and what a scheduler of a user's own SDE can do beyond it."""
+
+import importlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from analytic import PointwiseGaussian
+from diffusers import DDIMScheduler, DiffusionPipeline
+from tiny_networks import tiny_unet
+
+from diffusers_sde import ODEOptions, SDEPipeline, TraceOptions, diagnose, log_prob
+from diffusers_sde.schedulers import SCHEDULERS
+
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+MODULE, TRAINING, LOADING = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+UNTOLD = "ignore:TutorialScheduler is saved without its code:UserWarning"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the module of the page is, and is imported from."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "tutorial_sde.py").write_text(MODULE, encoding="utf-8")
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+    sys.modules.pop("tutorial_sde", None)
+    diffusers.pipelines.__dict__.pop("tutorial_sde", None)
+
+
+@pytest.fixture(scope="module")
+def tutorial(folder):
+    return importlib.import_module("tutorial_sde")
+
+
+def run(code, folder):
+    """In a fresh process, which has nothing imported."""
+    paths = os.pathsep.join([str(folder), *sys.path])
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_the_page_runs_and_loads_in_a_fresh_process(folder):
+    trained = run(TRAINING + "\nprint(sum(losses[:10]), sum(losses[-10:]))", folder)
+    first, last = map(float, trained.stdout.split())
+    assert last < 0.7 * first
+    assert "TutorialScheduler is saved without its code, which is in the module 'tutorial_sde'" in trained.stderr
+    index = json.loads((folder / "tutorial" / "model_index.json").read_text())
+    assert index["scheduler"] == ["tutorial_sde", "TutorialScheduler"]
+    assert not list((folder / "tutorial" / "scheduler").glob("*.py"))
+    checks = """
+assert type(pipe.scheduler) is tutorial_sde.TutorialScheduler and pipe.scheduler.config.predictor == "ancestral"
+assert images.shape == (2, 1, 8, 8) and images.isfinite().all() and density.value.isfinite().all()
+"""
+    loaded = run(LOADING + checks, folder)
+    assert "of an SDE of its own" in loaded.stdout and "t itself" in loaded.stdout
+    assert "no scheduler here fits" not in loaded.stdout
+
+
+def test_the_mathematics_is_the_tutorial_s(tutorial):
+    sde = tutorial.TutorialSDE(25.0)
+    t = torch.linspace(0.01, 1.0, 50, dtype=torch.float64)
+    assert torch.allclose(sde.diffusion(t), 25.0**t, rtol=1e-9)
+    assert torch.equal(sde.f(t), torch.zeros_like(t))
+    assert sde.prior_std == pytest.approx(math.sqrt((25.0**2 - 1.0) / (2.0 * math.log(25.0))))
+
+
+def test_the_config_is_flat_and_goes_there_and_back(tutorial, tmp_path):
+    own = tutorial.TutorialScheduler(base=10.0, snr=0.3)
+    assert (own.config.base, own.config.snr, own.sde.base) == (10.0, 0.3, 10.0)
+    assert (own.config.time_conditioning, own.config.prediction_type) == ("time", "score")
+    with pytest.warns(UserWarning, match="in the module 'tutorial_sde'"):
+        own.save_pretrained(tmp_path)
+    again = tutorial.TutorialScheduler.from_pretrained(tmp_path)
+    stock = DDIMScheduler.from_config(own.config)
+    stock.save_pretrained(tmp_path / "stock")
+    back = tutorial.TutorialScheduler.from_config(stock.config)
+    read = tutorial.TutorialScheduler.from_config(DDIMScheduler.load_config(tmp_path / "stock"))
+    public = {k: v for k, v in own.config.items() if not k.startswith("_")}
+    for other in (again, back, read):
+        assert type(other) is tutorial.TutorialScheduler and dict(other.config).items() >= public.items()
+    for cls in SCHEDULERS.values():
+        for config in (own.config, stock.config):
+            with pytest.raises(ValueError, match=r"TutorialScheduler describes an SDE of its own.*Use TutorialSch"):
+                cls.from_config(config)
+    with pytest.raises(ValueError, match=r"Use VPSDEScheduler\.from_config"):
+        tutorial.TutorialScheduler.from_config(diffusers.DDPMScheduler().config)
+    with pytest.raises(ValueError, match="did you mean 'base'"):
+        tutorial.TutorialScheduler.from_config(own.config, bases=2.0)
+
+
+@pytest.mark.parametrize("name", ["beta_start", "beta_min", "sigma_min", "shift", "lambda_min_clipped"])
+def test_an_argument_may_be_called_as_one_of_another_class(name, tutorial):
+    namespace = {}
+    body = f"def __init__(self, {name}: float = 0.0, **sampler): self.setup(TutorialSDE())"
+    exec(body, vars(tutorial) | {"__name__": "tutorial_sde"}, namespace)
+    cls = type(
+        "OtherScheduler", (tutorial.SDEScheduler,), {"__init__": tutorial.sampler_arguments(namespace["__init__"])}
+    )
+    other = cls(**{name: -3.0})
+    assert cls.from_config(other.config).config[name] == -3.0
+    pipe = SDEPipeline(tiny_unet(), other)
+    assert diagnose(pipe).family is None and diagnose(pipe).suggestions
+
+
+@pytest.mark.filterwarnings(UNTOLD)
+@pytest.mark.parametrize("hub_check", [False, True])
+def test_a_pipeline_of_diffusers_loads_it_too(hub_check, tutorial, tmp_path):
+    diffusers.DDPMPipeline(tiny_unet(), tutorial.TutorialScheduler(base=7.0)).save_pretrained(tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(pipe) is diffusers.DDPMPipeline and type(pipe.scheduler) is tutorial.TutorialScheduler
+    assert pipe.scheduler.config.base == 7.0
+    if hub_check:  # what diffusers asks of a repository on the Hub before it downloads it
+        from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders
+
+        index = DiffusionPipeline.load_config(tmp_path)
+        assert _get_custom_components_and_folders("user/model", index, filenames=[])[0] == {}
+
+
+def test_samples_and_densities_are_those_of_the_exact_model(tutorial):
+    """Pixels N(mean, std^2) with the exact score, fed t itself."""
+    model = PointwiseGaussian()
+    scheduler = tutorial.TutorialScheduler(probability_flow=True)
+
+    def score(x, t):
+        alpha, sigma = scheduler.sde.alpha(t), scheduler.sde.sigma(t)
+        estimate = alpha.reshape(-1, 1) * model.denoise(x.double(), alpha, sigma)
+        return (estimate - x.double()) / sigma.reshape(-1, 1) ** 2
+
+    scheduler.set_timesteps(200)
+    assert float(scheduler.timesteps[0]) == 1.0 and float(scheduler.timesteps[-1]) == pytest.approx(1e-3)
+    x = start = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = x * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        x = scheduler.step(score(x, float(t)), t, x).prev_sample
+    mean, std = float(x.mean() - start.mean() * x.std() / start.std()), float(x.std() / start.std())
+    assert (mean, std) == pytest.approx((model.mean, model.std), abs=0.02)
+    denoise = scheduler.denoiser(lambda x, t: score(x, t).to(x.dtype))
+    x0 = torch.tensor([[0.1], [0.9]], dtype=torch.float64)
+    found = log_prob(denoise, scheduler.sde, x0, TraceOptions("exact"), ODEOptions(rtol=1e-7, atol=1e-7))
+    # The flow scales x - mean by the ratio of the standard deviations at the two ends, and the prior has mean 0.
+    first, last = (math.hypot(model.std, float(scheduler.sde.sigma(t))) for t in (found.t_min, 1.0))
+    end = model.mean + (x0[:, 0].double() - model.mean) * last / first
+    exact = torch.distributions.Normal(0.0, scheduler.sde.prior_std).log_prob(end) + math.log(last / first)
+    assert torch.allclose(found.value, exact, atol=1e-5)
