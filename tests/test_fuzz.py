@@ -11,10 +11,10 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_networks import tiny_unet
 
 from diffusers_sde import (
     ClassConditionalSDEPipeline,
@@ -177,21 +177,8 @@ def test_any_value_of_any_key_works_or_is_refused_by_name(name, data):
 @lru_cache
 def calls():
     def pipe(cls, classes=None, **options):
-        torch.manual_seed(0)
-        net = UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(4, 8),
-            layers_per_block=1,
-            norm_num_groups=2,
-            down_block_types=("DownBlock2D",) * 2,
-            up_block_types=("UpBlock2D",) * 2,
-            num_class_embeds=classes,
-        )
-        with torch.no_grad():
-            net.conv_out.weight.mul_(0.05)
-        made = cls(net.eval(), VPSDEScheduler(prediction_type="v_prediction"), **options)
+        net = tiny_unet(0.05, num_class_embeds=classes)
+        made = cls(net, VPSDEScheduler(prediction_type="v_prediction"), **options)
         made.set_progress_bar_config(disable=True)
         return made
 

@@ -240,3 +240,12 @@ def test_a_grid_that_the_config_names_stays(named):
     assert ours.config.time_grid == ("karras" if "use_karras_sigmas" in named else "log_snr")
     assert VESDEScheduler.from_config(diffusers.EDMEulerScheduler().config).config.time_grid == "karras"
     assert VPSDEScheduler().config.time_grid == "sech"
+
+
+@pytest.mark.parametrize("argument", [{"timestep_spacing": "trailing"}, {"steps_offset": 1}])
+def test_a_spacing_beside_a_grid_that_the_config_has_keeps_that_grid(argument):
+    flow = FlowSDEScheduler.from_config(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).config, **argument)
+    karras = VPSDEScheduler.from_config(diffusers.EulerDiscreteScheduler(use_karras_sigmas=True).config, **argument)
+    assert (flow.config.time_grid, karras.config.time_grid) == ("uniform", "karras")
+    edm = VESDEScheduler.from_config(diffusers.EDMEulerScheduler().config, **argument)
+    assert edm.config.time_grid == "karras"

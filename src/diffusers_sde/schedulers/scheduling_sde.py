@@ -202,9 +202,9 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             # Straight from diffusers; a config that has been ours before already says what these keys would.
             if not {"time_grid", "timestep_spacing", "steps_offset"} & kwargs.keys():
                 implied = on_our_grid(implied, config)
-            elif kwargs.get("time_grid", "") is None:
-                del kwargs["time_grid"]  # the config's own grid, whichever that is
-            elif kwargs.get("time_grid") != implied.get("time_grid"):
+            elif kwargs.get("time_grid") is None:
+                kwargs.pop("time_grid", None)  # the config's own grid, whichever that is
+            elif kwargs["time_grid"] != implied.get("time_grid"):
                 implied = {**on_our_grid(implied, config), "time_grid": kwargs["time_grid"]}
             given |= {k: v for k, v in implied.items() if k in known}
             hidden |= {k: v for k, v in implied.items() if k not in known}
