@@ -117,6 +117,19 @@ def test_sigkill_at_any_moment_and_resume_is_the_uninterrupted_run(tmp_path, pro
     assert [path.name for path in list_checkpoints(killed)] == ["checkpoint-12", "checkpoint-14"]
 
 
+@pytest.mark.parametrize("leftover", [None, UNFINISHED, DISCARDED])
+def test_a_run_killed_after_its_last_checkpoint_is_cleared_up_by_the_next(tmp_path, leftover):
+    """It has nothing left to save: what a kill has left after the last checkpoint must go without another."""
+    run, options = tmp_path / "run", {"max_train_steps": 4, "checkpointing_steps": 2, "checkpoints_total_limit": None}
+    trainer(run, **options).run()
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
+    if leftover is not None:
+        shutil.copytree(run / "checkpoint-2", run / leftover)
+    trainer(run, **(options | {"checkpoints_total_limit": 1, "resume_from_checkpoint": "latest"})).run()
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-4"]
+    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
+
+
 def test_sigkill_while_the_pipeline_is_saved_over_an_earlier_one(tmp_path, processes):
     """At every file operation of the last save: what carries a name is whole, and the next run completes it."""
     options = {"max_train_steps": 2, "checkpoints_total_limit": None}

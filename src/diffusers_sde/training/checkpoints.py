@@ -324,8 +324,7 @@ def save_checkpoint(
     try:
         with saving(f"The checkpoint of step {state['step']}", output_dir):
             if accelerator.is_main_process:
-                _discard(output_dir)
-                _remove(unfinished)
+                remove_leftovers(output_dir)
                 unfinished.mkdir(parents=True)
             accelerator.wait_for_everyone()
             save_state(accelerator, unfinished)
@@ -342,14 +341,25 @@ def save_checkpoint(
                     _discard(output_dir, checkpoint)
                 unfinished.rename(checkpoint)
                 sync(output_dir)
-                if total_limit is not None:
-                    for old in list_checkpoints(output_dir)[:-total_limit]:
-                        _discard(output_dir, old)
+                remove_surplus(output_dir, total_limit)
     except BaseException:
         _remove(unfinished)  # a full disk gets its space back
         raise
     accelerator.wait_for_everyone()
     return checkpoint
+
+
+def remove_surplus(output_dir: Path, total_limit: int | None) -> None:
+    """Delete all but the latest ``total_limit`` checkpoints; None keeps all."""
+    if total_limit is not None:
+        for old in list_checkpoints(output_dir)[:-total_limit]:
+            _discard(output_dir, old)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Delete what a kill in the middle of ``save_checkpoint`` has left under other names than checkpoints'."""
+    _discard(output_dir)
+    _remove(output_dir / UNFINISHED)
 
 
 def _write_state(unfinished: Path, state: Mapping[str, Any]) -> None:

@@ -44,6 +44,8 @@ from .checkpoints import (
     list_checkpoints,
     load_checkpoint,
     read_state,
+    remove_leftovers,
+    remove_surplus,
     save_checkpoint,
     save_model,
     set_aside_later,
@@ -248,6 +250,9 @@ class Trainer:
             if accelerator.is_main_process:
                 # Only now is it certain that the run goes on as it is told to.
                 set_aside_later(self.output_dir, self.resume_from, self.step)
+                # A run that was killed between its last checkpoint and the deletions after it will save no other.
+                remove_leftovers(self.output_dir)
+                remove_surplus(self.output_dir, config.checkpoints_total_limit)
                 self._save_configuration()
         with StopSignal(accelerator) as stop:
             self._loop(stop)
