@@ -37,8 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from analytic import GaussianMixture
 
 from diffusers_sde import VESDE, VPSDE, RectifiedFlowSDE, SubVPSDE
-from diffusers_sde.likelihood import Quantization, TraceOptions, log_prob, sample_generators
-from diffusers_sde.ode import ODEOptions
+from diffusers_sde.basics.noise import sample_generators
+from diffusers_sde.flow.likelihood import log_prob
+from diffusers_sde.flow.quantized import Quantization
+from diffusers_sde.flow.solver import ODEOptions
+from diffusers_sde.flow.trace import TraceOptions
 
 BITS = math.log(2.0)
 
@@ -228,9 +231,10 @@ def print_row(row):
 def on_network(folder: str, images: int) -> dict:
     from diffusers import DiffusionPipeline
 
+    from diffusers_sde.images.loading import load_images
+    from diffusers_sde.images.source import ImageSource
     from diffusers_sde.pipelines import ProbabilityFlow
     from diffusers_sde.training import TrainingConfig
-    from diffusers_sde.training.data import ImageSource, load_images
 
     pipe = DiffusionPipeline.from_pretrained(folder)
     flow = ProbabilityFlow(pipe)

@@ -16,10 +16,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffusers_sde import FlowSDEScheduler, SubVPSDEScheduler, VESDEScheduler
+from diffusers_sde.images.loading import load_images
+from diffusers_sde.images.source import ImageSource
 from diffusers_sde.metrics import ClassifierFeatures, load_classifier, train_classifier
 from diffusers_sde.metrics.distances import frechet_distance
 from diffusers_sde.training import TrainingConfig
-from diffusers_sde.training.data import ImageSource, load_images
 
 BATCH = 64
 SAMPLING = (  # arguments of a scheduler that say how to sample

@@ -38,9 +38,10 @@ from diffusers_sde import (
     SDEPipeline,
     sample,
 )
-from diffusers_sde.guidance import POSTERIOR_METHODS, posterior_denoiser, smc_sample
-from diffusers_sde.operators import Mask
-from diffusers_sde.predictors import PredictorOptions
+from diffusers_sde.guidance.operators import Mask
+from diffusers_sde.guidance.particles import smc_sample
+from diffusers_sde.guidance.posteriors import POSTERIOR_METHODS, posterior_denoiser
+from diffusers_sde.sampling.predictors import PredictorOptions
 
 METHODS = [
     ("gaussian", {"covariance": COVARIANCE}),
@@ -114,7 +115,7 @@ SURE = 0.9  # the half-judge's probability above which a half is said to determi
 
 def digit_parts():
     """Training, validation and test digits: (images in [-1, 1] of shape (n, 1, 8, 8), labels)."""
-    from diffusers_sde.training.data import load_digits
+    from diffusers_sde.images.loading import load_digits
 
     split = load_digits().train_test_split(test_size=450, seed=0)
     held_out = split["test"]

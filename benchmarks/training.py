@@ -32,9 +32,10 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from diffusers_sde.images.loading import load_images
+from diffusers_sde.images.source import ImageSource
 from diffusers_sde.training import Trainer, TrainingConfig
-from diffusers_sde.training.data import ImageSource, load_images
-from diffusers_sde.training.models import build_unet
+from diffusers_sde.training.networks import build_unet
 
 
 class Turns:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from diffusers_sde import SDES, make_plan, sample
+from diffusers_sde.sampling import get_time_grid
 from diffusers_sde.sdes import SDE
-from diffusers_sde.time_grids import get_time_grid
 
 MEANS = torch.tensor([-1.6, -0.2, 1.5], dtype=torch.float64)
 STDS = torch.tensor([0.15, 0.25, 0.2], dtype=torch.float64)

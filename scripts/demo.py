@@ -28,8 +28,8 @@ from diffusers_sde import (
     SDEPipeline,
     VPSDEScheduler,
 )
-from diffusers_sde.operators import Downsampling
-from diffusers_sde.training.data import load_digits
+from diffusers_sde.guidance import Downsampling
+from diffusers_sde.images.loading import load_digits
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = 20

@@ -1,6 +1,6 @@
 """Draw images from a trained model: ``accelerate launch scripts/sample.py --help``."""
 
-from diffusers_sde.generation import main
+from diffusers_sde.evaluation.generate import main
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,7 @@ from statistics import NormalDist
 import numpy as np
 import torch
 
-from diffusers_sde.plans import Plan
+from diffusers_sde.sampling.plans import Plan
 from diffusers_sde.sdes import SDE
 
 

@@ -6,10 +6,10 @@ import torch
 from analytic import GaussianMixture
 
 from diffusers_sde import make_plan
-from diffusers_sde.operators import LinearMap
-from diffusers_sde.predictors import PredictorOptions
+from diffusers_sde.guidance.operators import LinearMap
+from diffusers_sde.sampling.predictors import PredictorOptions
+from diffusers_sde.sampling.time_grids import get_time_grid
 from diffusers_sde.sdes import VESDE
-from diffusers_sde.time_grids import get_time_grid
 
 FIRST_ORDER = PredictorOptions(1, solver_correction=False)
 

@@ -26,9 +26,9 @@ from diffusers_sde import (
     VESDEScheduler,
     VPSDEScheduler,
 )
-from diffusers_sde.hub.pipelines import own_index
-from diffusers_sde.operators import Downsampling
-from diffusers_sde.predictors import PREDICTORS
+from diffusers_sde.guidance.operators import Downsampling
+from diffusers_sde.pipelines.base import own_index
+from diffusers_sde.sampling.predictors import PREDICTORS
 from diffusers_sde.schedulers.config_checks import CONFIG_CHECKS
 from diffusers_sde.training import TrainingConfig, parse_args
 

@@ -18,10 +18,10 @@ import runs
 from PIL import Image
 from runs import Frame, Model, Settings
 
-from diffusers_sde.correctors import CORRECTORS
-from diffusers_sde.diagnostics import diagnose
-from diffusers_sde.predictors import PREDICTORS
-from diffusers_sde.time_grids import TIME_GRIDS
+from diffusers_sde.pipelines.diagnostics import diagnose
+from diffusers_sde.sampling.correctors import CORRECTORS
+from diffusers_sde.sampling.predictors import PREDICTORS
+from diffusers_sde.sampling.time_grids import TIME_GRIDS
 
 SIMULTANEOUS_RUNS = 4
 STRIP = 12  # pictures in the strip below the images

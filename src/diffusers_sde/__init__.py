@@ -2,7 +2,7 @@
 
 Schedulers (``VESDEScheduler``, ``VPSDEScheduler``, ``SubVPSDEScheduler``, ``FlowSDEScheduler``) for existing pipelines,
 ``SDEPipeline``, exact likelihoods and latent codes (``log_prob``, ``bits_per_dim``, ``ProbabilityFlow``), and below
-them the mathematics: ``sdes``, ``predictors``, ``correctors``, ``plans``, ``ode``, ``likelihood``, ``losses``.
+them the mathematics, which needs no pipeline: ``sdes``, ``networks``, ``sampling``, ``flow``, ``guidance``.
 
     import diffusers_sde
     pipe.scheduler = diffusers_sde.VPSDEScheduler.from_config(pipe.scheduler.config, corrector="langevin")
@@ -10,18 +10,8 @@ them the mathematics: ``sdes``, ``predictors``, ``correctors``, ``plans``, ``ode
 Importing the package also lets ``DiffusionPipeline.from_pretrained`` find its classes by name.
 """
 
-import sys
-from typing import Any
-
-import diffusers
-from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
-
-from .adaptive import sample_adaptive
-from .classifiers import NoiseConditionalClassifier
-from .diagnostics import Diagnosis, diagnose
-from .hub.pipelines import own_index
-from .likelihood import BitsPerDim, LogProb, Quantization, TraceOptions, bits_per_dim, log_prob
-from .ode import ODEOptions
+from .flow import BitsPerDim, LogProb, ODEOptions, Quantization, TraceOptions, bits_per_dim, log_prob
+from .networks.classifier import NoiseConditionalClassifier
 from .pipelines import (
     ClassConditionalSDEPipeline,
     InpaintSDEPipeline,
@@ -29,11 +19,11 @@ from .pipelines import (
     RestorationSDEPipeline,
     SDEPipeline,
 )
-from .plans import Plan, Row, make_plan, restart_plan
-from .sampling import sample
+from .pipelines.diagnostics import Diagnosis, diagnose
+from .registration import register_with_diffusers
+from .sampling import Plan, Row, make_plan, restart_plan, sample, sample_adaptive
 from .schedulers import FlowSDEScheduler, SDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
 from .schedulers.arguments import sampler_arguments
-from .schedulers.conversion import for_stock
 from .sdes import (
     EDMSDE,
     SDE,
@@ -45,7 +35,7 @@ from .sdes import (
     RectifiedFlowSDE,
     SubVPSDE,
 )
-from .version import __version__
+from .shipping.version import __version__
 
 __all__ = [
     "EDMSDE",
@@ -87,38 +77,4 @@ __all__ = [
     "sampler_arguments",
 ]
 
-
-def _register_with_diffusers() -> None:
-    """Make saved pipelines loadable by name.
-
-    diffusers has no registry for plug-ins. It writes a component's module into model_index.json and looks it up as an
-    attribute of ``diffusers.pipelines``, and it looks pipeline classes, and the class that wrote a config, up as
-    attributes of ``diffusers``. So the classes name this package as their module, and both lookups are given an answer.
-
-    A repository of ours also carries code, for those without the package, and says so in its index. Whoever has the
-    package needs none of it: ``DiffusionPipeline`` reads such an index as one of installed classes.
-
-    And where a stock scheduler is made from the config of one of ours, it gets back the sampler settings that the stock
-    scheduler before ours had, in place of ours of the same names.
-    """
-    setattr(diffusers.pipelines, __name__, sys.modules[__name__])
-    pipelines = (SDEPipeline, ClassConditionalSDEPipeline, InpaintSDEPipeline, RestorationSDEPipeline)
-    schedulers = (FlowSDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler)
-    for cls in (*pipelines, *schedulers, NoiseConditionalClassifier):
-        cls.__module__ = __name__
-        setattr(diffusers, cls.__name__, cls)
-
-    read = DiffusionPipeline._dict_from_json_file.__func__
-
-    def _dict_from_json_file(cls: type, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return own_index(read(cls, *args, **kwargs))
-
-    DiffusionPipeline._dict_from_json_file = classmethod(_dict_from_json_file)
-
-    def extract_init_dict(cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        return ConfigMixin.extract_init_dict.__func__(cls, for_stock(config_dict), **kwargs)
-
-    SchedulerMixin.extract_init_dict = classmethod(extract_init_dict)
-
-
-_register_with_diffusers()
+register_with_diffusers()

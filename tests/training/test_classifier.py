@@ -12,10 +12,10 @@ from test_class_conditional import TINY as CONDITIONAL
 from test_class_conditional import shades  # noqa: F401 - a fixture
 
 from diffusers_sde import ClassConditionalSDEPipeline, NoiseConditionalClassifier, SDEPipeline
+from diffusers_sde.images.loading import load_digits, load_images
 from diffusers_sde.training import TrainingConfig, train
 from diffusers_sde.training.classifier import ClassifierTrainer, main, train_classifier
 from diffusers_sde.training.configuration import ClassifierTrainingConfig
-from diffusers_sde.training.data import load_digits, load_images
 
 TINY = {k: CONDITIONAL[k] for k in ("block_out_channels", "layers_per_block", "train_batch_size", "logger")}
 TINY |= {"checkpointing_steps": 0, "learning_rate": 3e-3, "ema_max_decay": 0.95}

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_sde.files import LOCK_FILE, FolderInUse, lock_folder, write_folder_whole, write_whole
+from diffusers_sde.basics.files import LOCK_FILE, FolderInUse, lock_folder, write_folder_whole, write_whole
+from diffusers_sde.images.loading import load_digits
 from diffusers_sde.training import Trainer, TrainingConfig
 from diffusers_sde.training.cli import main
-from diffusers_sde.training.data import load_digits
 from diffusers_sde.training.signals import is_launcher
 
 TINY = {
@@ -132,9 +132,9 @@ with files.lock_folder(Path(sys.argv[2])):
 @pytest.fixture
 def another_run(tmp_path):
     """A process that holds the lock of a folder."""
-    import diffusers_sde.files
+    import diffusers_sde.basics.files
 
-    command = [sys.executable, "-c", HOLD, diffusers_sde.files.__file__, str(tmp_path / "run")]
+    command = [sys.executable, "-c", HOLD, diffusers_sde.basics.files.__file__, str(tmp_path / "run")]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "locked\n"
     yield child
@@ -192,7 +192,7 @@ def test_a_lock_ends_with_the_block_and_is_not_inherited(tmp_path):
 
 
 def test_the_package_can_be_imported_without_locks():
-    hidden = "import sys; sys.modules['fcntl'] = None; from diffusers_sde import files; "
+    hidden = "import sys; sys.modules['fcntl'] = None; from diffusers_sde.basics import files; "
     use = "from pathlib import Path; import contextlib\nwith files.lock_folder(Path('.')): print(files.fcntl)"
     done = subprocess.run([sys.executable, "-c", hidden + use], capture_output=True, text=True, check=True)
     assert done.stdout == "None\n"

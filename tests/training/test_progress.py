@@ -4,9 +4,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+from diffusers_sde.images.loading import load_digits
 from diffusers_sde.metrics import extractors
 from diffusers_sde.training import Trainer, TrainingConfig
-from diffusers_sde.training.data import load_digits
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from accelerate.state import AcceleratorState, GradientState
 from hub_models import use_hub
 from loopback_hub import TOKEN, LoopbackHub
 
+from diffusers_sde.images.loading import load_digits
 from diffusers_sde.training import TrainingConfig, train
-from diffusers_sde.training.data import load_digits
 
 
 @pytest.fixture

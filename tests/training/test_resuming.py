@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusers_sde.images.loading import load_digits
 from diffusers_sde.training import Trainer, TrainingConfig
 from diffusers_sde.training.checkpoints import _state_fingerprint
-from diffusers_sde.training.data import load_digits
 
 TINY = {
     "block_out_channels": (4, 4),

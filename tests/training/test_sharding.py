@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_sde import SDEPipeline
+from diffusers_sde.images.loading import load_digits
 from diffusers_sde.training import Trainer, TrainingConfig
-from diffusers_sde.training.data import load_digits
 
 OPTIONS = {
     "block_out_channels": (4, 8),

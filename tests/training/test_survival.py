@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_sde import SDEPipeline
-from diffusers_sde.files import SaveError
+from diffusers_sde.basics.files import SaveError
+from diffusers_sde.images.loading import load_digits
 from diffusers_sde.training import Trainer, TrainingConfig
 from diffusers_sde.training import checkpoints as checkpoints_module
 from diffusers_sde.training.checkpoints import DISCARDED, UNFINISHED, list_checkpoints, read_state
-from diffusers_sde.training.data import load_digits
 from diffusers_sde.training.signals import EXIT_CODE
 
 OPTIONS = {

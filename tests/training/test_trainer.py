@@ -14,10 +14,10 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
 
 from diffusers_sde import FlowSDEScheduler, SDEPipeline, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
-from diffusers_sde.parametrizations import PREDICTION_TYPES
+from diffusers_sde.images.loading import load_digits
+from diffusers_sde.networks.parametrizations import PREDICTION_TYPES
 from diffusers_sde.training import Trainer, TrainingConfig, train
 from diffusers_sde.training.checkpoints import UNFINISHED, list_checkpoints
-from diffusers_sde.training.data import load_digits
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
 TINY = {

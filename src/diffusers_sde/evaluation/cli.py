@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..generation import launched_processes
-from ..options import fail, parser_of
+from ..basics.options import fail, parser_of
 from .configuration import EvaluationConfig
 from .evaluate import evaluate
 from .report import markdown_table
+from .samplers import launched_processes
 
 
 def parse_args(argv: Sequence[str] | None = None) -> EvaluationConfig:

@@ -14,13 +14,13 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
-from ..files import write_whole
-from ..likelihood import TraceOptions
+from ..basics.files import write_whole
+from ..flow.trace import TraceOptions
+from ..images.pictures import tile
 from ..metrics.quality import spread
 from ..pipelines import ProbabilityFlow
 from .configuration import EvaluationConfig
 from .data import Images
-from .pictures import tile
 
 STRIPS = 6  # number of pairs of images in the picture
 STRIP_LENGTH = 9

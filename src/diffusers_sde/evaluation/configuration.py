@@ -7,10 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..likelihood import DEQUANTIZATIONS
+from ..basics.options import LARGEST_SEED, check_options
+from ..basics.options import option as _option
+from ..flow.quantized import DEQUANTIZATIONS
 from ..metrics import FEATURES
-from ..options import LARGEST_SEED, check_options
-from ..options import option as _option
 
 DEFAULT_SAMPLES = 5000
 

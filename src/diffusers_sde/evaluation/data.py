@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..training.configuration import TrainingConfig, is_local
-from ..training.data import ImageSource, load_images
+from ..images.loading import load_images
+from ..images.options import ImageOptions, is_local
+from ..images.source import ImageSource
 from .configuration import EvaluationConfig
 
 
@@ -59,7 +60,7 @@ def read_images(config: EvaluationConfig, pipe: Any, split: str, count: int | No
         channels, height, width = pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2
     if height != width:
         raise ValueError(f"the network's images are {width}x{height}; only square ones are read here.")
-    data = TrainingConfig(
+    data = ImageOptions(
         dataset_name=config.dataset_name,
         train_data_dir=config.data_dir,
         dataset_split=split,

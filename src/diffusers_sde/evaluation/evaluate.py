@@ -33,17 +33,17 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from ..files import saving, write_whole
-from ..generation import ImageSampler, Sampler, as_sde_pipeline, draw_images, launched_processes, load_pipeline
+from ..basics.files import saving, write_whole
+from ..basics.processes import lock_for_all
+from ..images.pictures import sheet, tile
 from ..metrics import ClassifierFeatures, SampleQuality, make_extractor, nearest_neighbours
 from ..metrics.quality import spread
 from ..pipelines import ClassConditionalSDEPipeline, ProbabilityFlow
-from ..processes import lock_for_all
 from .codes import bits_per_dim, draw_codes
 from .configuration import EvaluationConfig
 from .data import Images, data_name, read_images
-from .pictures import sheet, tile
 from .report import markdown_table
+from .samplers import ImageSampler, Sampler, as_sde_pipeline, draw_images, launched_processes, load_pipeline
 
 NEAREST_IMAGES = 1000  # at most this many images have their nearest neighbours looked for
 NEAREST_SHOWN, NEIGHBOURS_SHOWN = 12, 4

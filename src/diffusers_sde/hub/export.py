@@ -15,8 +15,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..pipelines import ClassConditionalSDEPipeline, InpaintSDEPipeline, RestorationSDEPipeline, SDEPipeline
-from .cards import add_card
-from .uploads import create_repository, upload
+from ..shipping.cards import add_card
+from ..shipping.uploads import create_repository, upload
 
 PIPELINES: dict[str, type[SDEPipeline]] = {
     cls.__name__: cls for cls in (SDEPipeline, ClassConditionalSDEPipeline, InpaintSDEPipeline, RestorationSDEPipeline)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..files import saving, write_whole
+from ..basics.files import saving, write_whole
 
 WIDTHS = (32, 64, 128)
 LARGEST = 32  # pixels; larger images are averaged down

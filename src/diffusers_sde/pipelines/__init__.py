@@ -6,7 +6,12 @@ from .pipeline_restoration import RestorationSDEPipeline
 from .pipeline_sde import SDEPipeline
 from .probability_flow import ProbabilityFlow
 
+PIPELINES: dict[str, type[SDEPipeline]] = {
+    cls.__name__: cls for cls in (SDEPipeline, ClassConditionalSDEPipeline, InpaintSDEPipeline, RestorationSDEPipeline)
+}
+
 __all__ = [
+    "PIPELINES",
     "ClassConditionalSDEPipeline",
     "InpaintSDEPipeline",
     "ProbabilityFlow",

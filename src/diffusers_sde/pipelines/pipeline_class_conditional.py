@@ -11,16 +11,13 @@ import torch
 from diffusers import ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from torch import Tensor
 
-from ..checks import check_choice, check_integer
-from ..classifiers import NoiseConditionalClassifier
-from ..guidance import (
-    check_interval,
-    check_scale,
-    classifier_free_guidance,
-    classifier_guidance,
-    guidance_interval,
-)
-from .execution import (
+from ..basics.checks import check_choice, check_integer
+from ..guidance.classes import check_interval, classifier_free_guidance, classifier_guidance, guidance_interval
+from ..guidance.common import check_scale
+from ..networks.classifier import NoiseConditionalClassifier
+from .pipeline_sde import METHODS, SDEPipeline
+from .probability_flow import ProbabilityFlow
+from .runs import (
     Callback,
     check_run,
     execute,
@@ -30,8 +27,6 @@ from .execution import (
     starting_noise,
     unet_denoiser,
 )
-from .pipeline_sde import METHODS, SDEPipeline
-from .probability_flow import ProbabilityFlow
 
 
 class ClassConditionalSDEPipeline(SDEPipeline):

@@ -10,22 +10,15 @@ import torch
 from diffusers import ImagePipelineOutput
 from torch import Tensor
 
-from ..checks import check_choice, check_generators, check_integer, check_tensor
-from ..guidance import Replacement
-from ..operators import Mask
+from ..basics.checks import check_choice, check_generators, check_integer, check_tensor
+from ..basics.noise import fork
+from ..guidance.operators import Mask
+from ..guidance.replacement import Replacement
 from ..schedulers import SDEScheduler
-from .execution import (
-    Callback,
-    check_run,
-    data_tensor,
-    execute,
-    fork,
-    network_output,
-    starting_noise,
-)
 from .pipeline_restoration import RestorationSDEPipeline
 from .pipeline_sde import METHODS
 from .probability_flow import check_sides
+from .runs import Callback, check_run, data_tensor, execute, network_output, starting_noise
 
 DARKEST_WHITE = 64  # a mask of bytes below this is no dark mask but one of labels
 INPAINTING_METHODS = ("replacement", "repaint", "mmps", "pigdm", "dps")

@@ -10,9 +10,8 @@ import torch
 from diffusers import ImagePipelineOutput
 from torch import Tensor
 
-from ..checks import check_choice, check_generators, check_integer, check_tensor
-from ..guidance import POSTERIOR_METHODS, posterior_denoiser, smc_sample
-from ..operators import (
+from ..basics.checks import check_choice, check_generators, check_integer, check_tensor
+from ..guidance.operators import (
     ChannelMixture,
     Downsampling,
     GaussianBlur,
@@ -22,10 +21,13 @@ from ..operators import (
     Mask,
     check_noise_std,
 )
-from ..plans import Plan, make_plan
-from ..predictors import PredictorOptions
+from ..guidance.particles import smc_sample
+from ..guidance.posteriors import POSTERIOR_METHODS, posterior_denoiser
+from ..sampling.plans import Plan, make_plan
+from ..sampling.predictors import PredictorOptions
 from ..schedulers import SDEScheduler
-from .execution import (
+from .pipeline_sde import METHODS, SDEPipeline
+from .runs import (
     Callback,
     check_run,
     data_tensor,
@@ -35,7 +37,6 @@ from .execution import (
     starting_noise,
     unet_denoiser,
 )
-from .pipeline_sde import METHODS, SDEPipeline
 
 SMC_OPTIONS = ("particles", "data_std", "resample_below", "chunk_size")
 

@@ -11,11 +11,15 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..checks import check_choice, check_generators, check_integer, check_ordered
-from ..hub.pipelines import SharedPipeline
-from ..likelihood import BitsPerDim, Generators, LogProb, TraceOptions
+from ..basics.checks import check_choice, check_generators, check_integer, check_ordered
+from ..basics.noise import Generators
+from ..flow.likelihood import LogProb
+from ..flow.quantized import BitsPerDim
+from ..flow.trace import TraceOptions
 from ..schedulers import SCHEDULERS
-from .execution import (
+from .base import SharedPipeline
+from .probability_flow import ProbabilityFlow
+from .runs import (
     OUTPUT_TYPES,
     after_step,
     arguments_of_step,
@@ -24,7 +28,6 @@ from .execution import (
     latents_shape,
     starting_noise,
 )
-from .probability_flow import ProbabilityFlow
 
 logger = logging.get_logger(__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,18 +13,17 @@ from diffusers.utils import logging
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..checks import check_integer, check_number, check_ordered, check_tensor
-from ..likelihood import (
-    BitsPerDim,
-    Generators,
-    LogProb,
-    Quantization,
-    TraceOptions,
-    bits_per_dim,
-    log_prob,
-)
-from ..ode import FlowDenoiser, FlowSolution, ODEOptions, decode, edit, encode, interpolate, sample_flow
-from ..parametrizations import Epsilon, Score
+from ..basics.checks import check_integer, check_number, check_ordered, check_tensor
+from ..basics.noise import Generators
+from ..flow.codes import decode, encode, interpolate, sample_flow
+from ..flow.likelihood import LogProb, log_prob
+from ..flow.quantized import BitsPerDim, Quantization, bits_per_dim
+from ..flow.solver import ODEOptions
+from ..flow.trace import TraceOptions
+from ..networks.denoisers import Denoiser
+from ..networks.parametrizations import Epsilon, Score
+from ..sampling.editing import edit
+from ..sampling.solution import FlowSolution
 from ..schedulers import SCHEDULERS, SDEScheduler
 from ..schedulers.conversion import config_of, fitting_class
 
@@ -68,7 +67,7 @@ class ProbabilityFlow:
         data_min: float | None = None,
         data_max: float | None = None,
         t_min: float | None = None,
-        denoiser: FlowDenoiser | None = None,
+        denoiser: Denoiser | None = None,
     ) -> None:
         network = getattr(pipe, "unet", None)
         network = getattr(pipe, "transformer", None) if network is None else network
@@ -247,7 +246,7 @@ class ProbabilityFlow:
         conditioning: Mapping[str, Tensor] | None = None,
         progress_bar: bool = False,
     ) -> FlowSolution:
-        """Latent codes of images or latents, unit noise of shape (B, C, H, W); see ``ode.encode``."""
+        """Latent codes of images or latents, unit noise of shape (B, C, H, W); see ``flow.encode``."""
         x = self._state(x)
         with Progress(progress_bar, len(x), "encode") as progress:
             return encode(
@@ -268,7 +267,7 @@ class ProbabilityFlow:
         conditioning: Mapping[str, Tensor] | None = None,
         progress_bar: bool = False,
     ) -> FlowSolution:
-        """Data of latent codes, in the network's range; see ``ode.decode``."""
+        """Data of latent codes, in the network's range; see ``flow.decode``."""
         latents = self._shaped(latents, "latents")
         with Progress(progress_bar, len(latents), "decode") as progress:
             return decode(
@@ -292,7 +291,7 @@ class ProbabilityFlow:
         conditioning: Mapping[str, Tensor] | None = None,
         progress_bar: bool = False,
     ) -> FlowSolution:
-        """Samples from unit noise by the adaptive solver; see ``ode.sample_flow``.
+        """Samples from unit noise by the adaptive solver; see ``flow.sample_flow``.
 
         Stops at the scheduler's ``sampling_eps`` unless ``t_min`` is given.
         """
@@ -314,7 +313,7 @@ class ProbabilityFlow:
     def interpolate(
         self, a: Any, b: Any, num: int = 8, options: ODEOptions | None = None, progress_bar: bool = False
     ) -> FlowSolution:
-        """Between images or latents ``a`` and ``b``, shape (B, num, C, H, W); see ``ode.interpolate``."""
+        """Between images or latents ``a`` and ``b``, shape (B, num, C, H, W); see ``flow.interpolate``."""
         num = check_integer("num", num, at_least=2)
         a, b = self._state(a, "a"), self._state(b, "b")
         with Progress(progress_bar, len(a) * (2 + num), "interpolate") as progress:
@@ -325,9 +324,9 @@ class ProbabilityFlow:
         x: Any,
         strength: float = 0.5,
         num_steps: int = 50,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
     ) -> Tensor:
-        """Variations of images or latents by the reverse SDE; see ``ode.edit``."""
+        """Variations of images or latents by the reverse SDE; see ``flow.edit``."""
         t_min = max(float(self.scheduler.config.sampling_eps), self.t_min)
         with torch.no_grad():
             return edit(self.denoiser, self.sde, self._state(x), strength, num_steps, t_min, generator)

@@ -16,11 +16,11 @@ from typing import Any, TypeVar, overload
 
 from diffusers.configuration_utils import register_to_config
 
-from ..checks import check_choice, check_flag, check_integer, check_number
-from ..correctors import CORRECTORS
-from ..parametrizations import PREDICTION_TYPES, TIME_CONDITIONINGS
-from ..predictors import PREDICTORS, SOLVER_TYPES
-from ..time_grids import TIME_GRIDS, TIMESTEP_SPACINGS
+from ..basics.checks import check_choice, check_flag, check_integer, check_number
+from ..networks.parametrizations import PREDICTION_TYPES, TIME_CONDITIONINGS
+from ..sampling.correctors import CORRECTORS
+from ..sampling.predictors import PREDICTORS, SOLVER_TYPES
+from ..sampling.time_grids import TIME_GRIDS, TIMESTEP_SPACINGS
 
 # A table is built and a time is listed for each: a config of a few hundred bytes must not cost gigabytes.
 LONGEST_TABLE = 100_000

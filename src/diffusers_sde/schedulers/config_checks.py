@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from ..checks import check_choice, check_flag, check_integer, check_number, check_numbers, check_ordered
+from ..basics.checks import check_choice, check_flag, check_integer, check_number, check_numbers, check_ordered
 from ..sdes import BETA_SCHEDULES
 from .arguments import MOST_CORRECTIONS, SAMPLER_ARGUMENTS, SCALE_CHECK, SMALLEST_TIME, or_none
 

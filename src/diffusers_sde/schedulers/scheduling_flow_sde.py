@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..checks import check_number, check_numbers
+from ..basics.checks import check_number, check_numbers
+from ..sampling.time_grids import WARPED
 from ..sdes import RectifiedFlowSDE
-from ..time_grids import WARPED
 from .arguments import sampler_arguments
 from .config_checks import checked_own
 from .scheduling_sde import SDEScheduler

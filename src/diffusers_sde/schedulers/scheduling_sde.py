@@ -16,15 +16,15 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from ..checks import check_number, check_numbers
-from ..denoisers import network_denoiser
-from ..hub.shipping import ShipsItsCode, refuse_newer, written_before
-from ..noise import standard_normal_like
-from ..parametrizations import Parametrization, TimeConditioning, get_parametrization
-from ..plans import Plan, Row, advance, make_plan, memorise, squared_norm_ratio
-from ..predictors import PredictorOptions, get_predictor
+from ..basics.checks import check_number, check_numbers
+from ..basics.noise import standard_normal_like
+from ..networks.denoisers import network_denoiser
+from ..networks.parametrizations import Parametrization, TimeConditioning, get_parametrization
+from ..sampling.plans import Plan, Row, advance, make_plan, memorise, squared_norm_ratio
+from ..sampling.predictors import PredictorOptions, get_predictor
+from ..sampling.time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid, whole_timesteps
 from ..sdes import SDE, expand_like
-from ..time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid, whole_timesteps
+from ..shipping.component import ShipsItsCode, refuse_newer, written_before
 from .arguments import SMALLEST_TIME, document_arguments
 from .config_checks import check_stock_numbers
 from .conversion import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..parametrizations import TimeConditioning
+from ..networks.parametrizations import TimeConditioning
 from ..sdes import SubVPSDE
 from .arguments import sampler_arguments
 from .config_checks import checked_own

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 
-from ..parametrizations import TimeConditioning
+from ..networks.parametrizations import TimeConditioning
 from ..sdes import SDE, VPSDE, DiscreteVPSDE, ddpm_betas
 from .arguments import sampler_arguments
 from .config_checks import checked_own

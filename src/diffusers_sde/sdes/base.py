@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..checks import check_ordered
+from ..basics.checks import check_ordered
 
 
 def as_time(t: Tensor | float | Sequence[float]) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_number
+from ..basics.checks import check_number
 from .base import SDE
 
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_integer, check_number, check_numbers
+from ..basics.checks import check_choice, check_integer, check_number, check_numbers
 from .base import SDE
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "exp", "laplace")

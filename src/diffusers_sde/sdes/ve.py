@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_integer, check_ordered
+from ..basics.checks import check_integer, check_ordered
 from .base import SDE
 
 

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..files import check_folder, saving, sync, write_folder_whole
-from ..hub.pipelines import PIPELINE_MODULE
+from ..basics.files import check_folder, saving, sync, write_folder_whole
+from ..pipelines.base import PIPELINE_MODULE
 from .sharding import copy_sharded, gather, load_state, save_state
 
 logger = logging.getLogger(__name__)

@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..classifiers import NoiseConditionalClassifier, classifier_logits, trained_log_snr
+from ..images.arrays import to_network
+from ..images.loading import load_images
+from ..images.source import ImageSource
+from ..networks.classifier import NoiseConditionalClassifier, classifier_logits, trained_log_snr
 from ..sdes import expand_like
 from .checkpoints import save_model
 from .cli import build_parser, run_command_line
 from .configuration import ClassifierTrainingConfig
-from .data import ImageSource, load_images, to_network
-from .models import build_unet, class_embeddings
+from .networks import build_unet, class_embeddings
 from .trainer import Trainer
 
 logger = logging.getLogger(__name__)

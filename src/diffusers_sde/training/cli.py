@@ -7,8 +7,8 @@ import logging
 import os
 from collections.abc import Sequence
 
-from ..files import FolderInUse, SaveError
-from ..options import fail, parser_of
+from ..basics.files import FolderInUse, SaveError
+from ..basics.options import fail, parser_of
 from .configuration import TrainingConfig
 from .recipes import RECIPES
 from .trainer import Trainer

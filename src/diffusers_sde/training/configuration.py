@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path, PureWindowsPath
 from typing import Any, ClassVar
 
-from ..losses import TIME_SAMPLINGS, WEIGHTINGS
+from ..basics.options import option as _option
+from ..images.options import LARGEST_SEED_OF_NUMPY, ImageOptions, is_local
 from ..metrics import FEATURES
-from ..options import check_options
-from ..options import option as _option
-from ..parametrizations import PREDICTION_TYPES, TIME_CONDITIONINGS
+from ..networks.losses import TIME_SAMPLINGS, WEIGHTINGS
+from ..networks.parametrizations import PREDICTION_TYPES, TIME_CONDITIONINGS
 from ..sdes import BETA_SCHEDULES
 from .checkpoints import check_logging_dir
 from .recipes import RECIPES
@@ -21,17 +20,8 @@ TRAINABLE_SDES = ("ve", "vp", "sub_vp", "flow")
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 LOGGERS = ("tensorboard", "wandb", "none")
 TIME_EMBEDDINGS = ("positional", "fourier")
-EMBEDDED_DATASETS = ("digits",)
-_LARGEST_SEED = 2**32 - 2**16  # numpy's are below 2**32, and every process adds its number
 _HUB = ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token")
 _LOCAL = (*("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir", "logging_dir"), *_HUB)
-
-
-def is_local(name: str) -> bool:
-    """Whether what may be a name on the Hub is a path of this machine, or looks like one of any machine."""
-    if name in EMBEDDED_DATASETS:
-        return False
-    return name.startswith((".", "~", "/", "\\")) or bool(PureWindowsPath(name).drive) or Path(name).exists()
 
 
 def _without_folders(name: str, word: str) -> str:
@@ -46,7 +36,7 @@ def _without_folders(name: str, word: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(ImageOptions):
     """Everything that a training run is told; each field is the command-line option of the same name.
 
     ``scripts/train.py --help`` and ``TrainingConfig.describe()`` say what each one means. Names are those of diffusers'
@@ -59,39 +49,6 @@ class TrainingConfig:
     excluded_options: ClassVar[frozenset[str]] = frozenset()  # of a subclass: what it inherits and does not take
 
     # ------------------------------------------------------------------ data
-    dataset_name: str | None = _option(
-        None,
-        "Data set: 'digits' (scikit-learn's handwritten digits, 1797 grey 8x8 images, embedded) or a name on the Hub. "
-        "Default: digits, unless train_data_dir is given.",
-    )
-    dataset_config_name: str | None = _option(None, "Configuration of the Hub data set, where it has several.")
-    dataset_split: str = _option("train", "Split to train on.")
-    train_data_dir: str | None = _option(
-        None,
-        "Local data: a folder of images (sub-folders are classes), a Parquet file, a folder of Parquet files, or a "
-        "folder written by datasets' save_to_disk.",
-    )
-    streaming: bool = _option(
-        False,
-        "Read the data as they come instead of downloading and indexing them first; needs max_train_steps. Every "
-        "process reads the whole stream, and decodes its own share.",
-    )
-    shuffle_buffer: int = _option(
-        10_000,
-        "With streaming: images, as stored, that are held in memory to draw the next one from; 0: the order of the "
-        "stream.",
-        least=0,
-    )
-    image_column: str | None = _option(None, "Column with the images. Default: the data's image column.")
-    label_column: str | None = _option(None, "Column with the classes. Default: the data's class column, if any.")
-    num_classes: int | None = _option(
-        None,
-        "Number of classes, where the class column holds plain integers. Default: the largest one plus 1.",
-        least=1,
-    )
-    class_conditional: bool = _option(
-        False, "Train a network that is told the class of each image, for generation by class."
-    )
     label_dropout: float = _option(
         0.1,
         "With class_conditional: fraction of images whose class is hidden from the network, which guidance needs; 0 "
@@ -99,30 +56,7 @@ class TrainingConfig:
         least=0.0,
         most=0.999,
     )
-    cache_dir: str | None = _option(None, "Where datasets keeps downloads. Default: its own cache.")
-    resolution: int | None = _option(
-        None, "Side of the training images in pixels. Default: the data's own size, if it is one.", least=2, most=16384
-    )
-    center_crop: bool = _option(False, "Crop images that are not square in the middle; otherwise at random.")
     random_flip: bool = _option(False, "Mirror half of the images left to right. Not for digits or letters.")
-    channels: int | None = _option(
-        None, "1 (grey) or 3 (RGB): convert images to it. Default: what the data has.", least=1, most=3
-    )
-    white_level: int | None = _option(
-        None,
-        "Value of white in grey images of more than 8 bits (16-bit PNG and TIFF files), such as 4095 for 12-bit "
-        "data in 16-bit files. Default: 65535.",
-        least=1,
-        most=2**31 - 1,
-    )
-    skip_broken_images: bool = _option(
-        False,
-        "Leave out images that cannot be read, with a report; otherwise the first one is an error. With "
-        "streaming every process decodes every image for it.",
-    )
-    cache_images: bool | None = _option(
-        None, "Keep all prepared images in memory as bytes. Default: where they need less than 1 GiB."
-    )
     dataloader_num_workers: int = _option(
         0, "Processes that load data, per training process. 0: load in the training process.", least=0
     )
@@ -249,7 +183,9 @@ class TrainingConfig:
     )
     torch_compile: bool = _option(False, "Compile the network with torch.compile; worth its minutes on GPUs.")
     channels_last: bool = _option(False, "Keep the network's weights channels last; faster on GPUs.")
-    seed: int = _option(0, "Seed of weights, data order, times, noise and sample grids.", least=0, most=_LARGEST_SEED)
+    seed: int = _option(
+        0, "Seed of weights, data order, times, noise and sample grids.", least=0, most=LARGEST_SEED_OF_NUMPY
+    )
 
     # ------------------------------------------------------------------ averaging of weights
     use_ema: bool = _option(True, "Keep an exponential moving average of the weights, and sample and save that.")
@@ -323,17 +259,11 @@ class TrainingConfig:
     logging_steps: int = _option(10, "Log loss, learning rate and speed every so many optimiser steps.", least=1)
 
     def __post_init__(self) -> None:
-        check_options(self)
-        if self.dataset_name is not None and self.train_data_dir is not None:
-            raise ValueError(
-                f"dataset_name={self.dataset_name!r} and train_data_dir={self.train_data_dir!r} exclude each other."
-            )
+        super().__post_init__()
         if self.train_eps >= 1.0 or (self.sampling_eps or 0.0) >= 1.0:
             raise ValueError(
                 f"train_eps and sampling_eps must lie in (0, 1), got {self.train_eps!r} and {self.sampling_eps!r}."
             )
-        if self.channels == 2:
-            raise ValueError("channels must be 1 or 3, got 2.")
         if self.time_sampling == "importance" and self.weighting != "likelihood":
             raise ValueError(
                 f"time_sampling 'importance' is for weighting 'likelihood', got weighting={self.weighting!r}."
@@ -361,6 +291,18 @@ class TrainingConfig:
         idle = [name for name in _HUB[1:] if getattr(self, name) and not self.push_to_hub]
         if idle:
             raise ValueError(f"{', '.join(idle)} has no effect without push_to_hub.")
+
+    def check_streamed(self) -> None:
+        """Check that the options suit data whose number is not known.
+
+        Raises:
+            ValueError: They do not.
+        """
+        if self.max_train_steps is None:
+            raise ValueError("Streamed data need max_train_steps: how many images a pass has is not known.")
+        for name in ("save_images_epochs", "save_model_epochs"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} cannot be used with streamed data: how many images a pass has is not known.")
 
     def command(self) -> str:
         """The command line of this run, to be pasted into a shell: nothing of one machine or account only is in it.

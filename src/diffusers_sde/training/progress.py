@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from ..generation import ImageSampler, Sampler, draw_images
+from ..evaluation.samplers import ImageSampler, Sampler, draw_images
+from ..images.source import ImageSource
 from ..metrics import SampleQuality, make_extractor
 from ..pipelines import SDEPipeline
 from .configuration import TrainingConfig
-from .data import ImageSource
 
 REFERENCE = 10_000  # number of images to compare with, spread evenly over the data
 CLASSIFIER = "classifier.safetensors"

@@ -28,11 +28,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..denoisers import call_network
-from ..files import FolderInUse, check_unlocked, saving, write_whole
-from ..losses import denoising_loss, importance_ratio, times_from_uniform
+from ..basics.files import FolderInUse, check_unlocked, saving, write_whole
+from ..basics.processes import lock_for_all
+from ..images.arrays import to_network
+from ..images.loading import load_images
+from ..images.samples import TrainingSamples, batches
+from ..images.streaming import StreamedSamples, StreamSource, open_source
+from ..networks.denoisers import call_network
+from ..networks.losses import denoising_loss, importance_ratio, times_from_uniform
 from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
-from ..processes import lock_for_all
 from .averaging import PowerEMA
 from .checkpoints import (
     CONFIG_FILE,
@@ -51,9 +55,7 @@ from .checkpoints import (
     set_aside_later,
 )
 from .configuration import TrainingConfig
-from .data import TrainingSamples, batches, load_images, to_network
-from .hub import Publisher
-from .models import (
+from .networks import (
     build_scheduler,
     build_unet,
     check_trainable,
@@ -62,9 +64,9 @@ from .models import (
     training_sde,
 )
 from .progress import ProgressOfSamples
+from .publisher import Publisher
 from .sharding import check_launch, compute_channels_last, copy_whole, is_sharded, prepare, whole
 from .signals import EXIT_CODE, StopSignal
-from .streaming import StreamedSamples, StreamSource, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +133,8 @@ class Trainer:
         main_process = self.accelerator.is_main_process
         with self.accelerator.main_process_first():  # the others find what the first one has downloaded
             images = load_images(config) if dataset is None else dataset
+        if config.streaming or isinstance(images, datasets.IterableDataset):
+            config.check_streamed()
         self.source = open_source(images, config, show_progress=main_process)
 
         self.scheduler = build_scheduler(config, self.source)

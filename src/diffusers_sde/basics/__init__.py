@@ -1,0 +1,1 @@
+"""What everything else uses: checks of arguments, noise, files, command lines from dataclasses."""

@@ -1,0 +1,267 @@
+"""A sampler as words on a command line, and images by their numbers.
+
+Image number i is drawn with a random generator of its own, seeded by (seed, i), and its class is that of i modulo the
+number of classes. A set of images therefore does not depend on the batch size, on the number of processes or on
+interruptions, except for the rounding of the network, which may differ by batch size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+from diffusers import DiffusionPipeline, UNet2DModel
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .. import schedulers
+from ..basics.options import one_line
+from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
+from ..pipelines.pipeline_sde import METHODS
+
+CALL_OPTIONS = ("num_inference_steps", "method", "rtol", "atol", "guidance_scale", "classifier_guidance_scale")
+GUIDANCE = (("guidance_scale", 1.0), ("classifier_guidance_scale", None))
+_CONSTANTS = {"none": None, "true": True, "false": False}
+
+
+def parse_value(text: str) -> Any:
+    """The None, boolean or number that the text spells, or else the text itself."""
+    if text.lower() in _CONSTANTS:
+        return _CONSTANTS[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def launched_processes() -> PartialState:
+    """The processes that accelerate launched; PartialState by itself would not see those on CPUs."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Changes to a pipeline's own sampler, with a name.
+
+    Args:
+        label: Name in tables and files.
+        options: Arguments of the scheduler (``predictor``, ``corrector``, ``snr``, ``time_grid``, ...), of the
+            pipeline's call (``num_inference_steps``, ``method``, ``rtol``, ``atol``, ``guidance_scale``), or
+            ``scheduler``, the name of a scheduler class of this package or of diffusers. Without options it is the
+            pipeline's own sampler.
+    """
+
+    label: str
+    options: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> Sampler:
+        """A sampler from ``label: key=value, key=value``; without a colon the whole text is the label.
+
+        Raises:
+            ValueError: A part is not of the form key=value.
+        """
+        label, colon, rest = text.partition(":")
+        if not colon:
+            rest = text if "=" in text else ""
+        options: dict[str, Any] = {}
+        for part in filter(None, (part.strip() for part in rest.split(","))):
+            key, equals, value = (word.strip() for word in part.partition("="))
+            if not (equals and key and value) or key in options:
+                raise ValueError(f"sampler {text!r}: {part!r} must be key=value, and each key may stand once.")
+            options[key] = parse_value(value)
+        return cls(label.strip(), options)
+
+
+def load_pipeline(model: str) -> DiffusionPipeline:
+    """A pipeline from a folder or from the Hub.
+
+    Raises:
+        ValueError: The files are not those of a pipeline.
+        OSError: There is no such folder or repository.
+    """
+    try:
+        return DiffusionPipeline.from_pretrained(model)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # files that do not belong to a pipeline may raise anything
+        raise ValueError(f"model {model!r} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def as_sde_pipeline(pipe: DiffusionPipeline) -> SDEPipeline:
+    """Return a pipeline of this package as it is, and any other one with a ``UNet2DModel`` as an ``SDEPipeline``.
+
+    Raises:
+        ValueError: It has no such network.
+    """
+    if isinstance(pipe, SDEPipeline):
+        return pipe
+    unet = getattr(pipe, "unet", None)
+    if not isinstance(unet, UNet2DModel):
+        raise ValueError(f"model is a {type(pipe).__name__}: a pipeline with a UNet2DModel is needed.")
+    return SDEPipeline(unet, pipe.scheduler)
+
+
+class ImageSampler:
+    """Draws images by their numbers; building it checks the options, calling it does the work.
+
+    Args:
+        pipe: The pipeline; its scheduler is replaced while images are drawn.
+        sampler: What to change about its sampler.
+        seed: Any integer >= 0; sets of different seeds have no image in common.
+        class_labels: Classes (numbers or names) that the images have in turn, for a class-conditional pipeline; all
+            classes if None.
+
+    Attributes:
+        calls: Network calls so far, counted for each image. Both halves of guidance and rejected steps are included.
+        images: Number of images drawn so far.
+
+    Raises:
+        ValueError: An option that neither the scheduler nor the pipeline has, or a bad value; the sampler is named.
+    """
+
+    def __init__(
+        self,
+        pipe: SDEPipeline,
+        sampler: Sampler,
+        seed: int = 0,
+        class_labels: Sequence[int | str] | None = None,
+    ) -> None:
+        self.pipe, self.sampler, self.seed = pipe, sampler, seed
+        self.calls = self.images = 0
+        try:
+            self._classes = _classes(pipe, class_labels)
+            self._arguments, self._scheduler = self._configure(dict(sampler.options))
+        except ValueError as error:
+            raise ValueError(f"sampler {sampler.label!r}: {error}") from error
+        except Exception as error:  # diffusers' schedulers check no types, so a wrong one may raise anything
+            given = ", ".join(f"{name}={value!r}" for name, value in sampler.options.items())
+            raise ValueError(
+                f"sampler {sampler.label!r}: one of {given} is of the wrong type ({one_line(error)})."
+            ) from error
+
+    def _configure(self, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        arguments = {name: options.pop(name) for name in CALL_OPTIONS if name in options}
+        accepted = inspect.signature(self.pipe.__call__).parameters
+        for name, value in arguments.items():
+            if name not in accepted:
+                raise ValueError(f"{type(self.pipe).__name__} takes no {name}.")
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if name in ("rtol", "atol") and not (is_number and value > 0):
+                raise ValueError(f"{name} must be a number > 0, got {value!r}.")
+        if arguments.get("method", "scheduler") not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {arguments['method']!r}.")
+        if self._classes is not None:
+            self.pipe.denoiser(*(arguments.get(name, d) for name, d in GUIDANCE))  # refuses what it cannot do
+        if "predictor" in options and options["predictor"] is None:
+            options["predictor"] = "none"
+        own = self.pipe.scheduler
+        name = options.pop("scheduler", None)
+        wanted: Any = type(own)
+        if name is not None:
+            wanted = getattr(schedulers, str(name), getattr(diffusers, str(name), None))
+        if not hasattr(wanted, "set_timesteps"):
+            raise ValueError(f"scheduler must be a class of this package or of diffusers, got {name!r}.")
+        if not issubclass(wanted, schedulers.SDEScheduler):  # ours say so themselves
+            unknown = sorted(set(options) - set(inspect.signature(wanted.__init__).parameters))
+            if unknown:
+                raise ValueError(f"{wanted.__name__} has no argument {', '.join(unknown)}.")
+        scheduler = wanted.from_config(own.config, **options)
+        scheduler.set_timesteps(arguments.get("num_inference_steps", accepted["num_inference_steps"].default))
+        return arguments, scheduler
+
+    def label(self, number: int) -> int | None:
+        """Class of image ``number``; None for an unconditional pipeline."""
+        return None if self._classes is None else self._classes[number % len(self._classes)]
+
+    def __call__(
+        self, numbers: Sequence[int], batch_size: int = 64, progress_bar: bool = False
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """The images of the given numbers, batch by batch.
+
+        Args:
+            numbers: Numbers of the images.
+            batch_size: Images in one network call.
+            progress_bar: Whether to show a progress bar.
+
+        Yields:
+            The numbers of a batch, and its images as bytes, shape (B, C, H, W), on the CPU.
+        """
+        device = self.pipe._execution_device
+
+        def count(module: Any, arguments: tuple, keywords: dict[str, Any]) -> None:
+            self.calls += len(arguments[0] if arguments else keywords["sample"])
+
+        shows_progress = self.pipe._shows_progress
+        self.pipe.set_progress_bar_config(disable=True)
+        hook = self.pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
+        own, self.pipe.scheduler = self.pipe.scheduler, self._scheduler
+        title = f"Sampling ({self.sampler.label})"
+        progress = tqdm(total=len(numbers), desc=title, unit="image", disable=not progress_bar)
+        try:
+            for start in range(0, len(numbers), batch_size):
+                batch = list(numbers[start : start + batch_size])
+                generators = [generator_of(self.seed, number) for number in batch]
+                # The noise is drawn here, because a pipeline whose network is not float32 would draw other noise.
+                shape = self.pipe.sample_shape
+                latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+                classes = None if self._classes is None else torch.tensor([self.label(number) for number in batch])
+                images = self._draw(latents, generators, classes)
+                self.images += len(batch)
+                progress.update(len(batch))
+                yield batch, images.mul(255.0).round().to(torch.uint8).cpu()
+        finally:
+            progress.close()
+            hook.remove()
+            self.pipe.scheduler = own
+            self.pipe.set_progress_bar_config(disable=not shows_progress)
+
+    def _draw(self, latents: Tensor, generators: list[torch.Generator], classes: Tensor | None) -> Tensor:
+        """Images in [0, 1], shape (B, C, H, W)."""
+        arguments = dict(self._arguments)
+        if classes is not None:
+            arguments["class_labels"] = classes
+        images = self.pipe(latents=latents, generator=generators, output_type="pt", return_dict=False, **arguments)[0]
+        return images
+
+
+def draw_images(
+    sampler: ImageSampler, count: int, batch_size: int, process: PartialState, progress_bar: bool = False
+) -> tuple[Tensor, float]:
+    """Draw images 0 to ``count`` - 1 by all processes together. All processes must call it.
+
+    Returns:
+        The images on every process, bytes of shape (count, C, H, W), and network calls per image.
+    """
+    mine = range(count)[process.process_index :: process.num_processes]
+    parts = list(sampler(mine, batch_size, progress_bar and process.is_main_process))
+    gathered = gather_object([(parts, sampler.calls)])
+    numbers = torch.tensor([number for parts, _ in gathered for batch, _ in parts for number in batch])
+    images = torch.cat([images for parts, _ in gathered for _, images in parts])
+    return images[numbers.argsort()], sum(calls for _, calls in gathered) / count
+
+
+def generator_of(seed: int, number: int) -> torch.Generator:
+    """The generator of image ``number``, on the CPU, so that every device draws the same noise."""
+    state = np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) >> 1)
+
+
+def _classes(pipe: SDEPipeline, class_labels: Iterable[int | str] | None) -> list[int] | None:
+    if not isinstance(pipe, ClassConditionalSDEPipeline):
+        if class_labels is not None:
+            raise ValueError("class_labels need a class-conditional pipeline, and this one is not.")
+        return None
+    if class_labels is not None:
+        names = pipe.labels  # "3" is read as a number, unless a class has this name
+        return pipe._numbers([x if x in names or not isinstance(x, str) else parse_value(x) for x in class_labels])
+    return [n for n in range(pipe.num_classes) if n != pipe.config.null_class]

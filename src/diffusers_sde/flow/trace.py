@@ -1,0 +1,152 @@
+"""The trace of the denoiser's Jacobian, tr(d x0_hat / dx), by which a flow changes densities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..basics.checks import check_choice, check_integer
+
+TRACES = ("resampled", "hutchinson", "exact")
+PROBES = ("rademacher", "gaussian")
+DIFFERENTIATIONS = ("reverse", "forward")
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """How tr(d x0_hat / dx) is found.
+
+    Args:
+        method: ``resampled``, ``hutchinson`` or ``exact``; see the head of this module.
+        num_probes: Probes per point; their derivatives share one forward pass. ``exact`` does not use it.
+        probe: ``rademacher`` (+1 or -1, which scatters least) or ``gaussian``. For Gaussian probes the derivative that
+            x0_hat has for isotropic Gaussian data is a control variate; for Rademacher probes that part has no noise.
+        differentiation: ``reverse`` (vector-Jacobian products, works with every network) or ``forward``
+            (Jacobian-vector products, no stored activations; the network's operations must support forward mode).
+    """
+
+    method: str = "resampled"
+    num_probes: int = 1
+    probe: str = "rademacher"
+    differentiation: str = "reverse"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("method", TRACES), ("probe", PROBES), ("differentiation", DIFFERENTIATIONS)):
+            check_choice(name, getattr(self, name), allowed)
+        object.__setattr__(self, "num_probes", check_integer("num_probes", self.num_probes, at_least=1))
+
+
+def jacobian_products(
+    denoise: Callable[[Tensor], Tensor], x: Tensor, probes: Sequence[Tensor], differentiation: str = "reverse"
+) -> tuple[Tensor, list[Tensor]]:
+    """The denoiser and the products v . (J v) for several probes v, J = d x0_hat / dx of each sample.
+
+    Args:
+        denoise: x -> x0_hat, acting on each sample alone.
+        x: Shape (B, ...).
+        probes: The probes v, each of the shape of ``x``.
+        differentiation: ``reverse`` or ``forward``.
+
+    Returns:
+        x0_hat, and for every probe a float64 tensor of shape (B,).
+
+    Raises:
+        ValueError: The denoiser cannot be differentiated.
+    """
+    products: list[Tensor] = []
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    if differentiation == "forward":
+        # The fused attention kernels have no forward derivative, but the plain one has.
+        kernels = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        x0 = x
+        with kernels:
+            for probe in probes:
+                x0, tangent = torch.func.jvp(denoise, (x,), (probe,))[:2]
+                products.append((probe.to(wide) * tangent.to(wide)).flatten(1).sum(1))
+        return x0.detach(), products
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        x0 = denoise(x)
+        if not x0.requires_grad:
+            raise ValueError(
+                "the denoiser cannot be differentiated: it detaches its input or runs under torch.no_grad; use "
+                "differentiation='forward', or a denoiser that does not."
+            )
+        for i, probe in enumerate(probes):
+            (gradient,) = torch.autograd.grad(x0, x, probe.to(x0.dtype), retain_graph=i + 1 < len(probes))
+            products.append((probe.to(wide) * gradient.to(wide)).flatten(1).sum(1))
+    return x0.detach(), products
+
+
+@dataclass
+class _Trace:
+    """The function that ``ode.integrate`` calls for estimates of tr(d x0_hat / dx), one column per replicate."""
+
+    options: TraceOptions
+    generators: Sequence[torch.Generator]
+    _fixed: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def replicates(self) -> int:
+        return 1 if self.options.method == "exact" else self.options.num_probes
+
+    @property
+    def resampled(self) -> bool:
+        return self.options.method == "resampled"
+
+    def _draw(self, sample: int, x: Tensor) -> Tensor:
+        """All probes of one sample, shape (num_probes, ...), from its own generator."""
+        if sample in self._fixed:
+            return self._fixed[sample]
+        shape, generator = (self.options.num_probes, *x.shape[1:]), self.generators[sample]
+        if self.options.probe == "gaussian":
+            probes = torch.randn(shape, generator=generator, device=generator.device)
+        else:
+            bits = torch.randint(0, 2, shape, generator=generator, device=generator.device, dtype=torch.int8)
+            probes = 2 * bits - 1
+        if not self.resampled:
+            self._fixed[sample] = probes
+        return probes
+
+    def __call__(
+        self, denoise: Callable[[Tensor], Tensor], x: Tensor, samples: Sequence[int], gain: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        options = self.options
+        if options.method == "exact":
+            x0, trace = self._exact(denoise, x)
+            return x0, trace[:, None]
+        drawn = torch.stack([self._draw(sample, x) for sample in samples], 1).to(device=x.device, dtype=x.dtype)
+        x0, products = jacobian_products(denoise, x, list(drawn), options.differentiation)
+        estimates = torch.stack([product.cpu().double() for product in products], 1)
+        if options.probe == "gaussian":
+            excess = drawn.flatten(2).double().square().sum(2).T.cpu() - x[0].numel()
+            estimates = estimates - gain[:, None] * excess
+        return x0, estimates
+
+    def _exact(self, denoise: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        def basis(i: int) -> Tensor:
+            probe = torch.zeros_like(x).flatten(1)
+            probe[:, i] = 1.0
+            return probe.reshape(x.shape)
+
+        # All probes together, one per dimension, would need d copies of x at once. They are made on demand instead.
+        x0, products = jacobian_products(denoise, x, _OnDemand(basis, x[0].numel()), self.options.differentiation)
+        return x0, torch.stack(products).sum(0)
+
+
+class _OnDemand(Sequence[Tensor]):
+    """A sequence whose items are made when they are asked for."""
+
+    def __init__(self, make: Callable[[int], Tensor], length: int) -> None:
+        self._make, self._length = make, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, i):  # type: ignore[no-untyped-def]
+        if not 0 <= i < self._length:
+            raise IndexError(i)
+        return self._make(i)

@@ -1,0 +1,59 @@
+"""Conditional denoisers by Bayes' rule: grad log p_t(x | y) = grad log p_t(x) + grad log p_t(y | x).
+
+With Tweedie's formula, x0_hat = (x_t + sigma^2 score) / alpha, this reads
+
+    E[x_0 | x_t, y] = E[x_0 | x_t] + (sigma^2 / alpha) grad log p_t(y | x_t),
+
+so guidance turns a denoiser into another denoiser, and predictor-corrector sampling, the ODE and the likelihood take
+the new one like any other (Song et al. 2021, eq. 14 and appendix I). Where alpha vanishes, both factors are taken at
+the time where sigma / alpha = 1000.
+
+Linear measurements y = A x_0 + noise have p_t(y | x_t) = E[N(y; A x_0, noise_std^2 I) | x_t], which every method
+approximates by a Gaussian of its own. With r = y - A x0_hat, J = d x0_hat / d x_t and S = noise_std^2 I they shift
+x0_hat by
+
+    dps       scale sqrt(m) sigma J^T A^T r / |r|, m the number of measurements;
+    pigdm     (sigma^2/alpha) J^T A^T (v A A^T + S)^-1 r,  v = 1 / (1/data_std^2 + alpha^2/sigma^2);
+    mmps      V A^T (A V A^T + S)^-1 r with V = (sigma^2/alpha) J, the true covariance of x_0 given x_t;
+    gaussian  the same with V of Gaussian data with a given covariance.
+
+Beside one call of the denoiser, ``dps`` and ``pigdm`` cost one backward pass, ``mmps`` costs one for each iteration of
+its solver and one more, and ``gaussian`` costs nothing.
+
+A method is one function ``(denoiser, sde, operator, y, noise_std, **options) -> denoiser`` and one line in
+``POSTERIOR_METHODS``. Replacement and resampling move the sample and not its estimate, so they are ways to execute a
+plan: ``Replacement`` and ``resampled``. ``smc_sample`` corrects the approximation with weighted particles.
+
+A backward pass keeps the activations of the network in memory for the whole batch. ``chunk_size`` limits this to so
+many samples at a time, and costs one more forward pass per backward pass.
+"""
+
+from .classes import classifier_free_guidance, classifier_guidance, guidance_interval
+from .operators import ChannelMixture, Downsampling, GaussianBlur, Grayscale, LinearMap, LinearOperator, Mask
+from .particles import Particles, smc_sample
+from .posteriors import POSTERIOR_METHODS, dps, gaussian, mmps, pigdm, posterior_denoiser
+from .replacement import Replacement, renoise, resampled
+
+__all__ = [
+    "POSTERIOR_METHODS",
+    "ChannelMixture",
+    "Downsampling",
+    "GaussianBlur",
+    "Grayscale",
+    "LinearMap",
+    "LinearOperator",
+    "Mask",
+    "Particles",
+    "Replacement",
+    "classifier_free_guidance",
+    "classifier_guidance",
+    "dps",
+    "gaussian",
+    "guidance_interval",
+    "mmps",
+    "pigdm",
+    "posterior_denoiser",
+    "renoise",
+    "resampled",
+    "smc_sample",
+]

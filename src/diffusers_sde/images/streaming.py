@@ -1,0 +1,194 @@
+"""Images that are read as they come: nothing is downloaded or indexed first."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .columns import decoded, image_column, label_column
+from .options import ImageOptions
+from .samples import TrainingSamples
+from .source import ImageSource
+
+logger = logging.getLogger(__name__)
+
+FIRST_IMAGES = 2000
+REPORTED = 5
+
+Row = Mapping[str, Any]
+
+
+class StreamSource(ImageSource):
+    """A stream seen as square byte images of one size.
+
+    As an ``ImageSource`` it holds the first 2000 images of the first pass, which tell the resolution, the channels and
+    the statistics. ``rows`` is the stream itself. Its order is datasets' own: shards in random order, and a buffer
+    out of which images are drawn, from the seed and the number of the pass. So every process sees the same order, and
+    takes its samples by their numbers; images that it does not take are read, but not decoded.
+
+    Args:
+        dataset: Its rows are those of ``ImageSource``. It is to be whole: not split among processes.
+        config: Resolution, cropping, columns, seed and buffer.
+        show_progress: As in ``ImageSource``.
+
+    Raises:
+        ValueError: See ``ImageSource``; or an option that needs the number of images, or of classes, is left open.
+    """
+
+    def __init__(self, dataset: datasets.IterableDataset, config: ImageOptions, show_progress: bool = False) -> None:
+        dataset = dataset.with_format(None)
+        features = dataset.features or dict.fromkeys(next(iter(dataset), {}))
+        if not features:
+            raise ValueError("The data set is empty: there is nothing to train on.")
+        self._image_column = image_column(features, config.image_column)
+        if dataset.features is not None:
+            dataset = decoded(dataset, self._image_column)
+            features = dataset.features
+        self._label_column = label_column(features, config.label_column)
+        if config.class_conditional and self._label_column is not None and config.num_classes is None:
+            if not isinstance(features[self._label_column], datasets.ClassLabel):
+                raise ValueError(
+                    f"class_conditional: label_column {self._label_column!r} of a stream does not say how many classes "
+                    "there are: pass num_classes."
+                )
+        columns = [name for name in (self._image_column, self._label_column) if name is not None]
+        stream = dataset.select_columns(columns)
+        encoded = isinstance(features[self._image_column], datasets.Image)
+        if encoded:
+            stream = stream.cast_column(self._image_column, datasets.Image(decode=False))
+        self._stream = stream
+        if config.shuffle_buffer:
+            self._stream = stream.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
+        self._skip_broken, self._white = config.skip_broken_images, config.white_level
+        self._class_conditional = config.class_conditional
+        self._broken = 0
+        self._passes: list[tuple[int, int]] = [(0, 0)]
+
+        rows = [dict(row) for row in islice(self._one_pass(0), FIRST_IMAGES)]
+        first = datasets.Dataset.from_list(rows, features=stream.features if rows else None)
+        if encoded and rows:
+            first = first.cast_column(self._image_column, datasets.Image())
+        # Broken ones are left out already.
+        super().__init__(first, replace(config, skip_broken_images=False, cache_images=False), show_progress)
+        logger.info("Size, channels and statistics of the data are those of the first %d images.", len(first))
+
+    @property
+    def num_images(self) -> None:
+        """Not known."""
+
+    def epoch(self, samples_seen: int) -> float:
+        """The pass, counted from 0, in which this number of samples is reached."""
+        return float(self.pass_at(samples_seen)[0])
+
+    def pass_at(self, samples_seen: int) -> tuple[int, int]:
+        """The pass in which this number of samples is reached, and the sample number with which it began."""
+        return next(begun for begun in reversed(self._passes) if begun[1] <= samples_seen)
+
+    def resume(self, epoch: int, number: int) -> None:
+        """Let ``rows`` begin with pass ``epoch``, whose first sample has this number: what ``pass_at`` has returned.
+
+        A shuffle buffer cannot be restored, so the pass is read again up to where training goes on: that is exact, and
+        costs the reading of these images, without decoding (with it, to leave out broken ones).
+        """
+        self._passes = [(epoch, number)]
+
+    def rows(self, first: int) -> Iterator[tuple[int, Row]]:
+        """Sample numbers and rows from number ``first`` on, pass after pass, without end."""
+        epoch, number = self._passes[-1]
+        while True:
+            begun = number
+            for row in self._one_pass(epoch):
+                if number >= first:
+                    yield number, row
+                number += 1
+            if number == begun:
+                raise ValueError(f"Pass {epoch} through the data set has no image that can be read.")
+            logger.info("Pass %d through the data had %d images.", epoch, number - begun)
+            epoch += 1
+            self._passes.append((epoch, number))
+
+    def prepare(self, number: int, row: Row, random: np.random.Generator | None = None) -> np.ndarray:
+        """The image of a row, bytes of shape (C, H, W); ``random`` places the crop unless cropping is central."""
+        return self._fit(number, self._decode(number, row), random)
+
+    def labels_of(self, rows: Sequence[Row]) -> Tensor | None:
+        """Classes of rows, int64 (B,), where training asks for them."""
+        column = self._label_column
+        if not self._class_conditional or column is None:
+            return None
+        labels, classes = [row[column] for row in rows], len(self.class_names)
+        for label in labels:
+            if label is None or not 0 <= label < classes:
+                raise ValueError(f"class_conditional needs labels in [0, {classes}), the data hold {label!r}.")
+        return torch.tensor(labels, dtype=torch.int64)
+
+    def _one_pass(self, epoch: int) -> Iterator[Row]:
+        self._stream.set_epoch(epoch)
+        for position, row in enumerate(self._stream):
+            if self._skip_broken:
+                try:
+                    self._decode(position, row)
+                except ValueError as error:
+                    self._report_broken(position, row, error)
+                    continue
+            yield row
+
+    def _decode(self, number: int, row: Row) -> Image.Image:
+        value = row[self._image_column]
+        # A dictionary is an image that datasets has not decoded.
+        return self._open(number, lambda: datasets.Image().decode_example(value) if isinstance(value, dict) else value)
+
+    def _report_broken(self, position: int, row: Row, error: ValueError) -> None:
+        self._broken += 1
+        if self._broken <= REPORTED:
+            value = row[self._image_column]
+            name = value.get("path") if isinstance(value, dict) else None
+            logger.warning("Left out an image that cannot be read, %s: %s", name or position, error.__cause__)
+        if self._broken == REPORTED:
+            logger.warning("More images that cannot be read are left out without a word.")
+
+
+class StreamedSamples(TrainingSamples):
+    """Training samples of a ``StreamSource``; arguments and batches as in ``TrainingSamples``.
+
+    The training process reads; loader processes decode and draw the noise.
+    """
+
+    _source: StreamSource
+
+    def __getitems__(self, numbered: Sequence[tuple[int, Row]]) -> dict[str, Tensor]:  # type: ignore[override]
+        """A batch of numbers and rows from ``deal``."""
+        numbers, rows = zip(*numbered, strict=True)
+        source = self._source
+        return self._batch(
+            numbers, lambda i, random: source.prepare(numbers[i], rows[i], random), source.labels_of(rows)
+        )
+
+    def deal(self, first: int, batch_size: int, process: int, processes: int) -> Iterable[list[Any]]:
+        """Numbers and rows for each batch of one process; see ``TrainingSamples.deal``."""
+        batch = []
+        for number, row in self._source.rows(first):
+            if (number - first) // batch_size % processes == process:
+                batch.append((number, row))
+                if len(batch) == batch_size:
+                    yield batch
+                    batch = []
+
+
+def open_source(
+    dataset: datasets.Dataset | datasets.IterableDataset, config: ImageOptions, show_progress: bool = False
+) -> ImageSource:
+    """The source of training images that suits a data set."""
+    if config.streaming and isinstance(dataset, datasets.Dataset):
+        dataset = dataset.to_iterable_dataset()
+    source_class = StreamSource if isinstance(dataset, datasets.IterableDataset) else ImageSource
+    return source_class(dataset, config, show_progress)

@@ -1,0 +1,16 @@
+"""From networks to denoisers: parametrisations, time conditioning, losses, and classifiers of noisy data."""
+
+from .denoisers import Denoiser, call_network, network_denoiser
+from .losses import denoising_loss, sample_times
+from .parametrizations import Parametrization, TimeConditioning, get_parametrization
+
+__all__ = [
+    "Denoiser",
+    "Parametrization",
+    "TimeConditioning",
+    "call_network",
+    "denoising_loss",
+    "get_parametrization",
+    "network_denoiser",
+    "sample_times",
+]

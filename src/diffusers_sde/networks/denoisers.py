@@ -1,0 +1,54 @@
+"""From a network to a denoiser: parametrisation and time conditioning undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..sdes import SDE, as_time, expand_like
+from .parametrizations import Parametrization, TimeConditioning
+
+Denoiser = Callable[..., Tensor]
+"""(x_t of shape (B, ...), t of shape () or (B,), **conditioning) -> x0_hat = E[x_0 | x_t], shape (B, ...)."""
+
+
+def call_network(network: Callable[..., Any], x: Tensor, timestep: Tensor, **kwargs: Any) -> Tensor:
+    """Call a diffusers model or any function of (x, timestep); returns its output tensor, shape (B, ...).
+
+    The timestep is passed as a tensor of shape (B,): UNet2DModel truncates a Python float to an integer.
+    """
+    timestep = timestep.to(device=x.device, dtype=x.dtype).expand(x.shape[0])
+    output = network(x, timestep, **kwargs)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def network_denoiser(
+    network: Callable[..., Any],
+    sde: SDE,
+    parametrization: Parametrization,
+    conditioning: TimeConditioning,
+    **kwargs: Any,
+) -> Denoiser:
+    """The denoiser (x_t, t) -> x0_hat of a network.
+
+    Args:
+        network: Called as ``network(x, timestep, **kwargs)``; a diffusers model or a plain function.
+        sde: The SDE that it was trained for.
+        parametrization: What it predicts.
+        conditioning: What it is fed.
+        **kwargs: Passed on to the network, such as ``class_labels``.
+
+    Returns:
+        A function of x_t, shape (B, ...), and SDE time, shape () or (B,).
+    """
+
+    def denoise(x: Tensor, t: Tensor | float) -> Tensor:
+        t = as_time(t)
+        alpha, sigma = sde.alpha(t), sde.sigma(t)
+        scaled = x * expand_like(parametrization.input_scale(alpha, sigma), x).to(x)
+        output = call_network(network, scaled, conditioning.timestep(sde, t), **kwargs)
+        return parametrization.to_x0(output, x, alpha, sigma)
+
+    return denoise

@@ -1,0 +1,236 @@
+"""Adaptive reverse-SDE sampling: every sample with its own steps, on a Brownian path that survives rejection.
+
+In y = x/alpha and lambda = log(alpha/sigma) the reverse SDE of stochasticity eta is, for every SDE of the family,
+
+    dy = q (x0_hat - y) d lambda + eta sqrt(2) exp(-lambda) dW,    q = 1 + eta^2,
+
+and over a step from lambda to lambda' = lambda + h it is solved by
+
+    y' = exp(-q h) y + q int exp(-q (lambda' - l)) x0_hat(l) dl + exp(-q lambda') (B(c') - B(c)),
+
+with a Brownian motion B of the clock c = exp(2 eta^2 lambda): the noise is exact for any step. A step that is
+rejected has looked at B(c'). Drawing anew would favour paths that are easy to integrate, so the value is kept, and
+the shorter step draws B between the two known values (a Brownian bridge).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..basics.checks import (
+    check_conditioning,
+    check_generators,
+    check_integer,
+    check_number,
+    check_state,
+    check_tolerances,
+)
+from ..basics.noise import Generators, standard_normal_like
+from ..networks.denoisers import Denoiser
+from ..sdes import SDE, expand_like
+from .solution import FlowSolution, SolverError
+from .time_grids import MIN_LOG_SNR
+
+MAX_STEP = 1.0  # in lambda; a rise of x0_hat is about two wide, and a longer step may jump over it unseen
+
+
+class _BrownianPath:
+    """Increments of Brownian motion from the current point of each sample, with known points in its future.
+
+    Known points form a stack, the nearest on top: a step may end on the top or before it, in which case a bridge to
+    it is drawn and pushed; where there is none, a fresh increment. Accepting a step moves the current point.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self.depth = torch.zeros(shape[0], dtype=torch.int64, device=device)
+        self.clock: list[Tensor] = []  # of each place in the stack: clock time, shape (B,)
+        self.value: list[Tensor] = []  # B there minus B at the current point, shape (B, ...)
+        self.shape, self.dtype, self.device = shape, dtype, device
+
+    def top(self) -> Tensor:
+        """Clock time of the nearest known point, infinite where there is none, shape (B,)."""
+        result = torch.full((self.shape[0],), math.inf, dtype=torch.float64, device=self.device)
+        for k, clock in enumerate(self.clock):
+            result = torch.where(self.depth == k + 1, clock, result)
+        return result
+
+    def _top_value(self) -> Tensor:
+        result = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for k, value in enumerate(self.value):
+            result = torch.where(expand_like(self.depth == k + 1, result), value, result)
+        return result
+
+    def increment(self, now: Tensor, end: Tensor, active: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
+        """B(end) - B(now), known from then on; ``end`` is at most ``top()``; shapes (B,)."""
+        top, value = self.top(), self._top_value()
+        known = end == top
+        fresh = torch.isinf(top)
+        share = torch.where(fresh, torch.zeros_like(end), (end - now) / (top - now).clamp(min=1e-300))
+        std = torch.where(fresh, end - now, (1.0 - share) * (end - now)).clamp(min=0.0).sqrt()
+        z = draw(active & ~known)
+        new = expand_like(share.to(value.dtype), value) * value + expand_like(std.to(value.dtype), value) * z
+        new = torch.where(expand_like(known, value), value, new)
+        push = active & ~known
+        if bool(push.any()) and int(self.depth[push].max()) == len(self.clock):
+            self.clock.append(torch.zeros_like(end))
+            self.value.append(torch.zeros_like(value))
+        for k in range(len(self.clock)):
+            here = push & (self.depth == k)
+            self.clock[k] = torch.where(here, end, self.clock[k])
+            self.value[k] = torch.where(expand_like(here, value), new, self.value[k])
+        self.depth = self.depth + push.long()
+        return new
+
+    def accept(self, accepted: Tensor, increment: Tensor) -> None:
+        """Move to the nearest known point."""
+        self.depth = self.depth - accepted.long()
+        shift = torch.where(expand_like(accepted, increment), increment, torch.zeros_like(increment))
+        self.value = [value - shift for value in self.value]
+
+
+@torch.no_grad()
+def sample_adaptive(
+    sde: SDE,
+    denoiser: Denoiser,
+    x: Tensor,
+    rtol: float = 0.02,
+    atol: float = 0.01,
+    generator: Generators = None,
+    stochasticity: float = 1.0,
+    t_end: float | None = None,
+    denoise_final: bool = True,
+    max_calls: int = 10_000,
+    conditioning: Mapping[str, Tensor] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> FlowSolution:
+    """Sample the reverse SDE with steps that each sample chooses by its own error.
+
+    One call a step: x0_hat is extrapolated in lambda from the last two estimates, evaluated at the point reached, and
+    the step redone with it (the solver of ``exponential`` with ``solver_order=2, solver_correction=True``, weakly of
+    order two). The change that this makes, an error in the data, is to have a root mean square of at most 1 in units of
+    atol + rtol |x0_hat|. (Relative to the state it would not say anything: that is nearly all noise.) After
+    Jolicoeur-Martineau et al. 2021 (arXiv:2105.14080), whose solver takes two calls a step and draws new noise after
+    a rejection, and Rackauckas & Nie 2017 (Discrete Contin. Dyn. Syst. B 22), for the path.
+
+    Args:
+        sde: The SDE.
+        denoiser: (x_t of shape (B, ...), t of shape (B,), **conditioning) -> x0_hat. It is called on the samples
+            that are not finished.
+        x: Start at t_max, drawn from the prior, shape (B, ...).
+        rtol: Relative tolerance.
+        atol: Absolute tolerance, in units of the data.
+        generator: One generator, or a list with one for each sample, with which a sample depends on nothing but its
+            own.
+        stochasticity: 1 for the reverse SDE, 0 for the probability-flow ODE, and others.
+        t_end: Last time, the SDE's ``t_min`` if None.
+        denoise_final: End with x0_hat at ``t_end``.
+        max_calls: Limit of calls for one sample.
+        conditioning: Arguments of the denoiser with one row per sample, such as ``class_labels``.
+        progress: Called with the number of samples that have just arrived.
+
+    Raises:
+        ValueError: A tolerance without meaning, another argument out of range, or a start that is not finite.
+        SolverError: An estimate is not finite, the step size vanishes, or a sample is not finished after ``max_calls``.
+    """
+    rtol, atol = check_tolerances(rtol, atol)
+    stochasticity = check_number("stochasticity", stochasticity, at_least=0.0)
+    t_end = check_number("t_end", sde.t_min if t_end is None else t_end, above=0.0, below=sde.t_max)
+    max_calls = check_integer("max_calls", max_calls, at_least=1)
+    x = check_state(x)
+    check_generators(generator, len(x))
+    conditioning = check_conditioning(conditioning, len(x))
+    eta2, q, batch, device = stochasticity**2, 1.0 + stochasticity**2, len(x), x.device
+    start_lam = 0.5 * max(float(sde.log_snr(sde.t_max)), MIN_LOG_SNR)
+    end_lam = 0.5 * float(sde.log_snr(t_end))
+
+    def evaluate(y: Tensor, lam: Tensor, active: Tensor, before: Tensor | None) -> Tensor:
+        t = sde.time_of(2.0 * lam[active]).clamp(max=sde.t_max)
+        rows = {name: value[active] for name, value in conditioning.items()}
+        state = y[active] * expand_like(sde.alpha(t), y[active]).to(y)
+        estimate = denoiser(state, t, **rows)
+        if estimate.shape != state.shape:
+            raise ValueError(
+                f"the denoiser returned shape {tuple(estimate.shape)} for a state of {tuple(state.shape)}."
+            )
+        finite = torch.isfinite(estimate).flatten(1).all(1)
+        if not bool(finite.all()):
+            where = float(t[int(finite.to(torch.int64).argmin())])
+            raise SolverError(f"the denoiser is not finite at t = {where:g}, in {int((~finite).sum())} samples.")
+        result = torch.zeros_like(y) if before is None else before.clone()
+        result[active] = estimate.to(y)
+        return result
+
+    def draw(wanted: Tensor) -> Tensor:
+        z = torch.zeros_like(y)
+        if bool(wanted.any()):
+            chosen: Generators = generator
+            if generator is not None and not isinstance(generator, torch.Generator):
+                chosen = [g for g, w in zip(generator, wanted.tolist(), strict=True) if w]
+            z[wanted] = standard_normal_like(y[wanted], chosen).to(y)
+        return z
+
+    lam = torch.full((batch,), start_lam, dtype=torch.float64, device=device)
+    # x/alpha at the start; where alpha(t_max) = 0 the state is noise, at sigma/alpha = 1000 as at t_max.
+    first = float(sde.log_snr(sde.t_max))
+    y = x / float(sde.alpha(sde.t_max)) if first >= MIN_LOG_SNR else x * (math.exp(-start_lam) / sde.prior_std)
+    path = _BrownianPath(y.shape, y.dtype, device)
+    active = torch.ones(batch, dtype=torch.bool, device=device)
+    estimate = evaluate(y, lam, active, None)
+    previous, back = estimate, torch.full_like(lam, math.inf)  # the estimate before, and its distance in lambda
+    step = torch.full_like(lam, 0.1)
+    calls, rejected = torch.ones(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
+
+    while bool(active.any()):
+        if int(calls.max()) >= max_calls:
+            raise SolverError(f"{int(active.sum())} samples are not finished after max_calls={max_calls} calls.")
+        target = torch.minimum(lam + step.clamp(max=MAX_STEP), torch.full_like(lam, end_lam))
+        target = torch.where(end_lam - target < 1e-3 * step, torch.full_like(lam, end_lam), target)
+        if eta2 > 0:
+            now, top = torch.exp(2 * eta2 * lam), path.top()
+            clock = torch.exp(2 * eta2 * target)
+            lands = clock >= top * (1 - 1e-9)  # on the nearest known point of the path, at the latest
+            clock = torch.where(lands, top, clock)
+            target = torch.where(lands, torch.log(torch.where(lands, top, clock)) / (2 * eta2), target)
+            noise = path.increment(now, clock, active, draw) * expand_like(torch.exp(-q * target), y).to(y)
+        else:
+            noise = torch.zeros_like(y)
+        h = target - lam
+        # Exact weights of a constant and of a slope: q int_0^h exp(q (w - h)) (1, w) dw.
+        constant = -torch.expm1(-q * h)
+        slope = torch.where(q * h > 1e-3, h - constant / q, q * h**2 * (0.5 - q * h / 6))
+        c0, c1, ahead = (expand_like(v, y).to(y) for v in (constant, slope / back, slope / h))
+        base = y * (1 - c0) + noise + c0 * estimate
+        predicted = base + c1 * (estimate - previous)
+        new = evaluate(predicted, target, active, estimate)
+        corrected = base + ahead * (new - estimate)
+        tolerance = atol + rtol * torch.maximum(estimate.abs(), new.abs())
+        error = ((corrected - predicted) / tolerance).flatten(1).square().mean(1).sqrt().to(torch.float64)
+        calls += active.cpu()
+        fine = active & (error <= 1.0)
+        rejected += (active & ~fine).cpu()
+
+        if eta2 > 0:
+            path.accept(fine, noise / expand_like(torch.exp(-q * target), y).to(y))
+        chosen = expand_like(fine, y)
+        done = fine & (target >= end_lam * (1 - 1e-12) if end_lam > 0 else target >= end_lam)
+        y = torch.where(chosen, corrected, y)
+        previous, estimate = torch.where(chosen, estimate, previous), torch.where(chosen, new, estimate)
+        lam, back = torch.where(fine, target, lam), torch.where(fine, h, back)
+        # The error of a step grows like h^(3/2): the noise in x0_hat decides.
+        factor = (0.9 * error.clamp(min=1e-10) ** (-2.0 / 3.0)).clamp(0.2, 3.0)
+        step = torch.where(active, h * factor, step)
+        active = active & ~done
+        if bool((active & (step < 1e-9 * lam.abs().clamp(min=1.0))).any()):
+            raise SolverError(
+                f"the step size vanished: the denoiser is not smooth, or its round-off exceeds the tolerance (rtol "
+                f"{rtol:g}, atol {atol:g})."
+            )
+        if progress is not None:
+            progress(int(done.sum()))
+
+    alpha = float(sde.alpha(t_end))
+    return FlowSolution(estimate if denoise_final else y * alpha, calls, rejected)

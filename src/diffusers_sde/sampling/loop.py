@@ -1,0 +1,54 @@
+"""The reference loop: what it means to execute a plan. Schedulers must equal it bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..basics.checks import check_generators, check_tensor
+from ..basics.noise import Generators, standard_normal_like
+from ..networks.denoisers import Denoiser
+from .plans import Plan, advance, memorise
+
+
+@torch.no_grad()
+def sample(
+    plan: Plan,
+    denoiser: Denoiser,
+    x: Tensor,
+    generator: Generators = None,
+    batch_norms: bool = False,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Execute a plan.
+
+    Args:
+        plan: From ``make_plan``.
+        denoiser: (x, t) -> x0_hat; for a folded plan the network itself, called with SDE time.
+        x: Start, drawn from the prior, shape (B, ...).
+        generator: One generator, or a list with one for each sample.
+        batch_norms: See ``advance``.
+        callback: Called with the row's index and the sample after each row.
+
+    Returns:
+        The sample, shape of ``x``.
+
+    Raises:
+        ValueError: ``x`` or ``generator`` do not fit, or the denoiser returns another shape.
+    """
+    check_tensor("x", x, finite=False)
+    check_generators(generator, len(x))
+    memory: list[Tensor] = []
+    for i, row in enumerate(plan.rows):
+        output = denoiser(x, torch.tensor(row.t, dtype=torch.float64, device=x.device))
+        if output.shape != x.shape:
+            raise ValueError(f"the denoiser returned shape {tuple(output.shape)} for a state of {tuple(x.shape)}.")
+        estimate = memorise(row, x, (x * row.skip).add_(output, alpha=row.out)) if row.remember else None
+        x = advance(row, x, output, memory, lambda: standard_normal_like(output, generator), batch_norms)  # noqa: B023
+        if estimate is not None:
+            memory = [estimate, *memory][: plan.memory]
+        if callback is not None:
+            callback(i, x)
+    return x

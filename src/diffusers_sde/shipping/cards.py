@@ -1,0 +1,365 @@
+"""Model cards: what a person who meets a model on the Hub needs to know, from the pipeline and from measurements.
+
+``results`` is a dictionary, read from one or several JSON files by ``scripts/push_to_hub.py``. All keys are optional:
+
+    license            of the weights, such as "apache-2.0"
+    description        what the model draws; default: one sentence
+    dataset            {"name": "Fashion-MNIST", "id": "zalando-datasets/fashion_mnist", "split": "train"}
+    training_command   one line of shell
+    metrics            [{"name": "FID, 5000 images", "type": "fid", "value": 12.3, "on": "20 calls, test split"}]
+    recipes            [{"options": {"predictor": "heun"}, "num_inference_steps": 20, "metrics": {"FID": 12.3}}]
+    pictures           {"Samples": "path/to/samples.png"}; copied into the repository
+    limitations        what the model cannot do; default: a sentence
+
+and what ``scripts/evaluate.py`` writes: its ``samplers`` become recipes, its numbers entries of the model-index.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from PIL import Image
+
+from .version import __version__
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+KEYS = ("license", "description", "dataset", "training_command", "metrics", "recipes", "pictures", "limitations")
+EVALUATION_KEYS = (
+    *("samplers", "data", "num_samples", "features", "baseline", "bits_per_dim", "images"),
+    *("model", "sde", "seed", "figure"),  # these are not used, because the pipeline itself knows them
+)
+TASK = "unconditional-image-generation"
+# These options of a sampler in an evaluation belong to the pipeline; the last one names the scheduler's class.
+CALL_OPTIONS = (
+    *("num_inference_steps", "method", "rtol", "atol", "guidance_scale", "classifier_guidance_scale"),
+    "scheduler",
+)
+PICTURES = "images"
+PICTURE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
+RECIPES: Sequence[Mapping[str, Any]] = (
+    {"options": {}, "num_inference_steps": 20},
+    {"options": {"predictor": "reverse_diffusion", "corrector": "langevin"}, "num_inference_steps": 100},
+    {"options": {"predictor": "heun", "corrector": None, "probability_flow": True}, "num_inference_steps": 10},
+)
+LIMITATIONS = (
+    "The model draws what is like its training data, biases included, and knows nothing else. Nothing is filtered. "
+    "It has not been tested for any use beyond research and teaching."
+)
+STOCK_PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+# For each class: the tag, the description, and a few lines of code that call it and run as they stand.
+PIPELINES = {
+    "SDEPipeline": (
+        "unconditional-image-generation",
+        "Draws images from noise.",
+        "image = pipe(num_inference_steps=20).images[0]",
+    ),
+    "ClassConditionalSDEPipeline": (
+        "class-conditional-image-generation",
+        "Draws images of a class that you name.",
+        "image = pipe(class_labels={label}, num_inference_steps=20).images[0]",
+    ),
+    "InpaintSDEPipeline": (
+        "image-to-image",
+        "Fills holes in images.",
+        "from PIL import Image\n\n"
+        'picture = Image.new("{mode}", ({width}, {height}), "grey")  # yours\n'
+        'mask = Image.new("L", picture.size)\n'
+        "mask.paste(255, (0, 0, {width} // 2, {height}))  # white: to be painted\n"
+        "image = pipe(picture, mask, num_inference_steps=20).images[0]",
+    ),
+    "RestorationSDEPipeline": (
+        "image-to-image",
+        "Restores images from incomplete or noisy measurements.",
+        "import torch\n\n"
+        'operator = pipe.operators["Downsampling"](2, pipe.sample_shape)\n'
+        "small = torch.zeros(1, *operator.measurement_shape)  # yours, in the network's range\n"
+        "image = pipe(small, operator, noise_std=0.05, num_inference_steps=20).images[0]",
+    ),
+}
+
+
+def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None) -> ModelCard:
+    """The card of a pipeline.
+
+    Args:
+        pipe: A pipeline of this package.
+        repo_id: Name of its repository, ``user/name``.
+        results: What the pipeline does not know about itself; see the head of this module.
+
+    Raises:
+        ValueError: ``results`` hold something unknown, or a recipe that the scheduler refuses.
+    """
+    results = checked_results(results)
+    unknown = sorted(set(results).difference(KEYS, EVALUATION_KEYS))
+    if unknown:
+        raise ValueError(f"results: unknown keys {', '.join(unknown)}; known are {', '.join(KEYS + EVALUATION_KEYS)}.")
+    task, description, call = next(PIPELINES[c.__name__] for c in type(pipe).__mro__ if c.__name__ in PIPELINES)
+    channels, height, width = pipe.sample_shape
+    label = min(pipe.labels, key=pipe.labels.__getitem__, default=0) if hasattr(pipe, "labels") else 0
+    dataset = {**results.get("data", {}), **results.get("dataset", {})}
+    metrics = _metrics(results)
+    entries = [*metrics, *_sampler_metrics(results)]
+    recipes = [*results.get("recipes", []), *map(_recipe, results.get("samplers", []))] or RECIPES
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=TASK if task.endswith("conditional-image-generation") else task,
+        license=results.get("license"),
+        datasets=[dataset["id"]] if "id" in dataset else None,
+        tags=["diffusers", "diffusers_sde", "score-based-generative-modeling", "sde", task],
+        model_name=repo_id.split("/")[-1] if entries else None,
+        eval_results=[
+            EvalResult(
+                task_type=TASK,
+                dataset_type=dataset.get("id", "unknown"),
+                dataset_name=dataset.get("name", "unknown"),
+                dataset_split=dataset.get("split"),
+                metric_type=metric["type"],
+                metric_name=metric["name"],
+                metric_value=metric["value"],
+            )
+            for metric in entries
+        ]
+        or None,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        title=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        version=f"diffusers_sde {__version__}",
+        description=results.get("description") or f"{description} A score model trained on {_name(dataset)}.",
+        pictures=[{"title": t, "path": f"{PICTURES}/{Path(p).name}"} for t, p in results.get("pictures", {}).items()],
+        call=call.format(label=repr(label), mode="L" if channels == 1 else "RGB", width=width, height=height),
+        stock=_stock(pipe),
+        features=_features(results),
+        recipes=_recipe_table(pipe.scheduler, recipes),
+        example=next(
+            (_text(r["options"]) for r in recipes if r.get("options") and r.get("scheduler") is None), "solver_order=2"
+        ),
+        facts=_table(["", ""], _facts(pipe, dataset)),
+        measured=bool(metrics),
+        metrics=_table(["metric", "value", "on"], [[m["name"], m["text"], m.get("on", "")] for m in metrics]),
+        training_command=results.get("training_command"),
+        limitations=results.get("limitations") or LIMITATIONS,
+    )
+
+
+def add_card(folder: str | os.PathLike, pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None) -> None:
+    """Write the card of a pipeline, README.md, into its folder, and copy its pictures there; see ``model_card``.
+
+    Raises:
+        ValueError: See ``model_card``; or the file of a picture is missing or is not a picture.
+    """
+    card = model_card(pipe, repo_id, results)
+    pictures = checked_pictures((results or {}).get("pictures", {}))
+    card.save(Path(folder) / "README.md")
+    for picture in pictures:
+        (Path(folder) / PICTURES).mkdir(exist_ok=True)
+        shutil.copyfile(picture, Path(folder) / PICTURES / Path(picture).name)
+
+
+def checked_results(results: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Check that every part of ``results`` has the form that the head of this module describes, and return them.
+
+    Raises:
+        ValueError: A part has another form.
+    """
+    results = dict(results or {})
+    forms: dict[str, tuple[type, ...]] = {
+        **dict.fromkeys(("license", "description", "training_command", "limitations"), (str, type(None))),
+        **dict.fromkeys(("dataset", "data", "pictures", "features", "bits_per_dim"), (Mapping, type(None))),
+        **dict.fromkeys(("metrics", "recipes", "samplers"), (list, tuple)),
+    }
+    words: dict[Any, str] = {str: "text", Mapping: "an object", list: "a list"}
+    for key, allowed in forms.items():
+        if key in results and not isinstance(results[key], allowed):
+            raise ValueError(f"results: {key} must be {words[allowed[0]]}, got {results[key]!r}.")
+        if key in results and results[key] is None:
+            del results[key]
+    entries: dict[str, dict[str, Any]] = {
+        "metrics": {"name": str, "type": str, "value": Real},
+        "recipes": {"num_inference_steps": (Integral, str)},
+        "samplers": {"label": str, "options": Mapping, "calls_per_image": Real, "metrics": Mapping},
+    }
+    for key, parts in entries.items():
+        for entry in results.get(key, []):
+            for part, kind in parts.items():
+                if not isinstance(entry, Mapping) or isinstance(entry.get(part), bool):
+                    raise ValueError(
+                        f"results: each of {key} must be an object with {', '.join(parts)}, got {entry!r}."
+                    )
+                if not isinstance(entry.get(part), kind):
+                    raise ValueError(f"results: {key} must have a {part} each, got {entry.get(part)!r} in {entry!r}.")
+    return results
+
+
+def checked_pictures(pictures: Mapping[str, Any]) -> list[Path]:
+    """Check that each file is an image that a card can show, with a name of its own, and return the files.
+
+    Raises:
+        ValueError: A file does not exist, or it holds something else, which must not be published.
+    """
+    paths = [Path(str(picture)) for picture in pictures.values()]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"pictures: there is no file {str(path)!r}.")
+        try:
+            with Image.open(path) as image:
+                image.verify()
+                kind = image.format
+        except Exception as error:  # each format raises errors of its own
+            raise ValueError(f"pictures: {str(path)!r} is no image that can be read: {error}") from error
+        if kind not in PICTURE_FORMATS:
+            raise ValueError(f"pictures: {str(path)!r} must be one of {', '.join(PICTURE_FORMATS)}, got {kind}.")
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"pictures: their file names must differ, got {', '.join(names)}.")
+    return paths
+
+
+def _name(dataset: Mapping[str, Any]) -> str:
+    return str(dataset.get("name") or dataset.get("id") or "images that this card does not name")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _facts(pipe: Any, dataset: Mapping[str, Any]) -> list[list[str]]:
+    scheduler, unet = pipe.scheduler, pipe.unet
+    channels, height, width = pipe.sample_shape
+    rows = []
+    sde = getattr(scheduler, "sde", None)
+    if sde is not None:  # then the scheduler is one of ours
+        text = repr(sde)
+        rows += [
+            ["SDE", f"`{text if len(text) < 200 else type(sde).__name__}`"],
+            ["the network predicts", f"`{scheduler.config.prediction_type}`"],
+            ["it is fed", f"`{scheduler.config.time_conditioning}` time"],
+        ]
+    parameters = sum(p.numel() for p in unet.parameters())
+    return [
+        *rows,
+        ["network", f"`{type(unet).__name__}`, {parameters / 1e6:.2f} million parameters"],
+        ["images", f"{channels} x {height} x {width}"],
+        ["range of the data", f"[{pipe.config.data_min:g}, {pipe.config.data_max:g}]"],
+        ["training data", _name(dataset)],
+    ]
+
+
+def _recipe(sampler: Mapping[str, Any]) -> dict[str, Any]:
+    """A sampler of an evaluation as a recipe."""
+    options = dict(sampler["options"])
+    if options.get("predictor", "") is None:
+        options["predictor"] = "none"
+    return {
+        "label": ", ".join(f"{key}={options[key]!r}" for key in CALL_OPTIONS[1:] if key in options),
+        "options": {key: value for key, value in options.items() if key not in CALL_OPTIONS},
+        "scheduler": options.get("scheduler"),
+        "num_inference_steps": options.get("num_inference_steps", ""),
+        "calls": f"{sampler['calls_per_image']:g}",
+        "metrics": {k: f"{v:.4g}" for k, v in sampler["metrics"].items() if not k.endswith("_std")},
+    }
+
+
+def _text(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in options.items())
+
+
+def _recipe_table(scheduler: Any, recipes: Sequence[Mapping[str, Any]]) -> str:
+    """The table of samplers. Where the calls of a sampler are not given, its plan is made to count them."""
+    measures = list(dict.fromkeys(name for recipe in recipes for name in recipe.get("metrics", {})))
+    rows = []
+    for recipe in recipes:
+        options, levels, calls = recipe.get("options", {}), recipe["num_inference_steps"], recipe.get("calls")
+        if recipe.get("scheduler") is None:
+            # The plan is made even if the calls are known, because a card must show options that the scheduler accepts.
+            unknown = set(options) - set(inspect.signature(type(scheduler).__init__).parameters)
+            if unknown:
+                names = ", ".join(map(str, unknown))
+                raise ValueError(f"results: {type(scheduler).__name__} has no option {names}, as in {recipe!r}.")
+            try:
+                sampler = type(scheduler).from_config(scheduler.config, **options)
+                if isinstance(levels, Integral):
+                    sampler.set_timesteps(int(levels))
+                    calls = len(sampler.timesteps) if calls is None else calls
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"results: no sampler has the options {_text(options)}: {error}") from error
+        text = ", ".join(filter(None, [_text(options), recipe.get("label")]))
+        values = [recipe.get("metrics", {}).get(name, "") for name in measures]
+        rows.append([f"`{text}`" if text else "as it is", levels, calls, *values])
+    return _table(["scheduler", "levels", "calls", *measures], rows)
+
+
+def _features(results: Mapping[str, Any]) -> str | None:
+    """What the numbers of samplers were measured on."""
+    if not results.get("samplers"):
+        return None
+    features, data = results["features"], results["data"]
+    return (
+        f"{results['num_samples']} samples of each against {data['images']} images of {data['name']} "
+        f"({data['split']}); features: {features['name']}, {features['dimensions']} dimensions. Such numbers compare "
+        "with each other only."
+    )
+
+
+def _metrics(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Numbers about the model as a whole."""
+    metrics = [{"text": f"{metric['value']:.4g}", **metric} for metric in results.get("metrics", [])]
+    bits = results.get("bits_per_dim")
+    if bits is not None:
+        images = bits.get("images", results.get("images", "?"))
+        metrics.append(
+            {
+                "name": "bits/dim",
+                "type": "bits_per_dim",
+                "value": bits["mean"],
+                "text": f"{bits['mean']:.4f} +- {bits['standard_error']:.4f}",
+                "on": f"{images} images, {bits['dequantization']} dequantisation, t = {bits['t_min']:g}, rtol "
+                f"{bits['rtol']:g}",
+            }
+        )
+    return metrics
+
+
+def _sampler_metrics(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Numbers about samplers, which the table of samplers shows already."""
+    return [
+        {
+            "name": f"{name} ({sampler['label']}, {sampler['calls_per_image']:g} calls, {results.get('num_samples')} "
+            "samples)",
+            "type": name,
+            "value": value,
+        }
+        for sampler in results.get("samplers", [])
+        for name, value in sampler["metrics"].items()
+        if not name.endswith("_std")
+    ]
+
+
+def _stock(pipe: Any) -> str | None:
+    """A remark for users of stock diffusers, or None if it cannot run this model."""
+    config = pipe.scheduler.config
+    if (
+        type(pipe.scheduler).__name__ != "VPSDEScheduler"
+        or config.prediction_type not in STOCK_PREDICTIONS
+        or config.time_conditioning not in ("discrete", "continuous", "score_sde")
+        or (pipe.config.data_min, pipe.config.data_max) != (-1.0, 1.0)
+        or type(pipe).__name__ == "ClassConditionalSDEPipeline"
+    ):
+        return None
+    if config.time_conditioning == "discrete":
+        return " The table of noise levels is the one it was trained on."
+    return (
+        " The stock scheduler steps through the discrete table next to its SDE, and feeds the network a time that is a "
+        "thousandth off."
+    )
