@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..basics.checks import check_integer, check_number, check_state
 from ..networks.denoisers import Denoiser
-from ..sampling.solution import FlowSolution
+from ..sampling.solution import Solution
 from ..sdes import SDE
 from .solver import ODEOptions, integrate
 
@@ -24,7 +24,7 @@ def solve_flow(
     options: ODEOptions | None = None,
     conditioning: Mapping[str, Tensor] | None = None,
     progress: Callable[[int], object] | None = None,
-) -> FlowSolution:
+) -> Solution:
     """Carry samples along the probability-flow ODE from ``t_start`` to ``t_end``, in either direction.
 
     dx/dt = f x - g^2/2 score (Song et al. 2021, eq. 13), integrated as this module's head says.
@@ -60,7 +60,7 @@ def sample_flow(
     temperature: float = 1.0,
     conditioning: Mapping[str, Tensor] | None = None,
     progress: Callable[[int], object] | None = None,
-) -> FlowSolution:
+) -> Solution:
     """Samples by the probability-flow ODE from unit noise.
 
     Args:
@@ -106,7 +106,7 @@ def encode(
     t_min: float | None = None,
     conditioning: Mapping[str, Tensor] | None = None,
     progress: Callable[[int], object] | None = None,
-) -> FlowSolution:
+) -> Solution:
     """The latent codes of data: the flow from the data to the prior, scaled to unit noise.
 
     The data are taken as the state at ``t_min``, as in Song et al. 2021, section 4.3. ``decode`` is the inverse.
@@ -141,7 +141,7 @@ def decode(
     temperature: float = 1.0,
     conditioning: Mapping[str, Tensor] | None = None,
     progress: Callable[[int], object] | None = None,
-) -> FlowSolution:
+) -> Solution:
     """The data of latent codes, the inverse of ``encode``: ``sample_flow`` without a final denoising."""
     return sample_flow(denoiser, sde, latents, options, t_min, False, temperature, conditioning, progress)
 
@@ -186,7 +186,7 @@ def interpolate(
     options: ODEOptions | None = None,
     t_min: float | None = None,
     progress: Callable[[int], object] | None = None,
-) -> FlowSolution:
+) -> Solution:
     """Interpolate data: encode both ends, interpolate the codes spherically, decode (Song et al. 2021, section 4.3).
 
     Args:
@@ -214,6 +214,6 @@ def interpolate(
     path = slerp(codes[: len(x_a)], codes[len(x_a) :], torch.linspace(0.0, 1.0, num, dtype=torch.float64))
     solution = decode(denoiser, sde, path.flatten(0, 1), options, t_min, 1.0, None, progress)
     shape = (len(x_a), num)
-    return FlowSolution(
+    return Solution(
         solution.sample.reshape(*shape, *x_a.shape[1:]), solution.calls.reshape(shape), solution.rejected.reshape(shape)
     )

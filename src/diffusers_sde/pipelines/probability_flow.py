@@ -23,7 +23,7 @@ from ..flow.trace import TraceOptions
 from ..networks.denoisers import Denoiser
 from ..networks.parametrizations import Epsilon, Score
 from ..sampling.editing import edit
-from ..sampling.solution import FlowSolution
+from ..sampling.solution import Solution
 from ..schedulers import SCHEDULERS, SDEScheduler
 from ..schedulers.conversion import config_of, fitting_class
 
@@ -245,7 +245,7 @@ class ProbabilityFlow:
         options: ODEOptions | None = None,
         conditioning: Mapping[str, Tensor] | None = None,
         progress_bar: bool = False,
-    ) -> FlowSolution:
+    ) -> Solution:
         """Latent codes of images or latents, unit noise of shape (B, C, H, W); see ``flow.encode``."""
         x = self._state(x)
         with Progress(progress_bar, len(x), "encode") as progress:
@@ -266,7 +266,7 @@ class ProbabilityFlow:
         temperature: float = 1.0,
         conditioning: Mapping[str, Tensor] | None = None,
         progress_bar: bool = False,
-    ) -> FlowSolution:
+    ) -> Solution:
         """Data of latent codes, in the network's range; see ``flow.decode``."""
         latents = self._shaped(latents, "latents")
         with Progress(progress_bar, len(latents), "decode") as progress:
@@ -290,7 +290,7 @@ class ProbabilityFlow:
         temperature: float = 1.0,
         conditioning: Mapping[str, Tensor] | None = None,
         progress_bar: bool = False,
-    ) -> FlowSolution:
+    ) -> Solution:
         """Samples from unit noise by the adaptive solver; see ``flow.sample_flow``.
 
         Stops at the scheduler's ``sampling_eps`` unless ``t_min`` is given.
@@ -312,7 +312,7 @@ class ProbabilityFlow:
 
     def interpolate(
         self, a: Any, b: Any, num: int = 8, options: ODEOptions | None = None, progress_bar: bool = False
-    ) -> FlowSolution:
+    ) -> Solution:
         """Between images or latents ``a`` and ``b``, shape (B, num, C, H, W); see ``flow.interpolate``."""
         num = check_integer("num", num, at_least=2)
         a, b = self._state(a, "a"), self._state(b, "b")

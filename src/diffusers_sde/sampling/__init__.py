@@ -6,16 +6,16 @@ from .editing import edit
 from .loop import sample
 from .plans import Plan, Row, make_plan, restart_plan
 from .predictors import PREDICTORS
-from .solution import FlowSolution, SolverError
+from .solution import Solution, SolverError
 from .time_grids import TIME_GRIDS, get_time_grid
 
 __all__ = [
     "CORRECTORS",
     "PREDICTORS",
     "TIME_GRIDS",
-    "FlowSolution",
     "Plan",
     "Row",
+    "Solution",
     "SolverError",
     "edit",
     "get_time_grid",

@@ -32,7 +32,7 @@ from ..basics.checks import (
 from ..basics.noise import Generators, standard_normal_like
 from ..networks.denoisers import Denoiser
 from ..sdes import SDE, expand_like
-from .solution import FlowSolution, SolverError
+from .solution import Solution, SolverError
 from .time_grids import MIN_LOG_SNR
 
 MAX_STEP = 1.0  # in lambda; a rise of x0_hat is about two wide, and a longer step may jump over it unseen
@@ -106,7 +106,7 @@ def sample_adaptive(
     max_calls: int = 10_000,
     conditioning: Mapping[str, Tensor] | None = None,
     progress: Callable[[int], object] | None = None,
-) -> FlowSolution:
+) -> Solution:
     """Sample the reverse SDE with steps that each sample chooses by its own error.
 
     One call a step: x0_hat is extrapolated in lambda from the last two estimates, evaluated at the point reached, and
@@ -233,4 +233,4 @@ def sample_adaptive(
             progress(int(done.sum()))
 
     alpha = float(sde.alpha(t_end))
-    return FlowSolution(estimate if denoise_final else y * alpha, calls, rejected)
+    return Solution(estimate if denoise_final else y * alpha, calls, rejected)
