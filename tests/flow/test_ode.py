@@ -125,8 +125,9 @@ def test_error_falls_with_the_tolerance_and_calls_grow_slowly():
 def test_samples_have_the_moments_of_the_data(sde):
     """Exact up to Monte Carlo: z-scores below 4.9 (false-alarm rate 1e-6 each)."""
     model, n = mixture(), 2500
-    latents = torch.randn(n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    x = sample_flow(model.denoiser(sde), sde, latents, ODEOptions(batch_size=n, rtol=1e-3, atol=1e-3)).sample
+    start = sde.prior_sample((n, 3), torch.Generator().manual_seed(7), dtype=torch.float64)
+    options = ODEOptions(batch_size=n, rtol=1e-3, atol=1e-3)
+    x = sample_flow(model.denoiser(sde), sde, start, options, denoise_final=False).sample
     reference = model.sample(200_000, torch.Generator().manual_seed(8))
     z = (x.mean(0) - reference.mean(0)) / (reference.std(0) / math.sqrt(n))
     assert z.abs().max() < 4.9
@@ -184,8 +185,8 @@ def test_calls_are_those_of_the_denoiser():
     finished = []
     encode(counting, sde, x, ODEOptions(batch_size=4), progress=finished.append)
     assert sum(finished) == 10
-    denoised = sample_flow(counting, sde, x, denoise_final=True)
-    assert (denoised.calls == sample_flow(counting, sde, x).calls + 1).all()
+    denoised = sample_flow(counting, sde, x)
+    assert (denoised.calls == sample_flow(counting, sde, x, denoise_final=False).calls + 1).all()
 
 
 def test_slerp_keeps_norms_and_ends():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,13 +14,12 @@ from tqdm.auto import tqdm
 
 from ..basics.checks import check_integer, check_number, check_ordered, check_tensor
 from ..basics.noise import Generators
-from ..flow.codes import decode, encode, interpolate, sample_flow
+from ..flow.codes import decode, encode, interpolate, sample_flow, state_of_codes
 from ..flow.likelihood import LogProb, log_prob
 from ..flow.quantized import BitsPerDim, Quantization, bits_per_dim
 from ..flow.solver import ODEOptions
 from ..flow.trace import TraceOptions
 from ..networks.denoisers import Denoiser
-from ..networks.parametrizations import Epsilon, Score
 from ..sampling.editing import edit
 from ..sampling.solution import Solution
 from ..schedulers import SCHEDULERS, SDEScheduler
@@ -92,9 +90,8 @@ class ProbabilityFlow:
             if self.scheduler.conditioning.name == "discrete":
                 t_min = max(t_min, 1.0 / self.scheduler.conditioning.num_train_timesteps)
         self.t_min = check_number("t_min", t_min, above=0.0, below=self.sde.t_max)
-        if math.isinf(float(self.sde.log_snr(self.sde.t_max))) and isinstance(
-            self.scheduler.parametrization, (Epsilon, Score)
-        ):
+        alpha, sigma = self.sde.alpha(self.sde.t_max), self.sde.sigma(self.sde.t_max)
+        if not self.scheduler.parametrization.determines_data(alpha, sigma):
             raise ValueError(
                 f"prediction_type {self.scheduler.config.prediction_type!r} does not determine the data at t = "
                 f"{self.sde.t_max:g}, where this SDE has no signal left: its probability flow has no beginning."
@@ -143,7 +140,7 @@ class ProbabilityFlow:
         generator: Generators = None,
         progress_bar: bool = False,
     ) -> LogProb:
-        """Log-density in nats of continuous data in the network's range, or of latents; see ``likelihood.log_prob``.
+        """Log-density in nats of continuous data in the network's range, or of latents; see ``flow.log_prob``.
 
         Args:
             x: Floating-point tensor, shape (B, C, H, W). For a latent model these are latents, scaled as the network
@@ -159,7 +156,7 @@ class ProbabilityFlow:
 
         Raises:
             ValueError: Bad arguments.
-            RuntimeError: The solver gives up.
+            SolverError: The solver gives up.
         """
         x = self._state(x, "x")
         with Progress(progress_bar, len(x), "log-density") as progress:
@@ -167,12 +164,12 @@ class ProbabilityFlow:
                 self.denoiser,
                 self.sde,
                 x,
-                trace,
-                self._or_default(options),
-                self.t_min,
-                self._conditioning(conditioning),
-                generator,
-                progress,
+                trace=trace,
+                options=self._or_default(options),
+                t_min=self.t_min,
+                conditioning=self._conditioning(conditioning),
+                generator=generator,
+                progress=progress,
             )
 
     def bits_per_dim(
@@ -189,7 +186,7 @@ class ProbabilityFlow:
         generator: Generators = None,
         progress_bar: bool = False,
     ) -> BitsPerDim:
-        """Bits per dimension of images; see ``likelihood.bits_per_dim``.
+        """Bits per dimension of images; see ``flow.bits_per_dim``.
 
         Args:
             images: PIL images; uint8 arrays (B, H, W, C) or (B, H, W); integer tensors (B, C, H, W); or
@@ -210,7 +207,7 @@ class ProbabilityFlow:
 
         Raises:
             ValueError: Bad arguments, or a latent model.
-            RuntimeError: The solver gives up.
+            SolverError: The solver gives up.
         """
         if self.is_latent:
             raise ValueError(
@@ -225,16 +222,16 @@ class ProbabilityFlow:
                 self.denoiser,
                 self.sde,
                 images,
-                quantization,
-                value_range,
-                dequantization,
-                importance_samples,
-                trace,
-                self._or_default(options),
-                self.t_min,
-                self._conditioning(conditioning),
-                generator,
-                progress,
+                quantization=quantization,
+                value_range=value_range,
+                dequantization=dequantization,
+                importance_samples=importance_samples,
+                trace=trace,
+                options=self._or_default(options),
+                t_min=self.t_min,
+                conditioning=self._conditioning(conditioning),
+                generator=generator,
+                progress=progress,
             )
 
     # ------------------------------------------------------------------ codes
@@ -253,10 +250,10 @@ class ProbabilityFlow:
                 self.denoiser,
                 self.sde,
                 x,
-                self._or_default(options),
-                self.t_min,
-                self._conditioning(conditioning),
-                progress,
+                options=self._or_default(options),
+                t_min=self.t_min,
+                conditioning=self._conditioning(conditioning),
+                progress=progress,
             )
 
     def decode(
@@ -274,11 +271,11 @@ class ProbabilityFlow:
                 self.denoiser,
                 self.sde,
                 latents.to(self.device),
-                self._or_default(options),
-                self.t_min,
-                temperature,
-                self._conditioning(conditioning),
-                progress,
+                options=self._or_default(options),
+                t_min=self.t_min,
+                temperature=temperature,
+                conditioning=self._conditioning(conditioning),
+                progress=progress,
             )
 
     def sample(
@@ -293,7 +290,8 @@ class ProbabilityFlow:
     ) -> Solution:
         """Samples from unit noise by the adaptive solver; see ``flow.sample_flow``.
 
-        Stops at the scheduler's ``sampling_eps`` unless ``t_min`` is given.
+        The flow stops at the scheduler's ``sampling_eps`` unless ``t_min`` is given. ``temperature`` is a factor on the
+        latents, below 1 for samples that are more typical and less diverse.
         """
         t_min = max(float(self.scheduler.config.sampling_eps), self.t_min) if t_min is None else t_min
         latents = self._shaped(latents, "latents")
@@ -301,13 +299,12 @@ class ProbabilityFlow:
             return sample_flow(
                 self.denoiser,
                 self.sde,
-                latents.to(self.device),
-                self._or_default(options),
-                t_min,
-                denoise_final,
-                temperature,
-                self._conditioning(conditioning),
-                progress,
+                state_of_codes(self.sde, latents.to(self.device), temperature),
+                options=self._or_default(options),
+                t_min=t_min,
+                denoise_final=denoise_final,
+                conditioning=self._conditioning(conditioning),
+                progress=progress,
             )
 
     def interpolate(
@@ -317,7 +314,16 @@ class ProbabilityFlow:
         num = check_integer("num", num, at_least=2)
         a, b = self._state(a, "a"), self._state(b, "b")
         with Progress(progress_bar, len(a) * (2 + num), "interpolate") as progress:
-            return interpolate(self.denoiser, self.sde, a, b, num, self._or_default(options), self.t_min, progress)
+            return interpolate(
+                self.denoiser,
+                self.sde,
+                a,
+                b,
+                num=num,
+                options=self._or_default(options),
+                t_min=self.t_min,
+                progress=progress,
+            )
 
     def edit(
         self,
@@ -326,10 +332,18 @@ class ProbabilityFlow:
         num_steps: int = 50,
         generator: Generators = None,
     ) -> Tensor:
-        """Variations of images or latents by the reverse SDE; see ``flow.edit``."""
+        """Variations of images or latents by the reverse SDE; see ``sampling.edit``."""
         t_min = max(float(self.scheduler.config.sampling_eps), self.t_min)
         with torch.no_grad():
-            return edit(self.denoiser, self.sde, self._state(x), strength, num_steps, t_min, generator)
+            return edit(
+                self.denoiser,
+                self.sde,
+                self._state(x),
+                strength=strength,
+                num_steps=num_steps,
+                t_min=t_min,
+                generator=generator,
+            )
 
     # ------------------------------------------------------------------ inputs
 

@@ -1,6 +1,6 @@
 """Samplers: time grids, predictors, correctors, and the plans that they make."""
 
-from .adaptive import sample_adaptive
+from .adaptive import SDEOptions, sample_adaptive
 from .correctors import CORRECTORS
 from .editing import edit
 from .loop import sample
@@ -15,6 +15,7 @@ __all__ = [
     "TIME_GRIDS",
     "Plan",
     "Row",
+    "SDEOptions",
     "Solution",
     "SolverError",
     "edit",

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -92,60 +93,89 @@ class _BrownianPath:
         self.value = [value - shift for value in self.value]
 
 
+@dataclass(frozen=True)
+class SDEOptions:
+    """Settings of ``sample_adaptive``.
+
+    A step is accepted when the root mean square over a sample's entries of error / (atol + rtol |x0_hat|) is at most 1,
+    where the error is one of the data.
+
+    Args:
+        rtol: Relative tolerance.
+        atol: Absolute tolerance, in units of the data.
+        max_calls: Network calls per sample after which the sampler gives up.
+        stochasticity: 1 for the reverse SDE, 0 for the probability-flow ODE; every value has the same marginals.
+    """
+
+    rtol: float = 0.02
+    atol: float = 0.01
+    max_calls: int = 10_000
+    stochasticity: float = 1.0
+
+    def __post_init__(self) -> None:
+        rtol, atol = check_tolerances(self.rtol, self.atol)
+        object.__setattr__(self, "rtol", rtol)
+        object.__setattr__(self, "atol", atol)
+        object.__setattr__(self, "max_calls", check_integer("max_calls", self.max_calls, at_least=1))
+        stochasticity = check_number("stochasticity", self.stochasticity, at_least=0.0)
+        object.__setattr__(self, "stochasticity", stochasticity)
+
+
 @torch.no_grad()
 def sample_adaptive(
-    sde: SDE,
     denoiser: Denoiser,
+    sde: SDE,
     x: Tensor,
-    rtol: float = 0.02,
-    atol: float = 0.01,
-    generator: Generators = None,
-    stochasticity: float = 1.0,
-    t_end: float | None = None,
+    options: SDEOptions | None = None,
+    t_min: float | None = None,
     denoise_final: bool = True,
-    max_calls: int = 10_000,
     conditioning: Mapping[str, Tensor] | None = None,
+    generator: Generators = None,
     progress: Callable[[int], object] | None = None,
 ) -> Solution:
     """Sample the reverse SDE with steps that each sample chooses by its own error.
 
+    It takes the same start as ``sample`` and ends with x0_hat like it. ``sample`` executes a plan, in which all samples
+    take the same steps. ``flow.sample_flow`` has the same arguments as this function, the generator left out, and
+    integrates the probability-flow ODE.
+
     One call a step: x0_hat is extrapolated in lambda from the last two estimates, evaluated at the point reached, and
     the step redone with it (the solver of ``exponential`` with ``solver_order=2, solver_correction=True``, weakly of
-    order two). The change that this makes, an error in the data, is to have a root mean square of at most 1 in units of
-    atol + rtol |x0_hat|. (Relative to the state it would not say anything: that is nearly all noise.) After
-    Jolicoeur-Martineau et al. 2021 (arXiv:2105.14080), whose solver takes two calls a step and draws new noise after
-    a rejection, and Rackauckas & Nie 2017 (Discrete Contin. Dyn. Syst. B 22), for the path.
+    order two). The error is the change that this makes. (Relative to the state it would not say anything: that is
+    nearly all noise.) After Jolicoeur-Martineau et al. 2021 (arXiv:2105.14080), whose solver takes two calls a step and
+    draws new noise after a rejection, and Rackauckas & Nie 2017 (Discrete Contin. Dyn. Syst. B 22), for the path.
 
     Args:
-        sde: The SDE.
         denoiser: (x_t of shape (B, ...), t of shape (B,), **conditioning) -> x0_hat. It is called on the samples
-            that are not finished.
+            that are on their way.
+        sde: The SDE.
         x: Start at t_max, drawn from the prior, shape (B, ...).
-        rtol: Relative tolerance.
-        atol: Absolute tolerance, in units of the data.
+        options: Tolerances, limit of calls and stochasticity.
+        t_min: Last time; the SDE's own t_min if None.
+        denoise_final: Whether to end with x0_hat at ``t_min`` (Tweedie's formula) instead of the state there. The last
+            step has evaluated it already.
+        conditioning: Arguments of the denoiser with one row per sample, such as ``class_labels``.
         generator: One generator, or a list with one for each sample, with which a sample depends on nothing but its
             own.
-        stochasticity: 1 for the reverse SDE, 0 for the probability-flow ODE, and others.
-        t_end: Last time, the SDE's ``t_min`` if None.
-        denoise_final: End with x0_hat at ``t_end``.
-        max_calls: Limit of calls for one sample.
-        conditioning: Arguments of the denoiser with one row per sample, such as ``class_labels``.
         progress: Called with the number of samples that have just arrived.
 
+    Returns:
+        Samples and calls.
+
     Raises:
-        ValueError: A tolerance without meaning, another argument out of range, or a start that is not finite.
-        SolverError: An estimate is not finite, the step size vanishes, or a sample is not finished after ``max_calls``.
+        ValueError: An argument is out of range, or a start is not finite.
+        SolverError: An estimate is not finite, the step size vanishes, or a sample is not finished after
+            ``options.max_calls`` calls.
     """
-    rtol, atol = check_tolerances(rtol, atol)
-    stochasticity = check_number("stochasticity", stochasticity, at_least=0.0)
-    t_end = check_number("t_end", sde.t_min if t_end is None else t_end, above=0.0, below=sde.t_max)
-    max_calls = check_integer("max_calls", max_calls, at_least=1)
+    options = SDEOptions() if options is None else options
+    rtol, atol, max_calls, stochasticity = options.rtol, options.atol, options.max_calls, options.stochasticity
+    t_min = check_number("t_min", sde.t_min if t_min is None else t_min, above=0.0, below=sde.t_max)
     x = check_state(x)
     check_generators(generator, len(x))
     conditioning = check_conditioning(conditioning, len(x))
     eta2, q, batch, device = stochasticity**2, 1.0 + stochasticity**2, len(x), x.device
     start_lam = 0.5 * max(float(sde.log_snr(sde.t_max)), MIN_LOG_SNR)
-    end_lam = 0.5 * float(sde.log_snr(t_end))
+    end_lam = 0.5 * float(sde.log_snr(t_min))
 
     def evaluate(y: Tensor, lam: Tensor, active: Tensor, before: Tensor | None) -> Tensor:
         t = sde.time_of(2.0 * lam[active]).clamp(max=sde.t_max)
@@ -232,5 +262,5 @@ def sample_adaptive(
         if progress is not None:
             progress(int(done.sum()))
 
-    alpha = float(sde.alpha(t_end))
+    alpha = float(sde.alpha(t_min))
     return Solution(estimate if denoise_final else y * alpha, calls, rejected)
