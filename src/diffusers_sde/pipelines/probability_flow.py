@@ -91,10 +91,12 @@ class ProbabilityFlow:
                 t_min = max(t_min, 1.0 / self.scheduler.conditioning.num_train_timesteps)
         self.t_min = check_number("t_min", t_min, above=0.0, below=self.sde.t_max)
         alpha, sigma = self.sde.alpha(self.sde.t_max), self.sde.sigma(self.sde.t_max)
-        if not self.scheduler.parametrization.determines_data(alpha, sigma):
+        parametrization = self.scheduler.parametrization
+        if not parametrization.determines_data(alpha, sigma):
             raise ValueError(
-                f"prediction_type {self.scheduler.config.prediction_type!r} does not determine the data at t = "
-                f"{self.sde.t_max:g}, where this SDE has no signal left: its probability flow has no beginning."
+                f"prediction_type {self.scheduler.config.prediction_type!r} ({type(parametrization).__name__}) does "
+                f"not determine the data at t = {self.sde.t_max:g}, where this SDE has no signal left: its "
+                "probability flow has no beginning."
             )
         self.device = getattr(pipe, "_execution_device", getattr(pipe, "device", torch.device("cpu")))
 
