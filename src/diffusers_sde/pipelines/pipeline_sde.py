@@ -281,7 +281,10 @@ class SDEPipeline(SharedPipeline):
         trace: str = "resampled",
         generator: Generators = None,
     ) -> LogProb:
-        """Log-density in nats of continuous data in the network's range; see ``ProbabilityFlow.log_prob``."""
+        """Log-density in nats of continuous data in the network's range; see ``ProbabilityFlow.log_prob``.
+
+        ``trace`` and ``num_probes`` are those of ``TraceOptions``.
+        """
         flow = ProbabilityFlow(self)
         return flow.log_prob(
             x,

@@ -31,9 +31,9 @@ logger = logging.get_logger(__name__)
 class ProbabilityFlow:
     """The normalising flow that a diffusers pipeline's network and scheduler define.
 
-    For pipelines of this package and for stock ones: ``DDPMPipeline``, ``DDIMPipeline``, ``LDMPipeline`` and whatever
+    It takes pipelines of this package and stock ones: ``DDPMPipeline``, ``DDIMPipeline``, ``LDMPipeline`` and whatever
     else has a ``unet`` or ``transformer`` that predicts one value per channel, and a scheduler whose config names an
-    SDE. The pipeline is not changed: a stock scheduler is converted, never replaced.
+    SDE. The pipeline is not changed: what its stock scheduler says is read into a new scheduler of this package.
 
     Args:
         pipe: The pipeline.
@@ -362,7 +362,7 @@ class ProbabilityFlow:
         return x
 
     def _state(self, x: Any, name: str = "images") -> Tensor:
-        """Data in the network's range on its device: integer images are scaled, floating-point data are left alone."""
+        """Data in the network's range on its device. Integer images are scaled, floating-point data are left alone."""
         x = self._shaped(as_tensor(x, name), name).to(self.device)
         if x.is_floating_point():
             self._warn_about_range(x, name)
@@ -373,7 +373,7 @@ class ProbabilityFlow:
         return quantization.centers(quantization.levels_of(x, (0.0, 1.0)))
 
     def _warn_about_range(self, x: Tensor, name: str) -> None:
-        """Say so where data are as far from the network's range as bytes are."""
+        """Warn where data are as far from the network's range as bytes are."""
         low, high, width = float(x.min()), float(x.max()), self.data_max - self.data_min
         if not self.is_latent and (low < self.data_min - 4.0 * width or high > self.data_max + 4.0 * width):
             logger.warning(
@@ -425,7 +425,7 @@ def as_tensor(images: Any, name: str = "images") -> Tensor:
 
 
 def _check_deterministic(network: Any) -> None:
-    """A flow needs a function: dropout and batch norm in training mode are not one."""
+    """Refuse dropout and batch norm in training mode, with which the network is not a function of its input."""
     if not isinstance(network, torch.nn.Module):
         return
     random = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)

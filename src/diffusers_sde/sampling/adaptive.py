@@ -36,14 +36,15 @@ from ..sdes import SDE, expand_like
 from .solution import Solution, SolverError
 from .time_grids import MIN_LOG_SNR
 
-MAX_STEP = 1.0  # in lambda; a rise of x0_hat is about two wide, and a longer step may jump over it unseen
+LONGEST_LAMBDA_STEP = 1.0  # a rise of x0_hat is about two wide, and a longer step may jump over it unseen
 
 
 class _BrownianPath:
     """Increments of Brownian motion from the current point of each sample, with known points in its future.
 
-    Known points form a stack, the nearest on top: a step may end on the top or before it, in which case a bridge to
-    it is drawn and pushed; where there is none, a fresh increment. Accepting a step moves the current point.
+    Known points form a stack, with the nearest on top. A step may end on the top. If it ends before the top, a point of
+    the bridge to the top is drawn and pushed; if there is no known point, a fresh increment is drawn and pushed.
+    Accepting a step moves the current point.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
@@ -139,11 +140,12 @@ def sample_adaptive(
     take the same steps. ``flow.sample_flow`` has the same arguments as this function, the generator left out, and
     integrates the probability-flow ODE.
 
-    One call a step: x0_hat is extrapolated in lambda from the last two estimates, evaluated at the point reached, and
-    the step redone with it (the solver of ``exponential`` with ``solver_order=2, solver_correction=True``, weakly of
-    order two). The error is the change that this makes. (Relative to the state it would not say anything: that is
-    nearly all noise.) After Jolicoeur-Martineau et al. 2021 (arXiv:2105.14080), whose solver takes two calls a step and
-    draws new noise after a rejection, and Rackauckas & Nie 2017 (Discrete Contin. Dyn. Syst. B 22), for the path.
+    A step costs one call. x0_hat is extrapolated in lambda from the last two estimates, it is evaluated at the point
+    reached, and the step is done again with this value. (This is the solver of ``exponential`` with ``solver_order=2,
+    solver_correction=True``; it is weakly of order two.) The error is the change that the second version makes. It is
+    measured against x0_hat, since the state is nearly all noise. The judgement of each sample by its own error follows
+    Jolicoeur-Martineau et al. 2021 (arXiv:2105.14080), whose solver takes two calls a step and draws new noise after a
+    rejection; the Brownian path follows Rackauckas & Nie 2017 (Discrete Contin. Dyn. Syst. B 22).
 
     Args:
         denoiser: (x_t of shape (B, ...), t of shape (B,), **conditioning) -> x0_hat. It is called on the samples
@@ -217,7 +219,7 @@ def sample_adaptive(
     while bool(active.any()):
         if int(calls.max()) >= max_calls:
             raise SolverError(f"{int(active.sum())} samples are not finished after max_calls={max_calls} calls.")
-        target = torch.minimum(lam + step.clamp(max=MAX_STEP), torch.full_like(lam, end_lam))
+        target = torch.minimum(lam + step.clamp(max=LONGEST_LAMBDA_STEP), torch.full_like(lam, end_lam))
         target = torch.where(end_lam - target < 1e-3 * step, torch.full_like(lam, end_lam), target)
         if eta2 > 0:
             now, top = torch.exp(2 * eta2 * lam), path.top()
