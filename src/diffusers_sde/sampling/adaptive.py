@@ -33,6 +33,7 @@ from ..basics.checks import (
 from ..basics.noise import Generators, standard_normal_like
 from ..networks.denoisers import Denoiser
 from ..sdes import SDE, expand_like
+from .predictors import _moment
 from .solution import Solution, SolverError
 from .time_grids import MIN_LOG_SNR
 
@@ -232,8 +233,7 @@ def sample_adaptive(
             noise = torch.zeros_like(y)
         h = target - lam
         # Exact weights of a constant and of a slope: q int_0^h exp(q (w - h)) (1, w) dw.
-        constant = -torch.expm1(-q * h)
-        slope = torch.where(q * h > 1e-3, h - constant / q, q * h**2 * (0.5 - q * h / 6))
+        constant, slope = (_moment(h, torch.full_like(h, q), power) for power in (0, 1))
         c0, c1, ahead = (expand_like(v, y).to(y) for v in (constant, slope / back, slope / h))
         base = y * (1 - c0) + noise + c0 * estimate
         predicted = base + c1 * (estimate - previous)
