@@ -1,6 +1,6 @@
 """Samplers: time grids, predictors, correctors, and the plans that they make."""
 
-from .adaptive import sample_adaptive
+from .adaptive import SDEOptions, sample_adaptive
 from .classical import Ancestral, EulerMaruyama, Heun, NoPredictor, ReverseDiffusion
 from .correctors import CORRECTORS
 from .editing import edit
@@ -10,7 +10,7 @@ from .planning import make_plan
 from .predictors import PREDICTORS
 from .restart import restart_plan
 from .rows import Form, Plan, Row, advance, mean
-from .solution import FlowSolution, SolverError
+from .solution import Solution, SolverError
 from .stages import Predictor, Stage
 from .time_grids import TIME_GRIDS, get_time_grid
 
@@ -21,7 +21,6 @@ __all__ = [
     "Ancestral",
     "EulerMaruyama",
     "Exponential",
-    "FlowSolution",
     "Form",
     "Heun",
     "NoPredictor",
@@ -29,7 +28,9 @@ __all__ = [
     "Predictor",
     "ReverseDiffusion",
     "Row",
+    "SDEOptions",
     "Singlestep",
+    "Solution",
     "SolverError",
     "Stage",
     "advance",

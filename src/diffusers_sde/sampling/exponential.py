@@ -32,6 +32,7 @@ SHORTEST_REACH, LONGEST_REACH, REACH_OF_NOISE = 1.1, 1.75, 0.85
 # Up to this lambda (sigma/alpha = 150) E[x_0 | x_t] is nearly constant. The paper's VP SDE starts there.
 START_OF_CHANGE = -5.0
 SOLVER_TYPES = ("heun", "midpoint")
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(20)  # Gauss-Legendre quadrature on [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -131,12 +132,12 @@ class Exponential(Predictor):
         if self.solver_order is None:
             back = _within_reach(back, h, _reach(decay, order))
         exact = _adams_weights(h, q, back)
-        exact[0] = exact[0] + (_moment(whole, q, 0) - _moment(h, q, 0))
+        exact[0] = exact[0] + (kernel_moment(whole, q, 0) - kernel_moment(h, q, 0))
         used = exact
         if self.solver_order == 2 and self.solver_type == "midpoint":
-            slope = 0.5 * h * _moment(h, q, 0) / back[1]
+            slope = 0.5 * h * kernel_moment(h, q, 0) / back[1]
             slope = torch.where(torch.isfinite(h), slope, torch.zeros_like(h))
-            used = [_moment(whole, q, 0) + slope, -slope]
+            used = [kernel_moment(whole, q, 0) + slope, -slope]
         completion: list[Tensor] = []
         if self.solver_correction:
             # The step before with the estimate at its end included, minus the step as it was taken.
@@ -192,11 +193,11 @@ class Singlestep(Predictor):
         q = 1.0 + eta2
         middle = _middle(sde, t, s, c)
         x, noise, h, _ = _exact_part(sde, t, middle, eta2, c)
-        first = Stage(x, sde.alpha(middle) * _moment(h, q, 0), noise, keep=ESTIMATE, s=middle)
+        first = Stage(x, sde.alpha(middle) * kernel_moment(h, q, 0), noise, keep=ESTIMATE, s=middle)
         finite = torch.where(torch.isfinite(h), h, _exact_part(sde, middle, s, eta2, c)[2])
         x, noise, h, _ = _exact_part(sde, middle, s, eta2, c)
-        slope = (x * sde.alpha(middle) * _moment(finite, q, 1) + sde.alpha(s) * _moment(h, q, 1)) / finite
-        second = Stage(x, sde.alpha(s) * _moment(h, q, 0) + slope, noise, (-slope,), t=middle)
+        slope = (x * sde.alpha(middle) * kernel_moment(finite, q, 1) + sde.alpha(s) * kernel_moment(h, q, 1)) / finite
+        second = Stage(x, sde.alpha(s) * kernel_moment(h, q, 0) + slope, noise, (-slope,), t=middle)
         if c:
             first = first._replace(estimate=_gaussian_part_removed(sde, t, c))
             second = second._replace(estimate=_gaussian_part_removed(sde, middle, c))
@@ -311,7 +312,7 @@ def _newton_moments(h: Tensor, q: Tensor, back: list[Tensor], degrees: int) -> l
 
     b_k is the distance back to the k-th estimate before, ``back[k]``. Entries that do not exist are meaningless.
     """
-    moments = [_moment(h, q, j) for j in range(degrees)]
+    moments = [kernel_moment(h, q, j) for j in range(degrees)]
     polynomial, result = [torch.ones_like(h)], [moments[0]]  # of w, lowest power first
     for j in range(1, degrees):
         shifted = [torch.zeros_like(h), *polynomial]
@@ -353,16 +354,15 @@ def _moulton_update(h: Tensor, q: Tensor, back: list[Tensor]) -> list[Tensor]:
     return update
 
 
-def _moment(h: Tensor, q: Tensor, j: int) -> Tensor:
+def kernel_moment(h: Tensor, q: Tensor, j: int) -> Tensor:
     """q int_0^h exp(q (w - h)) w^j dw, accurate for every h (h may be infinite for j = 0)."""
     if j == 0:
         return -torch.expm1(-q * h)
-    nodes, quadrature = np.polynomial.legendre.leggauss(20)
-    theta = torch.as_tensor(0.5 * (nodes + 1.0), device=h.device)
-    half = torch.as_tensor(0.5 * quadrature, device=h.device)
+    theta = torch.as_tensor(0.5 * (NODES + 1.0), device=h.device)
+    half = torch.as_tensor(0.5 * WEIGHTS, device=h.device)
     small = torch.where(torch.isfinite(h), h, torch.zeros_like(h)).minimum(1.0 / q)
     integrand = torch.exp((q * small).unsqueeze(-1) * (theta - 1.0)) * theta**j * half
     by_quadrature = q * small ** (j + 1) * integrand.sum(-1)
-    by_recurrence = torch.where(torch.isfinite(h), h, torch.zeros_like(h)) ** j - (j / q) * _moment(h, q, j - 1)
+    by_recurrence = torch.where(torch.isfinite(h), h, torch.zeros_like(h)) ** j - (j / q) * kernel_moment(h, q, j - 1)
     moment = torch.where(h * q <= 1.0, by_quadrature, by_recurrence)
     return torch.where(torch.isfinite(h), moment, torch.zeros_like(moment))

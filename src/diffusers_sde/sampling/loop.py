@@ -23,7 +23,9 @@ def sample(
     batch_norms: bool = False,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Execute a plan.
+    """Execute a plan, in which all samples take the same steps.
+
+    ``sample_adaptive`` and ``flow.sample_flow`` take the same start and let each sample choose its own steps.
 
     Args:
         plan: From ``make_plan``.
