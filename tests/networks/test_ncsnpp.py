@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from torch.nn.functional import avg_pool2d
 
 from diffusers_sde import NCSNpp, SDEPipeline, VESDEScheduler, VPSDEScheduler
@@ -179,7 +180,7 @@ def test_gradients_reach_every_parameter_with_and_without_checkpointing(options)
             network.enable_gradient_checkpointing()
         network.zero_grad()
         network(x, torch.tensor([0.3, 2.0]), labels).sample.square().sum().backward()
-        gradients.append({name: p.grad.clone() for name, p in network.named_parameters()})
+        gradients.append({name: p.grad.clone() for name, p in network.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
         # softmax does not depend on what all keys share, and a sum over few pixels rounds.
         assert "key.bias" in name or float(gradient.abs().max()) > 0.0, name
@@ -193,11 +194,18 @@ def test_the_frequencies_keep_their_precision(tmp_path):
     assert low.conv_in.weight.dtype == torch.bfloat16 and torch.equal(low.fourier.frequencies, frequencies)
     network.save_pretrained(tmp_path)
     loaded = NCSNpp.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    assert loaded.conv_in.weight.dtype == torch.bfloat16 and torch.equal(loaded.fourier.frequencies, frequencies)
+    assert loaded.dtype == low.dtype == torch.bfloat16 and torch.equal(loaded.fourier.frequencies, frequencies)
     x = images()
     with torch.no_grad():
         rough, exact = loaded(x.bfloat16(), torch.tensor(3.3)).sample.float(), network(x, 3.3).sample
     assert float((rough - exact).norm() / exact.norm()) < 0.03
+
+
+def test_averages_of_a_network_have_its_frequencies():
+    """They are fixed, and a second network, which is filled with the averages, drew others."""
+    network, other = tiny_network(0), tiny_network(1)
+    EMAModel(network.parameters()).copy_to(other.parameters())
+    assert torch.equal(other(images(), 0.5).sample, network(images(), 0.5).sample)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

@@ -154,8 +154,8 @@ class NCSNpp(ShipsItsCode, ModelMixin, ConfigMixin):
         def residual(c_in: int, c_out: int, resample: Halved | Doubled | None = None) -> ResidualBlock:
             return ResidualBlock(c_in, c_out, embedded, resample, groups, dropout, skip_rescale, biggan)
 
-        self.fourier = FourierFeatures(base, fourier_scale) if time_embedding_type == "fourier" else None
-        features = base if self.fourier is None else 2 * base
+        fourier = time_embedding_type == "fourier"
+        features = 2 * base if fourier else base
         self.embedding_in = set_initial(nn.Linear(features, 4 * base)) if conditional else None
         self.embedding_out = set_initial(nn.Linear(4 * base, 4 * base)) if conditional else None
         self.class_embedding = None if num_class_embeds is None else nn.Embedding(num_class_embeds, 4 * base)
@@ -208,6 +208,8 @@ class NCSNpp(ShipsItsCode, ModelMixin, ConfigMixin):
                 up.resample = residual(now, now, Doubled(fir_kernel)) if biggan else DoubledConv(now, now, fir_kernel)
             self.up_levels.append(up)
         self.conv_out = None if progressive_output == "output_skip" else NormalizedConv(now, in_channels, groups)
+        # It is the last, because the first parameter tells the precision of a network, and this one keeps its own.
+        self.fourier = FourierFeatures(base, fourier_scale) if fourier else None
 
     @classmethod
     def from_preset(cls, name: str, **options: Any) -> NCSNpp:

@@ -50,17 +50,16 @@ class FourierFeatures(nn.Module):
         scale: Their standard deviation.
     """
 
-    frequencies: Tensor
-
     def __init__(self, channels: int, scale: float) -> None:
         super().__init__()
-        self.register_buffer("frequencies", torch.randn(channels) * scale)
+        # A parameter and no buffer, although it is fixed: whatever copies a network's averages copies it too.
+        self.frequencies = nn.Parameter(torch.randn(channels) * scale, requires_grad=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FourierFeatures:
-        frequencies = self.frequencies
+        frequencies = self.frequencies.data
         super()._apply(fn, recurse)
         if self.frequencies.dtype != frequencies.dtype:
-            self.frequencies = frequencies.to(self.frequencies.device)
+            self.frequencies.data = frequencies.to(self.frequencies.device)
         return self
 
     def forward(self, u: Tensor) -> Tensor:
