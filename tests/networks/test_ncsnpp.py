@@ -11,7 +11,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch.nn.functional import avg_pool2d
 
-from diffusers_sde import NCSNpp, SDEPipeline, VESDEScheduler, VPSDEScheduler
+from diffusers_sde import InpaintSDEPipeline, NCSNpp, SDEPipeline, VESDEScheduler, VPSDEScheduler
 from diffusers_sde.networks.ncsnpp import PRESETS
 from diffusers_sde.networks.ncsnpp_blocks import NEXT_TO_ZERO
 from diffusers_sde.networks.resampling import Doubled, DoubledConv, Halved, HalvedConv
@@ -278,7 +278,9 @@ def test_a_saved_pipeline_is_the_same(tmp_path, kind, caplog):
     pipe.save_pretrained(tmp_path)
     loaded = SDEPipeline.from_pretrained(tmp_path)
     assert type(loaded.unet) is NCSNpp and torch.equal(drawn(loaded), drawn(pipe))
-    assert "Expected types" not in caplog.text
+    other = InpaintSDEPipeline.from_pipe(loaded)
+    assert other.unet is loaded.unet
+    assert "xpected" not in caplog.text and "does not match" not in caplog.text
 
 
 def test_a_saved_pipeline_loads_without_the_package(tmp_path):
