@@ -32,7 +32,7 @@ LAYER_OF = {name: level for level, name in enumerate(LAYERS)}
 
 # The mathematics needs nothing else from outside, but for what is named here.
 MATHEMATICS, MATHEMATICAL_IMPORTS = ("sdes", "networks", "sampling", "flow", "guidance"), {"torch", "numpy"}
-WITH_DIFFUSERS = {("diffusers_sde", "networks", "classifier")}  # a network itself
+WITH_DIFFUSERS = {("diffusers_sde", "networks", name) for name in ("classifier", "ncsnpp")}  # networks themselves
 
 
 def imports(source: str, module: tuple[str, ...], is_package: bool):

@@ -12,6 +12,7 @@ Importing the package also lets ``DiffusionPipeline.from_pretrained`` find its c
 
 from .flow import BitsPerDim, LogProb, ODEOptions, Quantization, TraceOptions, bits_per_dim, log_prob
 from .networks.classifier import NoiseConditionalClassifier
+from .networks.ncsnpp import NCSNpp
 from .pipelines import (
     ClassConditionalSDEPipeline,
     InpaintSDEPipeline,
@@ -51,6 +52,7 @@ __all__ = [
     "FlowSDEScheduler",
     "InpaintSDEPipeline",
     "LogProb",
+    "NCSNpp",
     "NoiseConditionalClassifier",
     "ODEOptions",
     "Plan",

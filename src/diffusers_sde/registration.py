@@ -9,6 +9,7 @@ import diffusers
 from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
 
 from .networks.classifier import NoiseConditionalClassifier
+from .networks.ncsnpp import NCSNpp
 from .pipelines import PIPELINES
 from .pipelines.base import own_index
 from .schedulers import SCHEDULERS
@@ -30,7 +31,7 @@ def register_with_diffusers() -> None:
     scheduler before ours had, in place of ours of the same names.
     """
     setattr(diffusers.pipelines, LIBRARY, sys.modules[LIBRARY])
-    for cls in (*PIPELINES.values(), *SCHEDULERS.values(), NoiseConditionalClassifier):
+    for cls in (*PIPELINES.values(), *SCHEDULERS.values(), NoiseConditionalClassifier, NCSNpp):
         cls.__module__ = LIBRARY
         setattr(diffusers, cls.__name__, cls)
 

@@ -2,12 +2,12 @@
 
 * **Stock repositories** of diffusers with one ``UNet2DModel`` on pixels (``DDPMPipeline``, ``DDIMPipeline``,
   ``PNDMPipeline``, ``ScoreSdeVePipeline``): the network is the same, the scheduler's config is translated.
-* **Checkpoints of score_sde_pytorch** (``.pth``) of its ``ddpm`` network, trained on a VP or sub-VP SDE: the weights
-  are renamed, and the result is the same function.
+* **Checkpoints of score_sde_pytorch** (``.pth``): the weights are renamed, and the result is the same function. Its
+  ``ddpm`` network, trained on a VP or sub-VP SDE, becomes a ``UNet2DModel``, which stock diffusers loads too; NCSN++,
+  DDPM++ and the VE networks become an ``NCSNpp`` (see ``score_sde.py``).
 
-Not converted: NCSN++ and DDPM++ (``ncsnpp``), whose blocks scale their sums and resample by FIR filters; NCSN and
-NCSNv2; and VE checkpoints of ``ddpm``, which rescale their input and are told the index of a noise level. diffusers'
-own repositories google/ncsnpp-* hold NCSN++ as a ``UNet2DModel``; those are stock repositories.
+Not converted: NCSN and NCSNv2. diffusers' own repositories google/ncsnpp-* hold NCSN++ as a ``UNet2DModel``; those are
+stock repositories.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import argparse
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from torch import Tensor
 
+from ..basics.checks import check_choice
 from ..basics.files import check_folder, saving, write_folder_whole
 from ..basics.options import fail
+from ..networks.ncsnpp import PRESETS
 from ..pipelines import SDEPipeline
-from ..schedulers import SCHEDULERS, SDEScheduler, SubVPSDEScheduler, VPSDEScheduler
+from ..schedulers import SCHEDULERS, VPSDEScheduler
 from ..schedulers.conversion import fitting_class, with_stock_defaults
 from ..shipping.flattening import LIBRARY
+from .score_sde import CHECKPOINT_SDES, convert_ncsnpp, is_ncsnpp, preset_setting, read_checkpoint, vp_scheduler
 
 State = dict[str, Tensor]
-CHECKPOINT_SDES = ("vp", "sub_vp")
 
 
 def convert_repository(name: str, token: str | None = None) -> SDEPipeline:
@@ -73,87 +74,52 @@ def convert_repository(name: str, token: str | None = None) -> SDEPipeline:
 
 def convert_checkpoint(
     path: str | Path,
-    image_size: int,
+    image_size: int | None = None,
     sde: str = "vp",
     discrete: bool = False,
     use_ema: bool = True,
     beta_min: float = 0.1,
     beta_max: float = 20.0,
+    preset: str | None = None,
 ) -> SDEPipeline:
-    """A checkpoint of score_sde_pytorch's ``ddpm`` network as an ``SDEPipeline``.
+    """A checkpoint of score_sde_pytorch's NCSN++, DDPM++ or ``ddpm`` network as an ``SDEPipeline``.
 
-    The official upward path attends once per resolution, behind its blocks, diffusers' after each: the others get zero
-    weights, with which an attention block returns its input.
+    The upward path of the official ``ddpm`` attends once per resolution, behind its blocks, diffusers' after each: the
+    others get zero weights, with which an attention block returns its input.
 
     Args:
         path: The ``.pth`` file.
-        image_size: Side of the images in pixels, which the file does not say.
-        sde: ``vp`` or ``sub_vp``.
-        discrete: Whether it was trained on DDPM's table instead of continuous time.
+        image_size: Side of the images in pixels, which the file does not say; needed without a ``preset``.
+        sde: ``vp``, ``sub_vp`` or ``ve``.
+        discrete: Whether a VP network was trained on DDPM's table instead of continuous time; a VE network shows it.
         use_ema: Take the averaged weights.
-        beta_min: Of the SDE, for 1000 noise scales.
+        beta_min: Of a VP or sub-VP SDE, for 1000 noise scales.
         beta_max: Likewise.
+        preset: Name of the official configuration, one of ``networks.ncsnpp.PRESETS``, such as
+            ``ve/cifar10_ncsnpp_continuous``. It takes the place of ``image_size``, ``sde`` and ``discrete``, and of the
+            few options of the network that leave no trace in the file and are otherwise those of its kind.
 
     Raises:
         ValueError: Not such a file, or another network; the message says what was found.
     """
-    if sde not in CHECKPOINT_SDES:
-        raise ValueError(
-            f"sde must be one of {', '.join(CHECKPOINT_SDES)}, got {sde!r}: VE checkpoints of score_sde are told the "
-            "index of a noise level, which no scheduler here does."
-        )
-    if discrete and sde != "vp":
+    if preset is not None:
+        image_size, sde, discrete = preset_setting(preset)
+    check_choice("sde", sde, CHECKPOINT_SDES)
+    if discrete and sde == "sub_vp":
         raise ValueError("discrete is a table of the vp SDE.")
     if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
         raise ValueError(f"image_size must be an integer at least 1, got {image_size!r}.")
-    state = _read(Path(path), use_ema)
+    state = read_checkpoint(path, use_ema)
+    options = None if preset is None else PRESETS[preset]
     try:
-        unet = _unet(state, image_size)
+        if options is not None or sde == "ve" or is_ncsnpp(state):
+            return convert_ncsnpp(state, image_size, sde, discrete, beta_min, beta_max, options)
+        state.pop("sigmas", None)
+        return SDEPipeline(_unet(state, image_size), vp_scheduler(sde, discrete, beta_min, beta_max))
     except ValueError:
         raise
     except Exception as error:  # shapes that no such network has lead to anything
         raise ValueError(f"{str(path)!r} does not hold score_sde's ddpm network: {error}") from error
-    betas: dict[str, Any] = {"beta_start": beta_min / 1000, "beta_end": beta_max / 1000}
-    scheduler: SDEScheduler
-    if sde == "sub_vp":
-        scheduler = SubVPSDEScheduler(time_conditioning="score_sde", **betas)
-    elif discrete:
-        scheduler = VPSDEScheduler(**betas)
-    else:
-        scheduler = VPSDEScheduler(continuous=True, time_conditioning="score_sde", **betas)
-    return SDEPipeline(unet, scheduler)
-
-
-def _read(path: Path, use_ema: bool) -> State:
-    """The network's parameters by name."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{str(path)!r} is damaged, or holds more than tensors and numbers.") from error
-    model = saved.get("model") if isinstance(saved, dict) else None
-    if not isinstance(model, dict) or not model:
-        raise ValueError(f"{str(path)!r} is no checkpoint of score_sde_pytorch: it has no 'model'.")
-    for key, value in model.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(
-                f"{str(path)!r} is no checkpoint of score_sde_pytorch: its 'model' has {key!r}, a "
-                f"{type(value).__name__}, where names and tensors are needed."
-            )
-    state = {key.removeprefix("module."): value for key, value in model.items()}
-    state.pop("sigmas", None)
-    if not use_ema:
-        return state
-    ema = saved.get("ema")
-    averaged = ema.get("shadow_params") if isinstance(ema, dict) else None
-    if (
-        not isinstance(averaged, (list, tuple))
-        or not all(isinstance(p, Tensor) for p in averaged)
-        or [tuple(p.shape) for p in averaged] != [tuple(p.shape) for p in state.values()]
-    ):
-        raise ValueError(f"{str(path)!r}: its averaged weights do not fit its network; try use_ema=False.")
-    return dict(zip(state, averaged, strict=True))
 
 
 # ---------------------------------------------------------------------- the network
@@ -170,10 +136,7 @@ def _unet(state: State, image_size: int) -> UNet2DModel:
     order = sorted(modules)
     if order != list(range(len(order))) or "unknown" in kinds.values():
         strange = next((sorted(modules[n]) for n in order if kinds[n] == "unknown"), "modules without parameters")
-        raise ValueError(
-            f"the checkpoint is not of score_sde's ddpm network (found: {strange}). NCSN++ and DDPM++ are other "
-            "networks, which are not converted."
-        )
+        raise ValueError(f"the checkpoint is not of score_sde's ddpm network (found: {strange}).")
     resamplings = [n for n in order if kinds[n] == "resample"]
     if not resamplings or len(resamplings) % 2 or [kinds[n] for n in order[:3]] != ["linear", "linear", "conv"]:
         raise ValueError(f"the checkpoint is not of score_sde's ddpm network: its modules are {list(kinds.values())}.")
@@ -290,24 +253,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Convert as the command line says; mistakes end in one line and exit code 2."""
     parser = argparse.ArgumentParser(
         prog="convert.py",
-        description="Turn a stock diffusers repository, or a checkpoint of score_sde_pytorch's ddpm network, into an "
-        "SDEPipeline.",
+        description="Turn a stock diffusers repository, or a checkpoint of score_sde_pytorch, into an SDEPipeline.",
         allow_abbrev=False,
     )
     parser.add_argument("--source", required=True, help="Repository user/name, its folder, or a .pth checkpoint.")
     parser.add_argument("--output_dir", required=True, help="Where the pipeline goes.")
-    parser.add_argument("--image_size", type=int, help="Checkpoints only, and needed there: side of the images.")
+    parser.add_argument("--image_size", type=int, help="Checkpoints without a preset: side of the images.")
     parser.add_argument("--sde", choices=CHECKPOINT_SDES, default="vp", help="Checkpoints only. Default: vp.")
     parser.add_argument("--discrete", action="store_true", help="Checkpoints only: trained on DDPM's table.")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="Checkpoints only: the official configuration.")
     parser.add_argument("--no-use_ema", dest="use_ema", action="store_false", help="Take the raw weights.")
     a = parser.parse_args(argv)
     folder = Path(a.output_dir)
     try:
         check_folder(folder)
         if Path(a.source).is_file():
-            if a.image_size is None:
+            if a.image_size is None and a.preset is None:
                 raise ValueError("image_size is needed: a checkpoint does not say how large its images are.")
-            pipe = convert_checkpoint(a.source, a.image_size, a.sde, a.discrete, a.use_ema)
+            pipe = convert_checkpoint(a.source, a.image_size, a.sde, a.discrete, a.use_ema, preset=a.preset)
         else:
             pipe = convert_repository(a.source)
         with saving("The pipeline", folder):

@@ -71,7 +71,7 @@ def _admit(library: str, name: str) -> None:
         setattr(diffusers_pipelines, library, module)
 
 
-def _descendants(cls: type[SharedPipeline]) -> Iterator[type[SharedPipeline]]:
+def _descendants(cls: type[Any]) -> Iterator[type[Any]]:
     for child in cls.__subclasses__():
         yield child
         yield from _descendants(child)
@@ -118,7 +118,9 @@ class SharedPipeline(ShipsItsCode, DiffusionPipeline):
             # Where the package is missing, a network of ours has the class of its own file, a second copy of the same
             # code.
             ours = any(inspect.isclass(each) and issubclass(each, ShipsItsCode) for each in allowed)
-            return (*allowed, ModelMixin) if ours else allowed
+            # from_pipe takes over a network of none but the very classes that are listed.
+            models = _descendants(ModelMixin) if ModelMixin in allowed else ()
+            return (*allowed, *models, ModelMixin) if ours else (*allowed, *models)
 
         return {name: types(hints[name]) for name in inspect.signature(cls.__init__).parameters if name in hints}
 

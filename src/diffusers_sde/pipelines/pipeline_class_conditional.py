@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 from torch import Tensor
 
 from ..basics.checks import check_choice, check_integer
@@ -65,7 +65,7 @@ class ClassConditionalSDEPipeline(SDEPipeline):
 
     def __init__(
         self,
-        unet: UNet2DModel,
+        unet: ModelMixin,
         scheduler: SchedulerMixin,
         data_min: float = -1.0,
         data_max: float = 1.0,

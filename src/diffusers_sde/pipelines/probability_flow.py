@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
+from diffusers import ModelMixin
 from diffusers.utils import logging
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -383,8 +383,8 @@ class ProbabilityFlow:
 
 
 def check_sides(network: Any, shape: tuple[int, ...], name: str) -> None:
-    """Raise a ValueError unless a ``UNet2DModel`` takes samples of this shape: what it cannot halve it cannot join."""
-    if not isinstance(network, UNet2DModel):
+    """Raise a ValueError unless a U-Net takes samples of this shape: what it cannot halve it cannot join."""
+    if not isinstance(network, ModelMixin) or "block_out_channels" not in network.config:
         return
     channels, halvings = network.config.in_channels, len(network.config.block_out_channels) - 1
     if len(shape) != 4 or shape[1] != channels:

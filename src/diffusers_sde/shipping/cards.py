@@ -351,6 +351,7 @@ def _stock(pipe: Any) -> str | None:
     config = pipe.scheduler.config
     if (
         type(pipe.scheduler).__name__ != "VPSDEScheduler"
+        or type(pipe.unet).__name__ != "UNet2DModel"
         or config.prediction_type not in STOCK_PREDICTIONS
         or config.time_conditioning not in ("discrete", "continuous", "score_sde")
         or (pipe.config.data_min, pipe.config.data_max) != (-1.0, 1.0)
