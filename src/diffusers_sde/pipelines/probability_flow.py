@@ -293,9 +293,9 @@ class ProbabilityFlow:
     ) -> FlowSolution:
         """Samples from unit noise by the adaptive solver; see ``flow.sample_flow``.
 
-        Stops at the scheduler's ``sampling_eps`` unless ``t_min`` is given.
+        It stops where the scheduler's ``sampling_sigma`` or ``sampling_eps`` says, unless ``t_min`` is given.
         """
-        t_min = max(float(self.scheduler.config.sampling_eps), self.t_min) if t_min is None else t_min
+        t_min = max(self.scheduler.stated_last_time(), self.t_min) if t_min is None else t_min
         latents = self._shaped(latents, "latents")
         with Progress(progress_bar, len(latents), "sample") as progress:
             return sample_flow(
@@ -327,7 +327,7 @@ class ProbabilityFlow:
         generator: Generators = None,
     ) -> Tensor:
         """Variations of images or latents by the reverse SDE; see ``flow.edit``."""
-        t_min = max(float(self.scheduler.config.sampling_eps), self.t_min)
+        t_min = max(self.scheduler.stated_last_time(), self.t_min)
         with torch.no_grad():
             return edit(self.denoiser, self.sde, self._state(x), strength, num_steps, t_min, generator)
 

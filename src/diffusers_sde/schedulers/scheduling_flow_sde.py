@@ -34,13 +34,14 @@ class FlowSDEScheduler(SDEScheduler):
             that are passed. Grids in log-SNR (``sech``, ``log_snr``, ``karras``) do not move, nor does the path.
         use_dynamic_shifting: Take the shift from ``mu``, which pipelines compute from the image size and pass to
             ``set_timesteps``, instead of ``shift``.
-        base_shift: Read by pipelines, to compute ``mu``; likewise the next three.
-        max_shift: See ``base_shift``.
-        base_image_seq_len: See ``base_shift``.
-        max_image_seq_len: See ``base_shift``.
-        time_shift_type: ``exponential`` (t -> e^mu / (e^mu + 1/t - 1)) or ``linear`` (mu in place of e^mu).
-        shift_terminal: Stretch the grid so that it ends at this t.
-        prediction_type: ``flow_prediction``, ``epsilon``, ``sample``, ``v_prediction``, ``score`` or ``edm``.
+        base_shift: Pipelines read this number and the next three to compute ``mu``: it is mu for the smallest image.
+        max_shift: Pipelines take this ``mu`` for the largest image.
+        base_image_seq_len: Pipelines take an image of this many tokens for the smallest.
+        max_image_seq_len: Pipelines take an image of this many tokens for the largest.
+        time_shift_type: ``exponential`` shifts by t -> e^mu / (e^mu + 1/t - 1), ``linear`` has mu in place of e^mu.
+        shift_terminal: The grid is stretched so that it ends at this t, unless it is None.
+        prediction_type: The network predicts ``flow_prediction``, ``epsilon``, ``sample``, ``v_prediction``, ``score``
+            or ``edm``.
         {common}
     """
 
@@ -102,6 +103,18 @@ class FlowSDEScheduler(SDEScheduler):
     def _warp(self, times: Tensor) -> Tensor:
         return self._shifted(times)
 
+    def _unwarped(self, time: float) -> float:
+        return _shift(time, 1.0 / self._shift_factor)
+
+    def _check_sampling_sigma(self) -> None:
+        super()._check_sampling_sigma()
+        config = self.config
+        if config.sampling_sigma is not None and config.shift_terminal and config.time_grid in WARPED:
+            raise ValueError(
+                f"shift_terminal={config.shift_terminal!r} already ends the {config.time_grid!r} grid: pass "
+                f"shift_terminal=None with sampling_sigma={config.sampling_sigma!r}."
+            )
+
     def _levels_of_lists(self, timesteps: Any, sigmas: Any) -> tuple[Tensor, Tensor]:
         # CogView4 and GLM-Image feed the network the unshifted timesteps, at states of the shifted sigmas.
         times, fed = self._times_of_sigmas(sigmas), check_numbers("timesteps", timesteps)
@@ -128,16 +141,21 @@ class FlowSDEScheduler(SDEScheduler):
     def last_time(self) -> float:
         """SDE time at which sampling ends."""
         # FlowMatchEulerDiscreteScheduler shifts the end of its grid once at construction and once more with the grid.
-        eps, config = float(self.config.sampling_eps), self.config
-        return eps if config.use_dynamic_shifting or config.time_grid not in WARPED else _shift(eps, config.shift)
+        end, config = self.stated_last_time(), self.config
+        if config.sampling_sigma is not None or config.use_dynamic_shifting or config.time_grid not in WARPED:
+            return end
+        return _shift(end, config.shift)
+
+    @property
+    def _shift_factor(self) -> float:
+        config = self.config
+        if not config.use_dynamic_shifting or self._mu is None:
+            return float(config.shift)
+        return math.exp(self._mu) if config.time_shift_type == "exponential" else self._mu
 
     def _shifted(self, t: Tensor) -> Tensor:
         config = self.config
-        if not config.use_dynamic_shifting or self._mu is None:
-            factor = config.shift
-        else:
-            factor = math.exp(self._mu) if config.time_shift_type == "exponential" else self._mu
-        t = _shift(t, factor)
+        t = _shift(t, self._shift_factor)
         if config.shift_terminal and float(t[-1]) < 1.0:  # a single level, of pure noise, has no end to stretch
             t = 1.0 - (1.0 - t) * (1.0 - config.shift_terminal) / (1.0 - t[-1])
         return t

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ..basics.checks import check_number, check_numbers
 from ..basics.noise import standard_normal_like
+from ..networks.conditioning import TimeConditioning, TimeMaps
 from ..networks.denoisers import network_denoiser
-from ..networks.parametrizations import Parametrization, TimeConditioning, get_parametrization
+from ..networks.parametrizations import Parametrization, get_parametrization
 from ..sampling.plans import Plan, Row, advance, make_plan, memorise, squared_norm_ratio
 from ..sampling.predictors import PredictorOptions, get_predictor
-from ..sampling.time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid, whole_timesteps
+from ..sampling.time_grids import MIN_LOG_SNR, WARPED, discrete_timesteps, get_time_grid, whole_timesteps
 from ..sdes import SDE, expand_like
 from ..shipping.component import ShipsItsCode, refuse_newer, written_before
 from .arguments import SMALLEST_TIME, document_arguments
@@ -98,8 +99,16 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     Predictor-corrector sampling and Heun repeat timesteps, ``order`` of them per noise level, so a pipeline that calls
     the network once per timestep runs them unchanged. ``num_inference_steps`` counts noise levels; the number of model
     calls is ``len(scheduler.timesteps)``.
+
+    Attributes:
+        prediction_types: Parametrisations of a subclass by name, which ``prediction_type`` may name beside the built-in
+            ones.
+        time_conditionings: Pairs of functions of a subclass by name, which ``time_conditioning`` may name beside the
+            built-in ones.
     """
 
+    prediction_types: Mapping[str, type[Parametrization]] = {}
+    time_conditionings: Mapping[str, TimeMaps] = {}
     _compatibles: list[str] = []  # stock classes that, made from this one's config, fit the same networks
     _families: tuple[str, ...] = ()
     _source_entries = ("schedulers",)
@@ -127,7 +136,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: Arguments that do not fit together, or not this SDE; nothing has been trained or sampled yet.
         """
-        # Who names one of diffusers' grids and no time_grid means that grid.
+        # If timestep_spacing or steps_offset is given and time_grid is not, diffusers' grid is used.
         left_out = set(self.config.get("_use_default_values", ()))
         if "time_grid" in left_out and not {"timestep_spacing", "steps_offset"} <= left_out:
             self.register_to_config(time_grid=None)
@@ -139,15 +148,20 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         self.sde = sde
         self._final_time = final_time
         self.parametrization = get_parametrization(
-            config.prediction_type, config.sigma_data, config.get("preconditioning")
+            config.prediction_type, config.sigma_data, config.get("preconditioning"), self.prediction_types
         )
-        self.conditioning = TimeConditioning(config.time_conditioning, config.num_train_timesteps)
+        self.conditioning = TimeConditioning(
+            config.time_conditioning,
+            config.num_train_timesteps,
+            self.time_conditionings.get(config.time_conditioning),
+        )
         self._clips = config.clip_sample or config.get("thresholding", False)
         self._learns_variance = config.variance_type in ("learned", "learned_range")
         self._batch_norms = config.langevin_norm == "batch"
         check_number("sampling_eps", config.sampling_eps, at_least=SMALLEST_TIME, below=sde.t_max)
+        self._check_sampling_sigma()
         if config.time_grid is not None:
-            get_time_grid(config.time_grid, sde, 2, sde.t_max, config.sampling_eps, config.rho)
+            get_time_grid(config.time_grid, sde, 2, sde.t_max, self.stated_last_time(), config.rho)
         self.init_noise_sigma = sde.prior_std
         self.num_inference_steps: int | None = None
         # A trial plan: a combination that make_plan refuses on every grid is refused here, before anything is trained.
@@ -273,9 +287,12 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         start = sde.t_max
         if not get_predictor(config.predictor).finite_at_zero_snr and math.isinf(float(sde.log_snr(start))):
             start = float(sde.time_of(MIN_LOG_SNR))
-        if left_out is not None and config.time_grid == "uniform":
+        if left_out is not None and config.time_grid == "uniform" and config.sampling_sigma is None:
             return get_time_grid("uniform", sde, points + 1, start, left_out, warp=self._warp)[:-1]
-        times = get_time_grid(config.time_grid, sde, points, start, self.last_time(), config.rho, self._warp)
+        end = self.last_time()
+        if config.sampling_sigma is not None and config.time_grid in WARPED:
+            end = self._unwarped(end)
+        times = get_time_grid(config.time_grid, sde, points, start, end, config.rho, self._warp)
         if config.time_grid == "blended" and self.conditioning.name == "discrete":
             # Pipelines of stock schedulers may look tables up by timestep, and networks were trained on whole ones.
             whole = whole_timesteps(self.conditioning.timestep(sde, times), config.num_train_timesteps)
@@ -285,6 +302,10 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     def _warp(self, times: Tensor) -> Tensor:
         """What becomes of uniform times."""
         return times
+
+    def _unwarped(self, time: float) -> float:
+        """The uniform time that ``_warp`` takes to ``time``."""
+        return time
 
     def _training_times(self) -> Tensor:
         """The SDE times of ``timesteps`` before ``set_timesteps``: one for each that the network was trained on."""
@@ -297,7 +318,28 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
 
     def last_time(self) -> float:
         """SDE time at which sampling ends."""
-        return float(self.config.sampling_eps)
+        return self.stated_last_time()
+
+    def stated_last_time(self) -> float:
+        """The SDE time that ``sampling_sigma`` states, or else ``sampling_eps``."""
+        sigma = self.config.sampling_sigma
+        if sigma is None:
+            return float(self.config.sampling_eps)
+        return max(float(self.sde.time_of(-2.0 * math.log(sigma))), SMALLEST_TIME)
+
+    def _check_sampling_sigma(self) -> None:
+        """Refuse a ``sampling_sigma`` that the path does not pass, or that the grid cannot end at."""
+        sigma = self.config.sampling_sigma
+        if sigma is None:
+            return
+        if self.config.time_grid is None:
+            raise ValueError(
+                f"sampling_sigma ends a time_grid, but diffusers' grids end where they end: pass time_grid='sech' with "
+                f"sampling_sigma={sigma!r}, or leave it out."
+            )
+        low, high = (math.exp(-0.5 * float(self.sde.log_snr(t))) for t in (SMALLEST_TIME, self.sde.t_max))
+        # A path may begin with noise, which then is its smallest ratio, and is reached up to round-off.
+        check_number("sampling_sigma", sigma, at_least=low * (1.0 - 1e-7), below=high)
 
     def set_timesteps(
         self,
@@ -711,7 +753,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         return alpha * noise - sigma * sample
 
     def _marginal(self, timesteps: float | Sequence[float] | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Alpha and sigma at network timesteps, to be multiplied with ``like``."""
+        """``alpha`` and ``sigma`` at network timesteps, shaped to be multiplied with ``like``."""
         fed = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(timesteps, dtype=torch.float32)
         t = self.sde_time(fed.to(like.device))
         # Entries of ``timesteps`` are right. Others are looked at, for which the host waits if they are on a device.
