@@ -90,7 +90,7 @@ def latents_shape(pipe: SharedPipeline, latents: Any) -> tuple[int, ...]:
     Raises:
         ValueError: No tensor, or one of another number of axes or channels.
     """
-    return tuple(check_tensor("latents", latents, (None, pipe.unet.config.in_channels, None, None)).shape)
+    return tuple(check_tensor("latents", latents, (None, pipe.unet.config.get("in_channels"), None, None)).shape)
 
 
 def starting_noise(pipe: SharedPipeline, shape: tuple[int, ...], generator: Any, latents: Tensor | None) -> Tensor:
