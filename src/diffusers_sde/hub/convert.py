@@ -26,7 +26,8 @@ from ..basics.files import check_folder, saving, write_folder_whole
 from ..basics.options import fail
 from ..pipelines import SDEPipeline
 from ..schedulers import SCHEDULERS, SDEScheduler, SubVPSDEScheduler, VPSDEScheduler
-from ..schedulers.conversion import fitting_class, with_stock_defaults
+from ..schedulers.families import fitting_class
+from ..schedulers.stock_configs import with_stock_defaults
 from ..shipping.flattening import LIBRARY
 
 State = dict[str, Tensor]

@@ -14,7 +14,8 @@ from diffusers import ModularPipeline
 
 from ..networks.parametrizations import PREDICTION_TYPES
 from ..schedulers import SCHEDULERS, FlowSDEScheduler, SDEScheduler
-from ..schedulers.conversion import FAMILY_NAMES, config_family, config_of
+from ..schedulers.families import config_family, family_description
+from ..schedulers.stock_configs import config_of
 from .plain_networks import PlainNetwork
 
 # Pipelines that start at N(0, I) whatever the scheduler says, and never scale the network's input.
@@ -63,7 +64,7 @@ class Diagnosis:
     warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        what = FAMILY_NAMES.get(self.family or "", "of a kind that its scheduler's config does not tell")
+        what = family_description(self.family) or "of a kind that its scheduler's config does not tell"
         if self.family is None and self.suggestions:
             what = "of an SDE of its own"
         predicts = PREDICTION_TYPES[self.prediction_type].meaning if self.prediction_type in PREDICTION_TYPES else None

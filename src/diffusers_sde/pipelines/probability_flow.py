@@ -25,7 +25,8 @@ from ..networks.parametrizations import Epsilon, Score
 from ..sampling.editing import edit
 from ..sampling.solution import FlowSolution
 from ..schedulers import SCHEDULERS, SDEScheduler
-from ..schedulers.conversion import config_of, fitting_class
+from ..schedulers.families import fitting_class
+from ..schedulers.stock_configs import config_of
 
 logger = logging.get_logger(__name__)
 

@@ -17,7 +17,8 @@ from ..networks.denoisers import Denoiser, call_network
 from ..sampling.adaptive import sample_adaptive
 from ..sampling.solution import SolverError
 from ..schedulers import SDEScheduler
-from ..schedulers.conversion import config_of, fitting_class
+from ..schedulers.families import fitting_class
+from ..schedulers.stock_configs import config_of
 from .base import SharedPipeline
 from .probability_flow import ProbabilityFlow, Progress, as_tensor, check_sides
 

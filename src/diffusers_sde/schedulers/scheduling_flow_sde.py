@@ -14,10 +14,35 @@ from ..sampling.time_grids import WARPED
 from ..sdes import RectifiedFlowSDE
 from .arguments import sampler_arguments
 from .config_checks import checked_own
+from .families import Family
 from .scheduling_sde import SDEScheduler
+from .stock_configs import left_out_of, stock_class
 
 LARGEST_MU = 100.0  # the shift is e^mu
 _Times = TypeVar("_Times", float, Tensor)
+
+
+def flow_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """What the config of a stock scheduler of flow-matching models says, as arguments of ``FlowSDEScheduler``."""
+    for key in ("use_karras_sigmas", "use_exponential_sigmas"):
+        if config.get(key):
+            raise ValueError(f"{key}=True cannot be honoured for a flow; pass time_grid='karras' or 'log_snr'.")
+    # Where the network is fed t itself, N = 1, the stock grid is one point: its pipelines bring their own.
+    n = config.get("num_train_timesteps", 1000)
+    ours: dict[str, Any] = {"time_grid": "uniform", "sampling_eps": 1.0 / n if n > 1 else 1e-3}
+    if "flow_shift" in config and config.get("use_flow_sigmas"):
+        ours["shift"] = config["flow_shift"]
+    if "beta_start" in config and config.get("prediction_type") not in (None, "flow_prediction"):
+        raise ValueError(
+            f"use_flow_sigmas=True with prediction_type={config['prediction_type']!r}: a DDPM network on a flow's "
+            "grid is not a flow model. Use VPSDEScheduler with use_flow_sigmas removed from the config."
+        )
+    if config.get("final_sigmas_type", "zero") != "zero":
+        raise ValueError(f"final_sigmas_type={config['final_sigmas_type']!r} cannot be honoured for flow models.")
+    ours["prediction_type"] = "flow_prediction"
+    # UniPC's grid ends at 1/N before the shift, that of the others at 0.
+    end = ours["sampling_eps"] if stock_class(config) == "UniPCMultistepScheduler" else 0.0
+    return {**ours, **left_out_of(config, end)}
 
 
 class FlowSDEScheduler(SDEScheduler):
@@ -45,7 +70,7 @@ class FlowSDEScheduler(SDEScheduler):
         {common}
     """
 
-    _families = ("flow",)
+    _families = {"flow": Family("a rectified-flow (flow-matching) model", flow_arguments, fixes_noise=True)}
     _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
 
     @sampler_arguments(snr=0.05, sampling_eps=0.01, timestep_spacing="linspace")

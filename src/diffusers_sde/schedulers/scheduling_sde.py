@@ -28,20 +28,10 @@ from ..sdes import SDE, expand_like
 from ..shipping.component import ShipsItsCode, refuse_newer, written_before
 from .arguments import SMALLEST_TIME, document_arguments
 from .config_checks import check_stock_numbers
-from .conversion import (
-    KEPT_KEY,
-    LEFT_OUT_KEY,
-    ORIGIN_KEY,
-    SAMPLER_KEYS,
-    exchanged,
-    is_stock_config,
-    on_our_grid,
-    origin_class,
-    refuse_foreign,
-    stock_keys,
-    translate_config,
-    with_stock_defaults,
-)
+from .conversion import KEPT_KEY, SAMPLER_KEYS, exchanged, is_stock_config, on_our_grid, translate_config
+from .families import ORIGIN_KEY, Family, origin_class, register_families
+from .refusals import refuse_foreign
+from .stock_configs import LEFT_OUT_KEY, stock_keys, with_stock_defaults
 
 OLD_SOLVER_TYPES = ("bh1", "bh2", "logrho")  # stock solvers' names, which configs of ours once held in place of our own
 
@@ -110,7 +100,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     prediction_types: Mapping[str, type[Parametrization]] = {}
     time_conditionings: Mapping[str, TimeMaps] = {}
     _compatibles: list[str] = []  # stock classes that, made from this one's config, fit the same networks
-    _families: tuple[str, ...] = ()
+    _families: Mapping[str, Family] = {}  # the kinds of stock models that it is about, by name
     _source_entries = ("schedulers",)
     order = 1
 
@@ -124,6 +114,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         document_arguments(cls)
+        if "_families" in cls.__dict__:
+            register_families(cls.__name__, cls._families)
 
     def setup(self, sde: SDE, final_time: float | None = None) -> None:
         """Finish construction: the last line of the ``__init__`` of a subclass.

@@ -8,6 +8,7 @@ from ..networks.conditioning import TimeConditioning
 from ..sdes import SubVPSDE
 from .arguments import sampler_arguments
 from .config_checks import checked_own
+from .families import Family
 from .scheduling_sde import SDEScheduler
 
 
@@ -27,7 +28,7 @@ class SubVPSDEScheduler(SDEScheduler):
         {common}
     """
 
-    _families = ("sub_vp",)
+    _families = {"sub_vp": Family("a sub-VP model")}
 
     @sampler_arguments(sampling_eps=0.027)
     def __init__(

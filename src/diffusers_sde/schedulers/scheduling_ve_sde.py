@@ -7,7 +7,43 @@ from typing import Any
 from ..sdes import VESDE
 from .arguments import sampler_arguments
 from .config_checks import checked_own
+from .families import Family
 from .scheduling_sde import SDEScheduler
+from .stock_configs import named_grid
+
+
+def ve_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """What the config of ScoreSdeVeScheduler says, as arguments of ``VESDEScheduler``."""
+    # What ScoreSdeVeScheduler runs: Algorithm 2 of the paper.
+    corrects = config.get("correct_steps", 1) > 0
+    return {
+        "time_grid": "uniform",
+        "predictor": "reverse_diffusion",
+        "corrector": "langevin" if corrects else None,
+        "correct_steps": max(config.get("correct_steps", 1), 1),
+    }
+
+
+def edm_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """What the config of a stock scheduler of EDM models says, as arguments of ``VESDEScheduler``."""
+    if config.get("final_sigmas_type", "zero") != "zero":
+        raise ValueError(f"final_sigmas_type={config['final_sigmas_type']!r} cannot be honoured for EDM models.")
+    schedule = config.get("sigma_schedule", "karras")
+    video = config.get("timestep_type") == "continuous"
+    if video and config.get("prediction_type") != "v_prediction":
+        raise ValueError(
+            "timestep_type='continuous' means EDM's preconditioning with prediction_type='v_prediction' only, got "
+            f"prediction_type={config.get('prediction_type')!r}."
+        )
+    if video and (config.get("sigma_min") is None or config.get("sigma_max") is None):
+        raise ValueError("timestep_type='continuous' needs sigma_min and sigma_max in the config.")
+    return {
+        "preconditioning": "edm",
+        "time_conditioning": "edm",
+        "time_grid": "karras" if schedule == "karras" else "log_snr",
+        **({"sigma_data": 1.0} if video else {}),
+        **({"time_grid": named_grid(config)["time_grid"] or "karras"} if video else {}),
+    }
 
 
 class VESDEScheduler(SDEScheduler):
@@ -30,7 +66,10 @@ class VESDEScheduler(SDEScheduler):
         {common}
     """
 
-    _families = ("ve", "edm")
+    _families = {
+        "ve": Family("a variance-exploding model", ve_arguments),
+        "edm": Family("an EDM-preconditioned variance-exploding model", edm_arguments),
+    }
 
     @sampler_arguments(snr=0.15, sampling_eps=1e-5, timestep_spacing="linspace", time_conditioning="sigma")
     def __init__(

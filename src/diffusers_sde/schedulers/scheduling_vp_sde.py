@@ -11,7 +11,36 @@ from ..networks.conditioning import TimeConditioning
 from ..sdes import SDE, VPSDE, DiscreteVPSDE, ddpm_betas
 from .arguments import sampler_arguments
 from .config_checks import checked_own
+from .families import Family
 from .scheduling_sde import SDEScheduler
+from .stock_configs import FIXED_SPACING, left_out_of, named_grid, stock_arguments, stock_class
+
+
+def vp_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """What the config of a stock scheduler of DDPM-type models says, as arguments of ``VPSDEScheduler``."""
+    if "beta_min" in config:  # ScoreSdeVp: the paper's continuous VP SDE, whose networks are fed 999 t
+        n = config.get("num_train_timesteps", 2000)
+        return {
+            "beta_start": config["beta_min"] / n,
+            "beta_end": config["beta_max"] / n,
+            "continuous": True,
+            "time_grid": "uniform",
+            "time_conditioning": "score_sde",
+        }
+    if not any(config.get(key) for key in ("trained_betas", "beta_schedule", "beta_start")):
+        raise ValueError("The config names no betas (IPNDMScheduler's are its own); pass trained_betas.")
+    ours = named_grid(config)
+    if ours["time_grid"] is not None:
+        # The first table entry, where diffusers' sigma grids end.
+        ours["sampling_eps"] = 1.0 / config.get("num_train_timesteps", 1000)
+    # Where a class has no such argument, the key was left by the one before it.
+    owner = stock_arguments().get(stock_class(config) or "", config)
+    if config.get("set_alpha_to_one") is False and "set_alpha_to_one" in owner:
+        ours["final_sigmas_type"] = "sigma_min"
+    spacing = FIXED_SPACING.get(stock_class(config) or "")
+    if spacing is not None:
+        ours["timestep_spacing"] = spacing
+    return {**ours, **left_out_of(config)}
 
 
 class VPSDEScheduler(SDEScheduler):
@@ -50,7 +79,9 @@ class VPSDEScheduler(SDEScheduler):
         {common}
     """
 
-    _families = ("vp",)
+    _families = {
+        "vp": Family("a variance-preserving (DDPM-type) model", vp_arguments, has_thresholding=True, fixes_noise=True)
+    }
     _compatibles = [e.name for e in KarrasDiffusionSchedulers if not e.name.startswith("EDM")]
 
     @sampler_arguments(time_conditioning=None)
