@@ -23,7 +23,7 @@ from ..sampling.correctors import CORRECTORS
 from ..sampling.predictors import PREDICTORS, SOLVER_TYPES
 from ..sampling.time_grids import TIME_GRIDS, TIMESTEP_SPACINGS
 
-# A table is built and a time is listed for each: a config of a few hundred bytes must not cost gigabytes.
+# A table is built and a time is listed for each entry: a config of a few hundred bytes must not cost gigabytes.
 LONGEST_TABLE = 100_000
 MOST_CORRECTIONS = 1000
 SMALLEST_TIME = 1e-9  # nearer to the data coefficients leave the range of float32

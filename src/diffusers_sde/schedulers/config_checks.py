@@ -30,7 +30,7 @@ _POSITIVE = partial(check_number, above=0.0)
 _FACTOR = partial(check_number, at_least=1e-3, at_most=1e3)
 _NUMBER_OR_NONE = or_none(check_number)
 _COUNT_OR_NONE = or_none(check_integer, at_least=1)
-# Arguments of single classes of this package.
+# These are arguments of single classes of this package.
 OWN_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "preconditioning": partial(check_choice, allowed=(None, "edm")),
     "beta_start": partial(check_number, at_least=0.0),
@@ -73,7 +73,7 @@ def checked_own(config: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
-# Keys of stock configs with which ``conversion`` calculates.
+# The readers of stock configs calculate with these keys.
 STOCK_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "num_train_timesteps": CONFIG_CHECKS["num_train_timesteps"],
     "correct_steps": partial(check_integer, at_least=0, at_most=MOST_CORRECTIONS),

@@ -85,7 +85,7 @@ _CHURN = "is the noise of EDM's sampler: set stochasticity, or a corrector, in t
 _LCM = "belongs to distilled models (LCM, TCD), whose networks are no scores"
 _FLOW_MAP = "belongs to flow maps, whose networks take two times"
 _OWN_PIPELINE = "belongs to a sampler of its own kind, which no scheduler here is"
-# Method and argument to the values that ask for nothing, and why no other is taken.
+# For each method and argument: the values that ask for nothing, and why no other is taken.
 _FOREIGN_ARGUMENTS: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
     "step": {
         **dict.fromkeys(("s_churn", "s_tmin"), ((None, 0, 0.0), _CHURN)),

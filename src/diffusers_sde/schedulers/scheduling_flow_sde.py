@@ -53,11 +53,11 @@ class FlowSDEScheduler(SDEScheduler):
     kept, and what its pipelines call sigma is t here.
 
     Args:
-        num_train_timesteps: N, the scale of the network's timesteps: it is fed t N.
-        shift: Moves uniform times towards the noise, t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024,
+        num_train_timesteps: This is N, the scale of the network's timesteps: it is fed t N.
+        shift: This factor moves uniform times towards the noise, t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024,
             arXiv:2403.03206, section 5.3.2): the ``uniform`` and ``blended`` grids, ``timestep_spacing``, and sigmas
             that are passed. Grids in log-SNR (``sech``, ``log_snr``, ``karras``) do not move, nor does the path.
-        use_dynamic_shifting: Take the shift from ``mu``, which pipelines compute from the image size and pass to
+        use_dynamic_shifting: True takes the shift from ``mu``, which pipelines compute from the image size and pass to
             ``set_timesteps``, instead of ``shift``.
         base_shift: Pipelines read this number and the next three to compute ``mu``: it is mu for the smallest image.
         max_shift: Pipelines take this ``mu`` for the largest image.
@@ -152,7 +152,7 @@ class FlowSDEScheduler(SDEScheduler):
 
     def _training_times(self) -> Tensor:
         every = super()._training_times()
-        # As FlowMatchEulerDiscreteScheduler has them before set_timesteps: with the shift that is known by then.
+        # FlowMatchEulerDiscreteScheduler has them before set_timesteps with the shift that is known by then.
         return every if self.config.use_dynamic_shifting else _shift(every, self.config.shift)
 
     def _times_of_sigmas(self, sigmas: Sequence[float] | Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class _StepResult(tuple):
 
 
 class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
-    """Base of the SDE schedulers. Not constructed itself: a subclass names an SDE and its config arguments.
+    """Base of the SDE schedulers. It is not constructed itself: a subclass names an SDE and its config arguments.
 
         class MyScheduler(SDEScheduler):
             @sampler_arguments
@@ -132,7 +132,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         left_out = set(self.config.get("_use_default_values", ()))
         if "time_grid" in left_out and not {"timestep_spacing", "steps_offset"} <= left_out:
             self.register_to_config(time_grid=None)
-        # Every value counts as given: diffusers would otherwise replace ours by the defaults of the class that is
+        # Every value is recorded as given. Otherwise diffusers would replace ours by the defaults of the class that is
         # swapped in, and would not know whose config it is.
         name = type(self).__name__
         self.register_to_config(_use_default_values=[], _class_name=name, **{ORIGIN_KEY: name})
@@ -156,7 +156,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             get_time_grid(config.time_grid, sde, 2, sde.t_max, self.stated_last_time(), config.rho)
         self.init_noise_sigma = sde.prior_std
         self.num_inference_steps: int | None = None
-        # A trial plan: a combination that make_plan refuses on every grid is refused here, before anything is trained.
+        # This is a trial plan: what make_plan refuses on every grid is refused here, before anything is trained.
         self._set_plan(torch.tensor([0.5, 0.4], dtype=torch.float64) * sde.t_max, "cpu")
         self.order = self._order
         every = self._training_times()
@@ -195,7 +195,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         own_keys = known if origin_class(config, cls.__name__) is not None else ()
         check_stock_numbers({k: v for k, v in config.items() if k not in own_keys})
         if config.get("solver_order") == 3 and written_before(config, "0.2.0.dev0"):
-            # The default of then, which was 2 up to 12 levels; what was meant is to leave it to the sampler.
+            # 3 was the default then, and meant 2 up to 12 levels: the order was left to the sampler.
             config = {**config, "solver_order": None}
         lineage = [base.__name__ for base in cls.__mro__]
         implied = translate_config(config, cls.__name__, lineage, cls._families, known)
@@ -205,7 +205,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         given = {k: v for k, v in config.items() if k in known}
         hidden = {k: v for k, v in config.items() if k not in known and (not k.startswith("_") or k in kept_keys)}
         if "predictor" not in config:
-            # Straight from diffusers; a config that has been ours before already says what these keys would.
+            # The config comes straight from diffusers. One that has been ours before already has these keys.
             if not {"time_grid", "timestep_spacing", "steps_offset"} & kwargs.keys():
                 implied = on_our_grid(implied, config)
             elif kwargs.get("time_grid") is None:
@@ -217,7 +217,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         if kwargs.get("time_grid") not in (None, given.get("time_grid")) or "timestep_spacing" in kwargs:
             hidden.pop(LEFT_OUT_KEY, None)  # it belongs to the grid of the config
         scheduler = cls(**{**given, **kwargs})
-        # Keys of the scheduler that was swapped out, kept so that swapping back loses nothing.
+        # These are keys of the scheduler that was swapped out. They are kept so that swapping back loses nothing.
         scheduler.register_to_config(**hidden)
         if "_diffusers_version" in config:  # read from a file, which holds no such list
             scheduler._internal_dict = FrozenDict(
@@ -233,7 +233,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
 
     @property
     def stochasticity(self) -> float | None:
-        """Eta of the reverse SDE: 0 for the probability-flow ODE, 1 for the reverse SDE, None for the predictor's."""
+        """``eta`` of the reverse SDE: 0 is the probability-flow ODE, 1 the reverse SDE, None is up to the predictor."""
         return 0.0 if self.config.probability_flow else self.config.stochasticity
 
     def _make_plan(self, times: Tensor) -> Plan:
@@ -292,7 +292,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         return times
 
     def _warp(self, times: Tensor) -> Tensor:
-        """What becomes of uniform times."""
+        """The times to which uniform times are moved; here they stay."""
         return times
 
     def _unwarped(self, time: float) -> float:
@@ -305,7 +305,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         return torch.arange(entries, 0, -1, dtype=torch.float64) / entries * self.sde.t_max
 
     def _sigmas(self, t: Tensor) -> Tensor:
-        """What pipelines and training scripts call sigma: sigma(t)/alpha(t)."""
+        """sigma(t)/alpha(t), which pipelines and training scripts call sigma."""
         return torch.exp(-0.5 * self.sde.log_snr(t))
 
     def last_time(self) -> float:
@@ -382,7 +382,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         self.order = self._order if timesteps is None and sigmas is None else 1
 
     def _levels_of_lists(self, timesteps: Any, sigmas: Any) -> tuple[Tensor, Tensor]:
-        """SDE times of levels given by both, and what the network is fed there."""
+        """The SDE times of levels that are given by both lists, and what the network is fed there."""
         raise ValueError("Pass either timesteps or sigmas, not both: only flows have pipelines that pass both.")
 
     def _finite_start(self, times: Tensor) -> Tensor:
@@ -748,7 +748,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         """``alpha`` and ``sigma`` at network timesteps, shaped to be multiplied with ``like``."""
         fed = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(timesteps, dtype=torch.float32)
         t = self.sde_time(fed.to(like.device))
-        # Entries of ``timesteps`` are right. Others are looked at, for which the host waits if they are on a device.
+        # Entries of ``timesteps`` are right. Others are checked, for which the host waits if they are on a device.
         own = fed.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
         if not own and not torch.compiler.is_compiling():
             t_max, seen = self.sde.t_max, self.sde_time(fed)

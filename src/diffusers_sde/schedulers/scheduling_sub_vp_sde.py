@@ -19,12 +19,13 @@ class SubVPSDEScheduler(SDEScheduler):
     ancestral sampling nor a Langevin corrector for it; here every predictor and corrector applies.
 
     Args:
-        num_train_timesteps: N, the scale of the network's timesteps.
-        beta_start: beta(0) / N, in diffusers' convention: 1e-4 is the paper's beta_min = 0.1 for N = 1000.
-        beta_end: beta(t_max) / N: 0.02 is the paper's beta_max = 20 for N = 1000. It may equal ``beta_start``.
+        num_train_timesteps: This is N, the scale of the network's timesteps.
+        beta_start: This is beta(0) / N, in diffusers' convention: 1e-4 is the paper's beta_min = 0.1 for N = 1000.
+        beta_end: This is beta(t_max) / N: 0.02 is the paper's beta_max = 20 for N = 1000. It may equal ``beta_start``.
         prediction_type: The network predicts ``epsilon``, ``sample``, ``v_prediction``, ``flow_prediction``, ``score``
             or ``edm``.
-        t_max: SDE time of the prior; beta is in units of 1/time. Networks that are fed t itself see values up to it.
+        t_max: This is the SDE time of the prior; beta is in units of 1/time. Networks that are fed t itself
+            see values up to it.
         {common}
     """
 

@@ -14,7 +14,7 @@ from .stock_configs import named_grid
 
 def ve_arguments(config: dict[str, Any]) -> dict[str, Any]:
     """What the config of ScoreSdeVeScheduler says, as arguments of ``VESDEScheduler``."""
-    # What ScoreSdeVeScheduler runs: Algorithm 2 of the paper.
+    # ScoreSdeVeScheduler runs Algorithm 2 of the paper.
     corrects = config.get("correct_steps", 1) > 0
     return {
         "time_grid": "uniform",
@@ -57,12 +57,13 @@ class VESDEScheduler(SDEScheduler):
     sigma_max of 1348 belongs to one of them; 50 is the paper's value for CIFAR-10 on [0, 1].
 
     Args:
-        num_train_timesteps: N, the scale of the network's timesteps under ``continuous`` conditioning.
-        sigma_min: Smallest noise, in units of the data.
-        sigma_max: Largest noise, in units of the data.
-        prediction_type: ``score``, ``epsilon``, ``sample``, ``v_prediction``, ``flow_prediction`` or ``edm``.
-        preconditioning: None, or ``edm`` for networks of diffusers' EDM schedulers, which call their preconditioned
-            output ``epsilon`` or ``v_prediction``.
+        num_train_timesteps: This is N, the scale of the network's timesteps under ``continuous`` conditioning.
+        sigma_min: This is the smallest noise, at t = 0, in units of the data.
+        sigma_max: This is the largest noise, at t = 1, in units of the data.
+        prediction_type: The network predicts ``score``, ``epsilon``, ``sample``, ``v_prediction``, ``flow_prediction``
+            or ``edm``.
+        preconditioning: ``edm`` is for networks of diffusers' EDM schedulers, which call their preconditioned output
+            ``epsilon`` or ``v_prediction``; None is for all others.
         {common}
     """
 

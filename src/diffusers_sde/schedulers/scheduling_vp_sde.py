@@ -31,7 +31,7 @@ def vp_arguments(config: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("The config names no betas (IPNDMScheduler's are its own); pass trained_betas.")
     ours = named_grid(config)
     if ours["time_grid"] is not None:
-        # The first table entry, where diffusers' sigma grids end.
+        # diffusers' sigma grids end at the first table entry.
         ours["sampling_eps"] = 1.0 / config.get("num_train_timesteps", 1000)
     # Where a class has no such argument, the key was left by the one before it.
     owner = stock_arguments().get(stock_class(config) or "", config)
@@ -57,9 +57,10 @@ class VPSDEScheduler(SDEScheduler):
         )
 
     Args:
-        num_train_timesteps: N, the length of the table and the scale of the network's timesteps.
-        beta_start: First variance of the table; beta(0) / N where ``continuous`` is True.
-        beta_end: Last variance of the table; beta(t_max) / N where ``continuous`` is True. It may equal ``beta_start``.
+        num_train_timesteps: This is N, the length of the table and the scale of the network's timesteps.
+        beta_start: This is the first variance of the table, or beta(0) / N where ``continuous`` is True.
+        beta_end: This is the last variance of the table, or beta(t_max) / N where ``continuous`` is True. It may equal
+            ``beta_start``.
         beta_schedule: The table is ``linear``, ``scaled_linear``, ``squaredcos_cap_v2``, ``sigmoid``, ``exp`` or
             ``laplace``.
         trained_betas: These variances are used instead, unless they are None.
@@ -74,8 +75,9 @@ class VPSDEScheduler(SDEScheduler):
         sample_max_value: The threshold of ``thresholding`` is at most this value.
         final_sigmas_type: ``zero`` ends with x0_hat; ``sigma_min`` with a noise-free step to the first table entry, as
             DDIM does where ``set_alpha_to_one`` is false. Grids with a name end at that entry, and so with x0_hat.
-        t_max: SDE time of the prior, where ``continuous`` is True; beta is in units of 1/time. Networks that are fed t
-            itself see values up to it, and those that are fed counts see t N / t_max. A table lies on [0, 1].
+        t_max: This is the SDE time of the prior, where ``continuous`` is True; beta is in units of 1/time. Networks
+            that are fed t itself see values up to it, and those that are fed counts see t N / t_max. A table lies on
+            [0, 1].
         {common}
     """
 

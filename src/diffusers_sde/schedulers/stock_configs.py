@@ -8,7 +8,7 @@ from typing import Any
 
 import diffusers
 
-# Where the config has it, its grid spreads one point more than it has levels, and leaves out the last, at this time.
+# Where a config has this key, its grid spreads one point more than it has levels and leaves out the last, at this time.
 LEFT_OUT_KEY = "_left_out_time"
 
 _DISTILLED = (
@@ -20,7 +20,8 @@ _INVERTS = (
     "going from data to noise, which SDEPipeline.encode does; for a sampler of the same network, pass "
     "{stock}.from_config(pipe.scheduler.config).config"
 )
-# Schedulers of networks that are no score, or of something else than sampling, by name and by a key of their own.
+# These schedulers are for networks that are no score, or for something else than sampling. They are known by their
+# name and by a key of their own.
 REFUSED_CLASSES = {
     "LCMScheduler": _DISTILLED.format(stock="DDIMScheduler"),
     "TCDScheduler": _DISTILLED.format(stock="DDIMScheduler"),
@@ -42,7 +43,8 @@ REFUSED_KEYS = {
     "scale_factors": "scale-wise generation (FlowMatchLCM)",
     "n_grid": "a network that returns several velocities at once (Piflow)",
 }
-# Their linspace and leading spread n + 1 points and leave out the last, so that the last call is not at the data.
+# The grids linspace and leading of these classes spread n + 1 points and leave out the last, so that the last call is
+# not at the data.
 LEAVE_OUT_LAST = (
     "DPMSolverMultistepScheduler",
     "DPMSolverSinglestepScheduler",
@@ -50,7 +52,7 @@ LEAVE_OUT_LAST = (
     "DEISMultistepScheduler",
     "SASolverScheduler",
 )
-# Classes that have one grid, and no argument that names it.
+# These classes have one grid, and no argument that names it.
 FIXED_SPACING = {"UnCLIPScheduler": "linspace", "DPMSolverSinglestepScheduler": "linspace"}
 
 
