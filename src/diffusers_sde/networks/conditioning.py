@@ -56,12 +56,12 @@ TIME_CONDITIONINGS: dict[str, TimeMaps] = {
         smallest_n=2,
     ),
     "continuous": TimeMaps(
-        lambda sde, t, n: t / sde.t_max * n, lambda sde, timestep, n: timestep / n * sde.t_max, "t times {n}"
+        lambda sde, t, n: t / sde.t_max * n, lambda sde, timestep, n: timestep / n * sde.t_max, "t / t_max times {n}"
     ),
     "score_sde": TimeMaps(
         lambda sde, t, n: t / sde.t_max * (n - 1),
         lambda sde, timestep, n: timestep / (n - 1) * sde.t_max,
-        "t times {last}",
+        "t / t_max times {last}",
         smallest_n=2,
     ),
     "time": TimeMaps(lambda sde, t, n: t, lambda sde, timestep, n: timestep, "t itself"),
