@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import diffusers
@@ -16,11 +17,13 @@ from analytic import PointwiseGaussian
 from diffusers import DDIMScheduler, DiffusionPipeline
 from tiny_networks import tiny_unet
 
-from diffusers_sde import ODEOptions, SDEPipeline, TraceOptions, diagnose, log_prob
-from diffusers_sde.schedulers import SCHEDULERS
+from diffusers_sde import ODEOptions, SDEPipeline, TraceOptions, VPSDEScheduler, diagnose, log_prob
+from diffusers_sde.schedulers import SCHEDULERS, families
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
-MODULE, TRAINING, LOADING = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+MODULE, TRAINING, LOADING, NETWORKS, SDE_FILE, SCHEDULER_FILE = re.findall(
+    r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S
+)
 UNTOLD = "ignore:TutorialScheduler is saved without its code:UserWarning"
 
 
@@ -29,11 +32,13 @@ def folder(tmp_path_factory):
     """Where the module of the page is, and is imported from."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "tutorial_sde.py").write_text(MODULE, encoding="utf-8")
+    (folder / "tutorial_networks.py").write_text(NETWORKS, encoding="utf-8")
     sys.path.insert(0, str(folder))
     yield folder
     sys.path.remove(str(folder))
-    sys.modules.pop("tutorial_sde", None)
-    diffusers.pipelines.__dict__.pop("tutorial_sde", None)
+    for name in ("tutorial_sde", "tutorial_networks"):
+        sys.modules.pop(name, None)
+        diffusers.pipelines.__dict__.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +163,116 @@ def test_samples_and_densities_are_those_of_the_exact_model(tutorial):
     end = model.mean + (x0[:, 0].double() - model.mean) * last / first
     exact = torch.distributions.Normal(0.0, scheduler.sde.prior_std).log_prob(end) + math.log(last / first)
     assert torch.allclose(found.value, exact, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- parametrisations and conditionings of a user
+
+
+@pytest.fixture(scope="module")
+def networks(tutorial):
+    return importlib.import_module("tutorial_networks")
+
+
+def own_network(networks, **arguments):
+    return networks.NetworkScheduler(prediction_type="scaled_score", time_conditioning="log_time", **arguments)
+
+
+class Exact(torch.nn.Module):
+    """sigma score of pixels N(mean, std^2), fed log t, on sigma(t)^2 = (25^(2t) - 1) / (2 log 25)."""
+
+    def forward(self, x, timestep):
+        model = PointwiseGaussian()
+        variance = torch.expm1(2.0 * math.log(25.0) * timestep.double().exp()) / (2.0 * math.log(25.0))
+        variance = variance.reshape(-1, 1, 1, 1)
+        return (variance.sqrt() * (model.mean - x.double()) / (model.std**2 + variance)).to(x.dtype)
+
+
+def test_a_parametrisation_and_a_conditioning_of_a_user_sample_and_evaluate(networks):
+    scheduler, model = own_network(networks, sampling_sigma=0.01), PointwiseGaussian()
+    scheduler.set_timesteps(30)
+    assert float(scheduler.timesteps[0]) == pytest.approx(0.0, abs=1e-6)
+    assert scheduler.timesteps.exp().tolist() == pytest.approx([row.t for row in scheduler.rows], rel=1e-5)
+    pipe = SDEPipeline(Exact(), scheduler, sample_shape=(1, 20, 20))
+    pipe.set_progress_bar_config(disable=True)
+    x = pipe(50, 30, generator=torch.Generator().manual_seed(0), output_type="latent").images.double()
+    # 20000 pixels: five standard errors of both.
+    assert float(x.mean()) == pytest.approx(model.mean, abs=5.0 * model.std / math.sqrt(20000) + 0.002)
+    assert float(x.std()) == pytest.approx(model.std, rel=5.0 / math.sqrt(40000) + 0.005)
+    plain = networks.TutorialScheduler(probability_flow=True)
+    x0 = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    t = torch.tensor([0.1, 0.4, 0.7, 1.0], dtype=torch.float64)
+    sigma = plain.sde.sigma(t).reshape(-1, 1, 1, 1)
+    found = scheduler.denoiser(Exact())(x0, t)
+    exact = (model.mean * sigma**2 + model.std**2 * x0) / (model.std**2 + sigma**2)
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
+    report = str(diagnose(pipe))
+    assert "is fed:       log t" in report and "predicts:     scaled_score" in report
+
+
+def test_names_of_a_user_are_in_the_config_and_known_to_this_class_alone(networks, tmp_path):
+    scheduler = own_network(networks)
+    with pytest.warns(UserWarning, match="in the module 'tutorial_networks'"):
+        scheduler.save_pretrained(tmp_path)
+    again = networks.NetworkScheduler.from_pretrained(tmp_path)
+    stock = DDIMScheduler.from_config(scheduler.config)
+    for other in (again, networks.NetworkScheduler.from_config(stock.config)):
+        assert (other.config.prediction_type, other.config.time_conditioning) == ("scaled_score", "log_time")
+        assert type(other.parametrization) is networks.ScaledScore and other.conditioning.meaning == "log t"
+    with pytest.raises(ValueError, match=r"prediction_type must be one of epsilon, .*edm, scaled_score, got 'eps'"):
+        networks.NetworkScheduler(prediction_type="eps")
+    with pytest.raises(ValueError, match=r"time_conditioning must be None or one of .*edm, log_time, got 'log_t'"):
+        networks.NetworkScheduler(time_conditioning="log_t")
+    with pytest.raises(ValueError, match="prediction_type must be one of"):
+        networks.TutorialScheduler(prediction_type="scaled_score")
+
+    class OfTheirPath(VPSDEScheduler):
+        prediction_types = {"scaled_score": networks.ScaledScore}
+
+    assert OfTheirPath(prediction_type="scaled_score", time_conditioning="edm").parametrization.meaning.endswith(
+        "score"
+    )
+
+
+# ---------------------------------------------------------------------- an SDE inside the package
+
+
+@pytest.fixture
+def brownian(monkeypatch):
+    """The two files of the page as modules of the package, unregistered again after the test."""
+    tables = (families.FAMILIES, families.FITTING_SCHEDULER, families.FAMILY_OF_CLASS)
+    known = [dict(table) for table in tables]
+    for package, name, code in (
+        ("sdes", "brownian", SDE_FILE),
+        ("schedulers", "scheduling_brownian_sde", SCHEDULER_FILE),
+    ):
+        module = types.ModuleType(f"diffusers_sde.{package}.{name}")
+        module.__package__ = f"diffusers_sde.{package}"
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(code, vars(module))
+    yield module.BrownianSDEScheduler
+    for table, before in zip(tables, known, strict=True):
+        table.clear()
+        table.update(before)
+
+
+def test_a_scheduler_inside_the_package_is_one_file(brownian):
+    scheduler = brownian(rate=4.0, probability_flow=True)
+    t = torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(scheduler.sde.g2(t), torch.full_like(t, 16.0))
+    assert scheduler.sde.prior_std == pytest.approx(4.0)
+    assert families.config_family(scheduler.config) == "brownian"
+    assert families.fitting_class(scheduler.config) == "BrownianSDEScheduler"
+    assert brownian.from_config(scheduler.config).sde == scheduler.sde
+    with pytest.raises(
+        ValueError, match=r"describes a model of Brownian motion, which VPSDE.*Use BrownianSDEScheduler"
+    ):
+        VPSDEScheduler.from_config(scheduler.config)
+    with pytest.raises(ValueError, match=r"DDPM-type\) model, which BrownianSDEScheduler cannot represent"):
+        brownian.from_config(diffusers.DDPMScheduler().config)
+    assert "sampling_sigma: " in brownian.__doc__ and "{common}" not in brownian.__doc__
+
+
+def test_every_family_is_stated_by_its_class():
+    stated = {name: cls.__name__ for cls in SCHEDULERS.values() for name in cls._families}
+    assert families.FITTING_SCHEDULER == stated
+    assert families.FAMILIES == {name: f for cls in SCHEDULERS.values() for name, f in cls._families.items()}

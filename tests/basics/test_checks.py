@@ -160,6 +160,7 @@ WRONG = {
     "steps_offset": ["1", NAN, -5, 10**7, 2000, 1.5],
     "rho": [0.0, -1.0, NAN, INF, "7", None],
     "sampling_eps": [0.0, -1.0, 1.0, 2.0, NAN, "1e-3", None],
+    "sampling_sigma": [0.0, -1.0, NAN, INF, "0.01", True, 1e-12],
     "clip_sample": ["false", 1, None],
     "clip_sample_range": [0.0, -1.0, NAN, "1", None],
     "variance_type": ["fixed", 3],
@@ -183,8 +184,13 @@ OF_CLASS = {
         "sample_max_value": [0.0, 0.5, NAN, -2.0, "2"],
         "rescale_betas_zero_snr": ["true", None],
         "continuous": ["true", None],
+        "t_max": [0.0, -1.0, NAN, INF, "10", None, 2.0],
     },
-    SubVPSDEScheduler: {"beta_start": [-1.0, NAN, "1e-4", INF, 2.0], "beta_end": [0.0, NAN, "0.02", -1.0, 5.0]},
+    SubVPSDEScheduler: {
+        "beta_start": [-1.0, NAN, "1e-4", INF, 2.0],
+        "beta_end": [0.0, NAN, "0.02", -1.0, 5.0],
+        "t_max": [0.0, -1.0, NAN, INF, "10", None, 100.0],
+    },
     VESDEScheduler: {
         "sigma_min": [0.0, -1.0, NAN, "a", 60.0],
         "sigma_max": [0.0, NAN, INF, "b", 1e-4],

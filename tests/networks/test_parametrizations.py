@@ -6,12 +6,11 @@ import pytest
 import torch
 from tiny_networks import tiny_unet
 
+from diffusers_sde.networks.conditioning import TIME_CONDITIONINGS, TimeConditioning
 from diffusers_sde.networks.denoisers import call_network, network_denoiser
 from diffusers_sde.networks.parametrizations import (
     PREDICTION_TYPES,
-    TIME_CONDITIONINGS,
     EDMPreconditioning,
-    TimeConditioning,
     get_parametrization,
 )
 from diffusers_sde.sdes import EDMSDE, SDES, VESDE, VPSDE, CosineSDE, RectifiedFlowSDE

@@ -27,6 +27,7 @@ SHARED = {
     "time_grid": "sech",
     "rho": 7.0,
     "sampling_eps": 1e-3,
+    "sampling_sigma": None,
     "timestep_spacing": "leading",
     "steps_offset": 0,
     "denoise_final": True,
@@ -50,6 +51,7 @@ SIGNATURES = {
         "dynamic_thresholding_ratio": 0.995,
         "sample_max_value": 1.0,
         "final_sigmas_type": "zero",
+        "t_max": 1.0,
         **SHARED,
     },
     SubVPSDEScheduler: {
@@ -57,6 +59,7 @@ SIGNATURES = {
         "beta_start": 0.0001,
         "beta_end": 0.02,
         "prediction_type": "epsilon",
+        "t_max": 1.0,
         **SHARED,
         "sampling_eps": 0.027,
         "time_conditioning": "continuous",
@@ -146,7 +149,7 @@ def test_a_bare_class_has_the_defaults_of_the_list():
 
     scheduler = Bare(2.0, snr=0.5)
     assert (scheduler.config.rate, scheduler.config.snr, scheduler.sde.beta_min) == (2.0, 0.5, 2.0)
-    assert "sampling_eps: Last SDE time" in Bare.__doc__
+    assert "sampling_eps: This is the last SDE time" in Bare.__doc__
     with pytest.raises(TypeError, match="missing a required argument: 'rate'"):
         Bare()
     with pytest.raises(ValueError, match="snr must be"):

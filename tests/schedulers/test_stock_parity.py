@@ -15,7 +15,7 @@ import torch
 from states import start
 
 from diffusers_sde import FlowSDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
-from diffusers_sde.schedulers.conversion import stock_arguments
+from diffusers_sde.schedulers.stock_configs import stock_arguments
 
 # Nothing but the first order: what the stock samplers below are.
 FIRST_ORDER = {"time_grid": None, "solver_order": 1, "solver_correction": False, "gaussian_std": 0.0}

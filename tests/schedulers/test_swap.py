@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from diffusers_sde import FlowSDEScheduler, RectifiedFlowSDE, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
-from diffusers_sde.schedulers.conversion import SAMPLER_KEYS, stock_arguments
+from diffusers_sde.schedulers.conversion import SAMPLER_KEYS
+from diffusers_sde.schedulers.stock_configs import stock_arguments
 
 OURS = {
     "vp": VPSDEScheduler,

@@ -41,12 +41,19 @@ def check_number(
 
 
 def check_ordered(
-    low_name: str, low: Any, high_name: str, high: Any, above: float | None = None, at_least: float | None = None
+    low_name: str,
+    low: Any,
+    high_name: str,
+    high: Any,
+    above: float | None = None,
+    at_least: float | None = None,
+    may_be_equal: bool = False,
 ) -> tuple[float, float]:
-    """Two finite numbers, the first below the second; the bounds are the first one's."""
+    """Two finite numbers, the first below the second, or equal if they may; the bounds are the first one's."""
     low, high = check_number(low_name, low, above, at_least), check_number(high_name, high)
-    if not low < high:
-        raise ValueError(f"{low_name} must be less than {high_name}, got {low!r} and {high!r}.")
+    if not (low < high or (may_be_equal and low == high)):
+        relation = "at most" if may_be_equal else "less than"
+        raise ValueError(f"{low_name} must be {relation} {high_name}, got {low!r} and {high!r}.")
     return low, high
 
 

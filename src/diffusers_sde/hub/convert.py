@@ -27,7 +27,8 @@ from ..basics.options import fail
 from ..networks.ncsnpp import PRESETS
 from ..pipelines import SDEPipeline
 from ..schedulers import SCHEDULERS, VPSDEScheduler
-from ..schedulers.conversion import fitting_class, with_stock_defaults
+from ..schedulers.families import fitting_class
+from ..schedulers.stock_configs import with_stock_defaults
 from ..shipping.flattening import LIBRARY
 from .score_sde import CHECKPOINT_SDES, convert_ncsnpp, is_ncsnpp, preset_setting, read_checkpoint, vp_scheduler
 

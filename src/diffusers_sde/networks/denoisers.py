@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..sdes import SDE, as_time, expand_like
-from .parametrizations import Parametrization, TimeConditioning
+from .conditioning import TimeConditioning
+from .parametrizations import Parametrization
 
 Denoiser = Callable[..., Tensor]
 """(x_t of shape (B, ...), t of shape () or (B,), **conditioning) -> x0_hat = E[x_0 | x_t], shape (B, ...)."""

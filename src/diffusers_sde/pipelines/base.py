@@ -56,14 +56,15 @@ def own_index(index: dict[str, Any]) -> dict[str, Any]:
 
 
 def _admit(library: str, name: str) -> None:
-    """Let diffusers load a component whose class a user has derived from ours, in a module that is imported.
+    """Let diffusers load a scheduler derived from ours, or a network, of a user's module that is imported.
 
     diffusers loads a class from such a module only if that also holds the base class, such as ``SchedulerMixin``, which
     a user has no reason to import; and from the Hub only if the module is an attribute of ``diffusers.pipelines``.
     """
     module = sys.modules.get(library)
     cls = None if module is None else vars(module).get(name)  # no getattr: transformers would import what it names
-    if library == LIBRARY or not (inspect.isclass(cls) and issubclass(cls, ShipsItsCode)):
+    known = library in (LIBRARY, "diffusers", "transformers")
+    if known or not (inspect.isclass(cls) and issubclass(cls, (ShipsItsCode, ModelMixin))):
         return
     pipeline_loading_utils.ALL_IMPORTABLE_CLASSES[name] = ["save_pretrained", "from_pretrained"]
     # diffusers would look for all that is defined below a package in the package itself.
@@ -75,6 +76,15 @@ def _descendants(cls: type[Any]) -> Iterator[type[Any]]:
     for child in cls.__subclasses__():
         yield child
         yield from _descendants(child)
+
+
+class ComponentTypes(tuple[Any, ...]):
+    """The types that a component may have. ``in`` finds subclasses too, where diffusers asks for the type itself."""
+
+    def __contains__(self, kind: object) -> bool:
+        return super().__contains__(kind) or (
+            inspect.isclass(kind) and any(inspect.isclass(each) and issubclass(kind, each) for each in self)
+        )
 
 
 class SharedPipeline(ShipsItsCode, DiffusionPipeline):
@@ -118,9 +128,7 @@ class SharedPipeline(ShipsItsCode, DiffusionPipeline):
             # Where the package is missing, a network of ours has the class of its own file, a second copy of the same
             # code.
             ours = any(inspect.isclass(each) and issubclass(each, ShipsItsCode) for each in allowed)
-            # from_pipe takes over a network of none but the very classes that are listed.
-            models = _descendants(ModelMixin) if ModelMixin in allowed else ()
-            return (*allowed, *models, ModelMixin) if ours else (*allowed, *models)
+            return ComponentTypes((*allowed, ModelMixin) if ours else allowed)
 
         return {name: types(hints[name]) for name in inspect.signature(cls.__init__).parameters if name in hints}
 
@@ -173,9 +181,10 @@ class SharedPipeline(ShipsItsCode, DiffusionPipeline):
             ValueError: ``results`` are not understood.
             OSError: The upload failed; the message says what to do.
         """
-        repo_id = create_repository(repo_id, private, token)
         with tempfile.TemporaryDirectory() as folder:
+            # First, so that what cannot be saved leaves no empty repository behind.
             self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
+            repo_id = create_repository(repo_id, private, token)
             add_card(folder, self, repo_id, results)
             return upload(folder, repo_id, token, commit_message, create_pr, variant)
 

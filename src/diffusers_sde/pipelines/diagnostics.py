@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
-import re
 import sys
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from diffusers import ModularPipeline
 
+from ..networks.parametrizations import PREDICTION_TYPES
 from ..schedulers import SCHEDULERS, FlowSDEScheduler, SDEScheduler
-from ..schedulers.conversion import FAMILY_NAMES, config_family, config_of
+from ..schedulers.families import config_family, family_description
+from ..schedulers.stock_configs import config_of
+from .plain_networks import PlainNetwork
 
-PREDICTIONS = {
-    "epsilon": "the noise (epsilon)",
-    "sample": "the data (sample)",
-    "v_prediction": "the velocity v = alpha eps - sigma x0 (v_prediction)",
-    "flow_prediction": "the velocity eps - x0 of the straight path (flow_prediction)",
-    "score": "the score",
-    "edm": "EDM's preconditioned output (edm)",
-}
-CONDITIONINGS = {
-    "discrete": "the index of a table of {n} timesteps",
-    "continuous": "t times {n}",
-    "score_sde": "t times {last}",
-    "time": "t itself",
-    "sigma": "the noise level sigma",
-    "log_sigma": "log sigma",
-    "edm": "log(sigma)/4",
-}
 # Pipelines that start at N(0, I) whatever the scheduler says, and never scale the network's input.
 _NO_INITIAL_SCALE = ("DDPMPipeline", "DDIMPipeline")
-_REPLACE_SCHEDULER = ("DDIMPipeline", "PNDMPipeline")
+# What is wrong with a stock pipeline of this name whatever scheduler it has.
+_OF_PIPELINES = {
+    **dict.fromkeys(
+        ("DDIMPipeline", "PNDMPipeline"),
+        "{name} converts a scheduler given at construction (or loaded with it) to its own kind: assign pipe.scheduler "
+        "afterwards, every time.",
+    ),
+    "ScoreSdeVePipeline": "{name} runs no scheduler but its own (it calls step_pred): use SDEPipeline.",
+    "StableDiffusionLatentUpscalePipeline": "{name} adds noise and scales its input for variance-exploding samplers of "
+    "k-diffusion (Euler, LMS) only: leave its scheduler as it is.",
+}
 _NETWORKS = ("unet", "transformer", "prior")
+_AUTOENCODERS = ("vae", "vqvae")
 
 
 @dataclass
@@ -65,13 +64,14 @@ class Diagnosis:
     warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        what = FAMILY_NAMES.get(self.family or "", "of a kind that its scheduler's config does not tell")
+        what = family_description(self.family) or "of a kind that its scheduler's config does not tell"
         if self.family is None and self.suggestions:
             what = "of an SDE of its own"
+        predicts = PREDICTION_TYPES[self.prediction_type].meaning if self.prediction_type in PREDICTION_TYPES else None
         lines = [
             f"{self.pipeline} with {self.scheduler}",
             f"  network:      {self.network or 'none found'}, {what}",
-            f"  predicts:     {PREDICTIONS.get(self.prediction_type or '', self.prediction_type or 'unknown')}",
+            f"  predicts:     {predicts or self.prediction_type or 'unknown'}",
             f"  is fed:       {self.conditioning or 'unknown'}",
             f"  works on:     {self.data or 'unknown'}",
         ]
@@ -81,6 +81,59 @@ class Diagnosis:
             lines += ["  no scheduler here fits:", *(f"    {name}: {why}" for name, why in self.reasons.items())]
         lines.append("  suspicious:" if self.warnings else "  nothing suspicious")
         return "\n".join([*lines, *(f"    - {w}" for w in self.warnings)])
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A pipeline as the checks see it.
+
+    Attributes:
+        pipe: The pipeline.
+        network: Its network, or None.
+        scheduler: Its scheduler.
+        fitting: Our scheduler that fits: its own or one made from its config; None if there is none.
+        family: The kind of path, or None.
+        latent: Whether it works on the latents of an autoencoder.
+    """
+
+    pipe: Any
+    network: Any
+    scheduler: Any
+    fitting: SDEScheduler | None
+    family: str | None
+    latent: bool
+
+    @property
+    def name(self) -> str:
+        """Name of the pipeline's class."""
+        return type(self.pipe).__name__
+
+    @property
+    def guider(self) -> Any:
+        """The guider of a modular pipeline, None where there is none."""
+        return getattr(self.pipe, "guider", None) if isinstance(self.pipe, ModularPipeline) else None
+
+    @property
+    def ignores_scales(self) -> bool:
+        """Whether the pipeline starts at N(0, 1) and feeds the state as it is, and the scheduler needs otherwise."""
+        if self.name not in _NO_INITIAL_SCALE:
+            return False
+        return abs(self.initial_scale - 1.0) > 1e-6 or (self.fitting is not None and _scales_input(self.fitting))
+
+    @property
+    def initial_scale(self) -> float:
+        """Standard deviation at which the scheduler has sampling start."""
+        scheduler = self.scheduler if self.fitting is None else self.fitting
+        return float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+    @property
+    def returns_unused_variance(self) -> bool:
+        """Whether the network returns a variance that neither the pipeline nor the scheduler takes off."""
+        if self.network is None or self.fitting is None:
+            return False
+        taken_off = self.fitting.config.variance_type in ("learned", "learned_range")
+        inputs, outputs = (self.network.config.get(key) for key in ("in_channels", "out_channels"))
+        return bool(inputs and outputs == 2 * inputs) and not taken_off and not self.name.startswith(("DiT", "PixArt"))
 
 
 def diagnose(pipe: Any) -> Diagnosis:
@@ -101,120 +154,122 @@ def diagnose(pipe: Any) -> Diagnosis:
     if scheduler is None or not hasattr(scheduler, "config"):
         raise ValueError(f"diagnose needs a pipeline with a scheduler, got {type(pipe).__name__}.")
     network = next((m for m in (getattr(pipe, name, None) for name in _NETWORKS) if m is not None), None)
-    diagnosis = Diagnosis(
-        type(pipe).__name__, type(scheduler).__name__, None if network is None else type(network).__name__
-    )
     config = config_of(scheduler)
-    diagnosis.family = config_family(config)
+    family = config_family(config)
+    fitting, reasons = _fitting(scheduler, config, family)
+    latent = any(getattr(pipe, name, None) is not None for name in _AUTOENCODERS)
+    case = _Case(pipe, network, scheduler, fitting, family, latent)
+    module = network.network if isinstance(network, PlainNetwork) else network
+    return Diagnosis(
+        case.name,
+        type(scheduler).__name__,
+        None if module is None else type(module).__name__,
+        family,
+        config.get("prediction_type") if fitting is None else fitting.config.prediction_type,
+        None if fitting is None else fitting.conditioning.meaning,
+        _data(case),
+        _suggestions(case),
+        reasons,
+        [warning for check in _CHECKS if (warning := check(case)) is not None],
+    )
 
+
+def _fitting(scheduler: Any, config: dict[str, Any], family: str | None) -> tuple[SDEScheduler | None, dict[str, str]]:
+    """Our scheduler that fits, if any, and for each of our classes that refuses the config, why."""
     # A user's own scheduler is of an SDE of its own, which no class of ours stands for.
     is_users = isinstance(scheduler, SDEScheduler) and not isinstance(scheduler, tuple(SCHEDULERS.values()))
-    fitting: SDEScheduler | None = scheduler if is_users else None
+    fitting, reasons = scheduler if is_users else None, {}
     for name, cls in SCHEDULERS.items():
         try:
             candidate = scheduler if isinstance(scheduler, cls) else cls.from_config(config)
         except ValueError as error:
-            diagnosis.reasons[name] = str(error)
+            reasons[name] = str(error)
             continue
-        if diagnosis.family is not None or isinstance(scheduler, cls):
+        if family is not None or isinstance(scheduler, cls):
             fitting = fitting or candidate
-    if fitting is not None:
-        n = int(fitting.config.num_train_timesteps)
-        diagnosis.prediction_type = fitting.config.prediction_type
-        diagnosis.conditioning = CONDITIONINGS[fitting.conditioning.name].format(n=n, last=n - 1)
-    else:
-        diagnosis.prediction_type = config.get("prediction_type")
-    latent = getattr(pipe, "vae", None) is not None or getattr(pipe, "vqvae", None) is not None
-    diagnosis.data = _data(pipe, latent, diagnosis)
-    diagnosis.suggestions = _suggestions(pipe, network, fitting, latent, diagnosis.family)
-    for check in (_check_pipeline, _check_scheduler, _check_network):
-        diagnosis.warnings += check(pipe, network, fitting, scheduler, latent)
-    return diagnosis
+    return fitting, reasons
 
 
-def _data(pipe: Any, latent: bool, diagnosis: Diagnosis) -> str:
-    if latent:
+def _data(case: _Case) -> str:
+    if case.latent:
         return "latents of an autoencoder"
-    config = pipe.config
+    config = case.pipe.config
     if config.get("data_min") is not None:
         return f"images in [{config['data_min']:g}, {config['data_max']:g}]"
-    if type(pipe).__name__ == "ScoreSdeVePipeline":
+    if case.name == "ScoreSdeVePipeline":
         return "images in [0, 1]"
     return "images, in [-1, 1] as this pipeline takes them"
 
 
-def _suggestions(pipe: Any, network: Any, fitting: SDEScheduler | None, latent: bool, family: str | None) -> list[str]:
-    if fitting is None:
+# ---------------------------------------------------------------------- what to try
+
+
+def _suggestions(case: _Case) -> list[str]:
+    if case.fitting is None:
         return []
-    name, pipeline = type(fitting).__name__, type(pipe).__name__
-    # With nothing set first: the default sampler is the one that was measured to be best.
-    choices = ["", 'predictor="ancestral", corrector="langevin"', "probability_flow=True", 'predictor="ancestral"']
-    if family == "flow":
-        choices = ["", "probability_flow=True", 'corrector="langevin"', 'predictor="ancestral"']
-    if pipeline == "ScoreSdeVePipeline":
-        choices = ['langevin_norm="batch"', 'predictor="ancestral"']
-    if _guider(pipe) is not None:
-        choices = [choice for choice in choices if "corrector" not in choice]
-    needed = []
-    if latent and fitting.config.clip_sample:
-        needed.append("clip_sample=False")
-    if latent and fitting.config.get("thresholding"):
-        needed.append("thresholding=False")
-    if _returns_unused_variance(pipe, network, fitting):
-        needed.append('variance_type="learned_range"')
-    swaps = [
-        f"{name}.from_config({', '.join(['pipe.scheduler.config', *filter(None, [choice]), *needed])})"
-        for choice in choices
+    needed = _needed_arguments(case)
+    return [
+        _assignment(case, f"{type(case.fitting).__name__}.from_config({', '.join(['pipe.scheduler.config', *given])})")
+        for given in ([*filter(None, [choice]), *needed] for choice in _choices(case))
     ]
-    if isinstance(pipe, ModularPipeline):
-        return [f"pipe.update_components(scheduler={swap})" for swap in swaps]
-    if type(pipe.scheduler).__name__ == "ScoreSdeVeScheduler":  # its networks are for data in [0, 1]
-        return [f"pipe = SDEPipeline(pipe.unet, {swap}, data_min=0.0)" for swap in swaps]
-    if pipeline in _NO_INITIAL_SCALE and (fitting.init_noise_sigma != 1.0 or _scales_input(fitting)):
-        return [f"pipe = SDEPipeline(pipe.unet, {swap})" for swap in swaps]
-    return [f"pipe.scheduler = {swap}" for swap in swaps]
 
 
-def _check_pipeline(pipe: Any, network: Any, fitting: SDEScheduler | None, scheduler: Any, latent: bool) -> list[str]:
-    found, name = [], type(pipe).__name__
-    sigma = float(fitting.init_noise_sigma if fitting is not None else getattr(scheduler, "init_noise_sigma", 1.0))
-    scales = fitting is not None and _scales_input(fitting)
-    if name in _NO_INITIAL_SCALE and (abs(sigma - 1.0) > 1e-6 or scales):
-        found.append(
-            f"{name} starts at N(0, 1) and ignores init_noise_sigma = {sigma:g} and scale_model_input: use "
-            "SDEPipeline(pipe.unet, scheduler)."
-        )
-    if name in _REPLACE_SCHEDULER:
-        found.append(
-            f"{name} converts a scheduler given at construction (or loaded with it) to its own kind: assign "
-            "pipe.scheduler afterwards, every time."
-        )
-    if name == "ScoreSdeVePipeline":
-        found.append("ScoreSdeVePipeline runs no scheduler but its own (it calls step_pred): use SDEPipeline.")
-    if name == "StableDiffusionLatentUpscalePipeline":
-        found.append(
-            f"{name} adds noise and scales its input for variance-exploding samplers of k-diffusion (Euler, LMS) only: "
-            "leave its scheduler as it is."
-        )
-    order = int(getattr(scheduler, "order", 1))
-    if _guider(pipe) is not None and order > 1:
-        found.append(_guider_warning(fitting, order))
-    if _drops_generator(pipe):
-        found.append(
-            f"{name} does not hand its generator to step(): stochastic sampling is reproducible by torch.manual_seed "
-            "only."
-        )
-    return found
+def _choices(case: _Case) -> list[str]:
+    """Samplers to try, as arguments. The first sets nothing: the default is the one that was measured to be best."""
+    choices = ["", 'predictor="ancestral", corrector="langevin"', "probability_flow=True", 'predictor="ancestral"']
+    if case.family == "flow":
+        choices = ["", "probability_flow=True", 'corrector="langevin"', 'predictor="ancestral"']
+    if case.name == "ScoreSdeVePipeline":
+        choices = ['langevin_norm="batch"', 'predictor="ancestral"']
+    return [choice for choice in choices if case.guider is None or "corrector" not in choice]
 
 
-def _guider(pipe: Any) -> Any:
-    """The guider of a modular pipeline, None where there is none."""
-    return getattr(pipe, "guider", None) if isinstance(pipe, ModularPipeline) else None
+def _needed_arguments(case: _Case) -> list[str]:
+    """Arguments without which no sampler is right for this network."""
+    assert case.fitting is not None
+    config = case.fitting.config
+    needed = {
+        "clip_sample=False": case.latent and config.clip_sample,
+        "thresholding=False": case.latent and config.get("thresholding"),
+        'variance_type="learned_range"': case.returns_unused_variance,
+    }
+    return [argument for argument, is_needed in needed.items() if is_needed]
 
 
-def _guider_warning(fitting: SDEScheduler | None, order: int) -> str:
+def _assignment(case: _Case, scheduler: str) -> str:
+    """The line that puts a scheduler in place."""
+    if isinstance(case.pipe, ModularPipeline):
+        return f"pipe.update_components(scheduler={scheduler})"
+    if type(case.scheduler).__name__ == "ScoreSdeVeScheduler":  # its networks are for data in [0, 1]
+        return f"pipe = SDEPipeline(pipe.unet, {scheduler}, data_min=0.0)"
+    if case.ignores_scales:
+        return f"pipe = SDEPipeline(pipe.unet, {scheduler})"
+    return f"pipe.scheduler = {scheduler}"
+
+
+# ---------------------------------------------------------------------- what looks wrong: one function a warning
+
+
+def _check_initial_scale(case: _Case) -> str | None:
+    if not case.ignores_scales:
+        return None
+    return (
+        f"{case.name} starts at N(0, 1) and ignores init_noise_sigma = {case.initial_scale:g} and scale_model_input: "
+        "use SDEPipeline(pipe.unet, scheduler)."
+    )
+
+
+def _check_pipeline(case: _Case) -> str | None:
+    known = _OF_PIPELINES.get(case.name)
+    return None if known is None else known.format(name=case.name)
+
+
+def _check_guider(case: _Case) -> str | None:
+    order = int(getattr(case.scheduler, "order", 1))
+    if case.guider is None or order == 1:
+        return None
     levels = "pipe.scheduler.set_timesteps(n), then timesteps=pipe.scheduler.timesteps[::pipe.scheduler.order].tolist()"
-    if isinstance(fitting, FlowSDEScheduler):
+    if isinstance(case.fitting, FlowSDEScheduler):
         levels = "sigmas=[1 - i / n for i in range(n)]"
     return (
         f"The scheduler calls the network {order} times per level, and a guider counts calls against "
@@ -224,8 +279,18 @@ def _guider_warning(fitting: SDEScheduler | None, order: int) -> str:
     )
 
 
+def _check_generator(case: _Case) -> str | None:
+    if not _drops_generator(case.pipe):
+        return None
+    return (
+        f"{case.name} does not hand its generator to step(): stochastic sampling is reproducible by torch.manual_seed "
+        "only."
+    )
+
+
 def _scales_input(scheduler: SDEScheduler) -> bool:
-    scale = scheduler.parametrization.input_scale(scheduler.sde.alpha(0.5), scheduler.sde.sigma(0.5))
+    t = 0.5 * scheduler.sde.t_max
+    scale = scheduler.parametrization.input_scale(scheduler.sde.alpha(t), scheduler.sde.sigma(t))
     return bool((scale != 1).any())
 
 
@@ -235,76 +300,126 @@ def _drops_generator(pipe: Any) -> bool:
         where: Any = type(pipe).__call__
         if isinstance(pipe, ModularPipeline):  # its steps are blocks, in a module of that name
             where = sys.modules[f"{type(pipe).__module__.rpartition('.')[0]}.denoise"]
-        source = inspect.getsource(where)
-    except (KeyError, OSError, TypeError):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(where)))
+    except (KeyError, OSError, TypeError, SyntaxError):
         return False
-    calls = re.findall(r"scheduler\.step\(([^)]*)\)", source)
-    hands_over = re.compile(r"generator|extra_step_kwargs|step_arguments")
-    return bool(calls) and not any(hands_over.search(arguments) for arguments in calls)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    steps = [call for call in calls if ast.unparse(call.func).endswith("scheduler.step")]
+    return bool(steps) and not any(_hands_generator_over(call) for call in steps)
 
 
-def _check_scheduler(pipe: Any, network: Any, fitting: SDEScheduler | None, scheduler: Any, latent: bool) -> list[str]:
-    found, config = [], scheduler.config
-    if latent and (config.get("clip_sample") or config.get("thresholding")):
-        found.append(
-            "clip_sample or thresholding is on, but latents are not bounded: pass clip_sample=False and "
-            "thresholding=False."
-        )
-    if latent and config.get("steps_offset") == 0 and config.get("set_alpha_to_one") is False:
-        found.append(
-            "steps_offset=0 with set_alpha_to_one=False: the last step ends where it starts; Stable Diffusion models "
-            "take steps_offset=1."
-        )
-    if config.get("rescale_betas_zero_snr") and config.get("prediction_type") in ("epsilon", "score"):
-        found.append(
-            f"rescale_betas_zero_snr with prediction_type={config['prediction_type']!r}: at the first timestep the "
-            "output says nothing about the data; use v_prediction."
-        )
-    if config.get("rescale_betas_zero_snr") and config.get("timestep_spacing") != "trailing":
-        found.append("rescale_betas_zero_snr without timestep_spacing='trailing': sampling may skip the last timestep.")
-    return found
+def _hands_generator_over(call: ast.Call) -> bool:
+    """Whether a call has an argument of that name, or passes on the keyword arguments that hold it in pipelines."""
+    given = [keyword.value if keyword.arg is None else keyword.arg for keyword in call.keywords]
+    names = {each if isinstance(each, str) else ast.unparse(each) for each in [*given, *call.args]}
+    return not names.isdisjoint({"generator", "extra_step_kwargs", "step_arguments"})
 
 
-def _check_network(pipe: Any, network: Any, fitting: SDEScheduler | None, scheduler: Any, latent: bool) -> list[str]:
-    if network is None or fitting is None:
-        return []
-    found, config, conditioning = [], network.config, fitting.conditioning.name
-    embedding = config.get("time_embedding_type")
-    is_unet = type(network).__name__ == "UNet2DModel"
-    if is_unet and embedding == "fourier":
-        if conditioning != "sigma":
-            found.append(
-                f"The network has a Fourier embedding, which takes the noise level sigma, but is fed "
-                f"{CONDITIONINGS[conditioning].format(n='N', last='N - 1')}: pass time_conditioning='sigma'."
-            )
-        if fitting.config.prediction_type != "score":
-            found.append(
-                "The network has a Fourier embedding and divides its output by the noise level itself, so it returns "
-                f"the score, but prediction_type is {fitting.config.prediction_type!r}: pass prediction_type='score'."
-            )
-    elif is_unet and embedding == "positional":
-        sde = fitting.sde
-        low, high = (float(fitting.conditioning.timestep(sde, t)) for t in (sde.t_min, sde.t_max))
-        if conditioning in ("sigma", "log_sigma", "edm") or high - low < 10.0:
-            found.append(
-                "The network has a positional embedding, made for timesteps up to about 1000, but is fed values from "
-                f"{low:.3g} to {high:.3g}, which it can hardly tell apart or was not trained on: check "
-                "time_conditioning and num_train_timesteps."
-            )
-    if is_unet and type(fitting) is FlowSDEScheduler and not isinstance(scheduler, SDEScheduler):
-        found.append("A flow scheduler with a UNet2DModel is unusual: make sure that the network predicts eps - x0.")
-    if _returns_unused_variance(pipe, network, fitting):
-        found.append(
-            f"The network returns {config['out_channels']} channels for {config['in_channels']}, half of them a "
-            "variance: pass variance_type='learned_range', so that they are dropped."
-        )
-    return found
+def _check_clipping(case: _Case) -> str | None:
+    config = case.scheduler.config
+    if not case.latent or not (config.get("clip_sample") or config.get("thresholding")):
+        return None
+    return (
+        "clip_sample or thresholding is on, but latents are not bounded: pass clip_sample=False and thresholding=False."
+    )
 
 
-def _returns_unused_variance(pipe: Any, network: Any, fitting: SDEScheduler) -> bool:
-    """Whether the network returns a variance that neither the pipeline nor the scheduler takes off."""
-    if network is None or fitting.config.variance_type in ("learned", "learned_range"):
-        return False
-    inputs, outputs = network.config.get("in_channels"), network.config.get("out_channels")
-    takes_it_off = type(pipe).__name__.startswith(("DiT", "PixArt"))
-    return bool(inputs and outputs == 2 * inputs and not takes_it_off)
+def _check_offset(case: _Case) -> str | None:
+    config = case.scheduler.config
+    if not case.latent or config.get("steps_offset") != 0 or config.get("set_alpha_to_one") is not False:
+        return None
+    return (
+        "steps_offset=0 with set_alpha_to_one=False: the last step ends where it starts; Stable Diffusion models take "
+        "steps_offset=1."
+    )
+
+
+def _check_zero_snr_prediction(case: _Case) -> str | None:
+    config = case.scheduler.config
+    if not config.get("rescale_betas_zero_snr") or config.get("prediction_type") not in ("epsilon", "score"):
+        return None
+    return (
+        f"rescale_betas_zero_snr with prediction_type={config['prediction_type']!r}: at the first timestep the output "
+        "says nothing about the data; use v_prediction."
+    )
+
+
+def _check_zero_snr_spacing(case: _Case) -> str | None:
+    config = case.scheduler.config
+    if not config.get("rescale_betas_zero_snr") or config.get("timestep_spacing") == "trailing":
+        return None
+    return "rescale_betas_zero_snr without timestep_spacing='trailing': sampling may skip the last timestep."
+
+
+def _embedding(case: _Case) -> str | None:
+    """How a ``UNet2DModel`` embeds its timestep; None for another network, or where no scheduler fits."""
+    if case.fitting is None or type(case.network).__name__ != "UNet2DModel":
+        return None
+    embedding: str | None = case.network.config.get("time_embedding_type")
+    return embedding
+
+
+def _check_fourier_input(case: _Case) -> str | None:
+    if _embedding(case) != "fourier" or case.fitting is None or case.fitting.conditioning.name == "sigma":
+        return None
+    return (
+        "The network has a Fourier embedding, which takes the noise level sigma, but is fed "
+        f"{case.fitting.conditioning.meaning}: pass time_conditioning='sigma'."
+    )
+
+
+def _check_fourier_output(case: _Case) -> str | None:
+    if _embedding(case) != "fourier" or case.fitting is None or case.fitting.config.prediction_type == "score":
+        return None
+    return (
+        "The network has a Fourier embedding and divides its output by the noise level itself, so it returns the "
+        f"score, but prediction_type is {case.fitting.config.prediction_type!r}: pass prediction_type='score'."
+    )
+
+
+def _check_positional_input(case: _Case) -> str | None:
+    if _embedding(case) != "positional" or case.fitting is None:
+        return None
+    sde, conditioning = case.fitting.sde, case.fitting.conditioning
+    low, high = (float(conditioning.timestep(sde, t)) for t in (sde.t_min, sde.t_max))
+    if not conditioning.is_of_noise and high - low >= 10.0:
+        return None
+    return (
+        "The network has a positional embedding, made for timesteps up to about 1000, but is fed values from "
+        f"{low:.3g} to {high:.3g}, which it can hardly tell apart or was not trained on: check time_conditioning and "
+        "num_train_timesteps."
+    )
+
+
+def _check_flow_network(case: _Case) -> str | None:
+    is_ours = isinstance(case.scheduler, SDEScheduler)
+    if is_ours or type(case.fitting) is not FlowSDEScheduler or type(case.network).__name__ != "UNet2DModel":
+        return None
+    return "A flow scheduler with a UNet2DModel is unusual: make sure that the network predicts eps - x0."
+
+
+def _check_variance(case: _Case) -> str | None:
+    if not case.returns_unused_variance:
+        return None
+    config = case.network.config
+    return (
+        f"The network returns {config['out_channels']} channels for {config['in_channels']}, half of them a variance: "
+        "pass variance_type='learned_range', so that they are dropped."
+    )
+
+
+_CHECKS: tuple[Callable[[_Case], str | None], ...] = (
+    _check_initial_scale,
+    _check_pipeline,
+    _check_guider,
+    _check_generator,
+    _check_clipping,
+    _check_offset,
+    _check_zero_snr_prediction,
+    _check_zero_snr_spacing,
+    _check_fourier_input,
+    _check_fourier_output,
+    _check_positional_input,
+    _check_flow_network,
+    _check_variance,
+)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import ImagePipelineOutput, SchedulerMixin
 from torch import Tensor
 
 from ..basics.checks import check_choice, check_integer
@@ -38,7 +38,8 @@ class ClassConditionalSDEPipeline(SDEPipeline):
     Correctors take the guided score, which for a scale other than 1 is not the score of any marginal.
 
     Args:
-        unet: The network, called as ``unet(sample, timestep, class_labels)``, or without labels if it knows no classes.
+        unet: As in ``SDEPipeline``. It knows classes if its config has ``num_class_embeds``, and is then called with
+            ``class_labels``, int64 of shape (B,).
         scheduler: One of this package's schedulers.
         data_min: As in ``SDEPipeline``.
         data_max: Likewise.
@@ -46,6 +47,7 @@ class ClassConditionalSDEPipeline(SDEPipeline):
             strings; both are understood.
         null_class: Number of the null class; None for a network without one, which allows ``guidance_scale`` 1 only.
         classifier: Classifier of noisy images; optional for a network that knows classes.
+        sample_shape: As in ``SDEPipeline``.
 
     Example:
         ```py
@@ -65,16 +67,17 @@ class ClassConditionalSDEPipeline(SDEPipeline):
 
     def __init__(
         self,
-        unet: ModelMixin,
+        unet: torch.nn.Module,
         scheduler: SchedulerMixin,
         data_min: float = -1.0,
         data_max: float = 1.0,
         id2label: Mapping | None = None,  # bare: diffusers compares types, and JSON makes its keys strings
         null_class: int | None = None,
         classifier: NoiseConditionalClassifier | None = None,
+        sample_shape: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(unet, scheduler, data_min, data_max, null_class)
-        if unet.config.num_class_embeds is None and classifier is None:
+        super().__init__(unet, scheduler, data_min, data_max, null_class, sample_shape)
+        if not self._knows_classes and classifier is None:
             raise ValueError("unet has no num_class_embeds: it knows no classes. Pass a classifier or use SDEPipeline.")
         self.register_modules(classifier=classifier)
         if id2label is not None and not isinstance(id2label, Mapping):
@@ -88,9 +91,13 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         self.register_to_config(id2label=names or None)
 
     @property
+    def _knows_classes(self) -> bool:
+        return self.unet.config.get("num_class_embeds") is not None
+
+    @property
     def num_classes(self) -> int:
         """Classes that ``class_labels`` may hold, a null class included."""
-        return int(self.unet.config.num_class_embeds or self.classifier.config.num_classes)
+        return int(self.unet.config.get("num_class_embeds") or self.classifier.config.num_classes)
 
     @property
     def labels(self) -> dict[str, int]:
@@ -174,7 +181,7 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         """
         check_scale("guidance_scale", guidance_scale)
         check_interval(guidance_interval)
-        config, knows_classes = self.config, self.unet.config.num_class_embeds is not None
+        config, knows_classes = self.config, self._knows_classes
         if classifier_guidance_scale is None:
             classifier_guidance_scale = 0.0 if knows_classes else 1.0
         check_scale("classifier_guidance_scale", classifier_guidance_scale)
@@ -209,7 +216,7 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         return guidance_interval(guided, as_it_is, sde, interval)(x, t)
 
     def _conditional(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        arguments = {} if self.unet.config.num_class_embeds is None else {"class_labels": labels}
+        arguments = {"class_labels": labels} if self._knows_classes else {}
         return unet_denoiser(self, self.scheduler, **arguments)(x, t)
 
     def probability_flow(

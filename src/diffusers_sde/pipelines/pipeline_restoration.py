@@ -172,11 +172,11 @@ class RestorationSDEPipeline(SDEPipeline):
         return execute(self, scheduler, guided_output(scheduler, guided), latents, steps, generator, callback=callback)
 
     def _measurement(self, measurement: Any, operator: LinearOperator) -> Tensor:
-        channels = self.unet.config.in_channels
+        channels = self.unet.config.get("in_channels")
         if not all(hasattr(operator, name) for name in ("apply", "adjoint", "data_shape")):
             raise ValueError(f"operator must be a LinearOperator, such as Downsampling(2, ...), got {operator!r}.")
-        if len(operator.data_shape) != 3 or operator.data_shape[0] != channels:
-            raise ValueError(f"operator must be one for data ({channels}, H, W), got {operator.data_shape}.")
+        if len(operator.data_shape) != 3 or channels not in (None, operator.data_shape[0]):
+            raise ValueError(f"operator must be one for data ({channels or 'C'}, H, W), got {operator.data_shape}.")
         if isinstance(measurement, Tensor) and measurement.is_floating_point():
             y = measurement.to(device=self._execution_device, dtype=torch.float32)
         else:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..basics.checks import check_choice, check_generators, check_integer, check_ordered
+from ..basics.checks import check_choice, check_generators, check_integer, check_ordered, check_shape
 from ..basics.noise import Generators
 from ..flow.likelihood import LogProb
 from ..flow.quantized import BitsPerDim
 from ..flow.trace import TraceOptions
 from ..schedulers import SCHEDULERS
 from .base import SharedPipeline
+from .plain_networks import PlainNetwork
 from .probability_flow import ProbabilityFlow
 from .runs import (
     OUTPUT_TYPES,
@@ -43,6 +44,14 @@ def _adopted(scheduler: Any) -> Any:
     return scheduler if ours is None or isinstance(scheduler, ours) else ours.from_config(scheduler.config)
 
 
+def _checked_sample_shape(value: Any) -> tuple[int, int, int]:
+    """The shape of one sample as a tuple of three positive integers, or a ValueError."""
+    shape = check_shape("sample_shape", value)
+    if len(shape) != 3:
+        raise ValueError(f"sample_shape must be (channels, height, width), got {value!r}.")
+    return shape
+
+
 class SDEPipeline(SharedPipeline):
     """Draw images from a score model: start from the prior of the scheduler's SDE and execute its sampler.
 
@@ -51,12 +60,18 @@ class SDEPipeline(SharedPipeline):
     network's precision.
 
     Args:
-        unet: The network, called as ``unet(sample, timestep)``.
+        unet: The network: any diffusers model that is called as ``unet(sample, timestep, return_dict=False)``, with
+            ``class_labels`` where its config has ``num_class_embeds``; or a torch module that is called as
+            ``unet(sample, timestep)``, with timesteps of shape (B,), which can do everything but be saved.
         scheduler: One of this package's schedulers, or a stock one that fits the network.
         data_min: Value of black in the data the network was trained on: -1, or 0 for the paper's VE models.
         data_max: Value of white.
         null_class: For a network with classes: the number of the class that stands for "any", which makes it an
             unconditional one.
+        sample_shape: Shape of one sample, (channels, height, width), for a network whose config does not say it.
+
+    Raises:
+        ValueError: An argument of the wrong kind, or arguments that do not fit together.
 
     Example:
         ```py
@@ -73,34 +88,54 @@ class SDEPipeline(SharedPipeline):
 
     def __init__(
         self,
-        unet: ModelMixin,
+        unet: torch.nn.Module,
         scheduler: SchedulerMixin,
         data_min: float = -1.0,
         data_max: float = 1.0,
         null_class: int | None = None,
+        sample_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        for name, component in (("unet", unet), ("scheduler", scheduler)):
-            if not hasattr(component, "config"):
-                raise ValueError(f"{name} must be one of diffusers' or of this package's, got {component!r}.")
+        if not hasattr(scheduler, "config"):
+            raise ValueError(f"scheduler must be one of diffusers' or of this package's, got {scheduler!r}.")
+        shape = None if sample_shape is None else _checked_sample_shape(sample_shape)
+        network: Any = unet
+        if not isinstance(getattr(unet, "config", None), Mapping):
+            if not isinstance(unet, torch.nn.Module):
+                raise ValueError(f"unet must be a diffusers model or a torch module, got {unet!r}.")
+            network = PlainNetwork.around(unet, shape)
+        channels = network.config.get("in_channels")
+        if shape is not None and channels not in (None, shape[0]):
+            raise ValueError(f"sample_shape must have {channels} channels, those of the network, got {sample_shape!r}.")
         data_min, data_max = check_ordered("data_min", data_min, "data_max", data_max)
-        classes = unet.config.get("num_class_embeds") or 0
+        classes = network.config.get("num_class_embeds") or 0
         if null_class is not None and not classes:
             raise ValueError(f"null_class must be None for a network without classes, got {null_class!r}.")
         if null_class is not None:
             null_class = check_integer("null_class", null_class, at_least=0, at_most=classes - 1)
-        self.register_modules(unet=unet, scheduler=_adopted(scheduler))
+        self.register_modules(unet=network, scheduler=_adopted(scheduler))
         self.register_to_config(data_min=data_min, data_max=data_max, null_class=null_class)
+        if shape is not None:
+            self.register_to_config(sample_shape=list(shape))
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one sample, (channels, height, width), from the network's config."""
-        size = self.unet.config.sample_size
-        if size is None:
-            raise ValueError("The network's config has no sample_size: pass latents of the shape you want.")
+        """Shape of one sample, (channels, height, width): the pipeline's own, or else that of the network's config.
+
+        Raises:
+            ValueError: Neither says it.
+        """
+        if self.config.get("sample_shape") is not None:
+            return tuple(self.config.sample_shape)
+        channels, size = (self.unet.config.get(key) for key in ("in_channels", "sample_size"))
+        if channels is None or size is None:
+            raise ValueError(
+                "The network's config has no sample_size or no in_channels: pass sample_shape=(channels, height, "
+                "width) to the pipeline, or latents of the shape you want to the call."
+            )
         height, width = (size, size) if isinstance(size, int) else size
-        return (self.unet.config.in_channels, height, width)
+        return (channels, height, width)
 
     def unconditional(self, batch_size: int) -> dict[str, Tensor]:
         """Arguments with which the network is unconditional: none, or the null class of one with classes.

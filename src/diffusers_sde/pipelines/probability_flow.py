@@ -23,7 +23,8 @@ from ..networks.denoisers import Denoiser
 from ..sampling.editing import edit
 from ..sampling.solution import Solution
 from ..schedulers import SCHEDULERS, SDEScheduler
-from ..schedulers.conversion import config_of, fitting_class
+from ..schedulers.families import fitting_class
+from ..schedulers.stock_configs import config_of
 
 logger = logging.get_logger(__name__)
 
@@ -292,10 +293,10 @@ class ProbabilityFlow:
     ) -> Solution:
         """Samples from unit noise by the adaptive solver; see ``flow.sample_flow``.
 
-        The flow stops at the scheduler's ``sampling_eps`` unless ``t_min`` is given. ``temperature`` is a factor on the
-        latents, below 1 for samples that are more typical and less diverse.
+        The flow stops where the scheduler's ``sampling_sigma`` or ``sampling_eps`` says, unless ``t_min`` is given.
+        ``temperature`` is a factor on the latents, below 1 for samples that are more typical and less diverse.
         """
-        t_min = max(float(self.scheduler.config.sampling_eps), self.t_min) if t_min is None else t_min
+        t_min = max(self.scheduler.stated_last_time(), self.t_min) if t_min is None else t_min
         latents = self._shaped(latents, "latents")
         with Progress(progress_bar, len(latents), "sample") as progress:
             return sample_flow(
@@ -335,7 +336,7 @@ class ProbabilityFlow:
         generator: Generators = None,
     ) -> Tensor:
         """Variations of images or latents by the reverse SDE; see ``sampling.edit``."""
-        t_min = max(float(self.scheduler.config.sampling_eps), self.t_min)
+        t_min = max(self.scheduler.stated_last_time(), self.t_min)
         with torch.no_grad():
             return edit(
                 self.denoiser,

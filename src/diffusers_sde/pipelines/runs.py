@@ -17,7 +17,8 @@ from ..networks.denoisers import Denoiser, call_network
 from ..sampling.adaptive import SDEOptions, sample_adaptive
 from ..sampling.solution import SolverError
 from ..schedulers import SDEScheduler
-from ..schedulers.conversion import config_of, fitting_class
+from ..schedulers.families import fitting_class
+from ..schedulers.stock_configs import config_of
 from .base import SharedPipeline
 from .probability_flow import ProbabilityFlow, Progress, as_tensor, check_sides
 
@@ -90,7 +91,7 @@ def latents_shape(pipe: SharedPipeline, latents: Any) -> tuple[int, ...]:
     Raises:
         ValueError: No tensor, or one of another number of axes or channels.
     """
-    return tuple(check_tensor("latents", latents, (None, pipe.unet.config.in_channels, None, None)).shape)
+    return tuple(check_tensor("latents", latents, (None, pipe.unet.config.get("in_channels"), None, None)).shape)
 
 
 def starting_noise(pipe: SharedPipeline, shape: tuple[int, ...], generator: Any, latents: Tensor | None) -> Tensor:

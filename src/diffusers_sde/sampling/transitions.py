@@ -48,7 +48,8 @@ class Transition:
         if isinstance(self.std, float):
             drawn = torch.add(self.mean, z, alpha=self.std)
         else:  # each sample by the arithmetic of a step with its own row, bit for bit
-            drawn = torch.stack([torch.add(m, e, alpha=s) for m, e, s in zip(self.mean, z, self.std.tolist(), strict=True)])
+            pairs = zip(self.mean, z, self.std.tolist(), strict=True)
+            drawn = torch.stack([torch.add(m, e, alpha=s) for m, e, s in pairs])
         return drawn if dtype is None else drawn.to(dtype)
 
     def log_prob(self, x: Tensor, reduction: str = "mean") -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, overload
@@ -17,14 +17,15 @@ from typing import Any, TypeVar, overload
 from diffusers.configuration_utils import register_to_config
 
 from ..basics.checks import check_choice, check_flag, check_integer, check_number
-from ..networks.parametrizations import PREDICTION_TYPES, TIME_CONDITIONINGS
+from ..networks.conditioning import TIME_CONDITIONINGS
+from ..networks.parametrizations import PREDICTION_TYPES
 from ..sampling.classical import VARIANCE_TYPES
 from ..sampling.correctors import CORRECTORS
 from ..sampling.exponential import SOLVER_TYPES
 from ..sampling.predictors import PREDICTORS
 from ..sampling.time_grids import TIME_GRIDS, TIMESTEP_SPACINGS
 
-# A table is built and a time is listed for each: a config of a few hundred bytes must not cost gigabytes.
+# A table is built and a time is listed for each entry: a config of a few hundred bytes must not cost gigabytes.
 LONGEST_TABLE = 100_000
 MOST_CORRECTIONS = 1000
 SMALLEST_TIME = 1e-9  # nearer to the data coefficients leave the range of float32
@@ -68,14 +69,15 @@ SAMPLER_ARGUMENTS = (
         "int",
         1000,
         partial(check_integer, at_least=1, at_most=LONGEST_TABLE),
-        "N, the scale of the network's timesteps.",
+        "This is N, the scale of the network's timesteps.",
     ),
     SamplerArgument(
         "prediction_type",
         "str",
         "epsilon",
         partial(check_choice, allowed=PREDICTION_TYPES),
-        "``epsilon``, ``sample``, ``v_prediction``, ``flow_prediction``, ``score`` or ``edm``.",
+        "The network predicts the noise (``epsilon``), the data (``sample``), alpha eps - sigma x0 (``v_prediction``), "
+        "eps - x0 (``flow_prediction``), the ``score``, or EDM's preconditioned output (``edm``).",
     ),
     # the sampler
     SamplerArgument(
@@ -83,30 +85,31 @@ SAMPLER_ARGUMENTS = (
         "str",
         "exponential",
         partial(check_choice, allowed=PREDICTORS),
-        "``exponential``, ``singlestep``, ``ancestral``, ``reverse_diffusion``, ``euler_maruyama``, ``heun`` or "
-        "``none``.",
+        "The rule that leads from one noise level to the next is ``exponential``, ``singlestep``, ``ancestral``, "
+        "``reverse_diffusion``, ``euler_maruyama`` or ``heun``; ``none`` leaves the state to the corrector.",
     ),
     SamplerArgument(
         "corrector",
         "str | None",
         None,
         partial(check_choice, allowed=(None, *CORRECTORS)),
-        "None, ``langevin``, ``annealed_langevin`` or ``ornstein_uhlenbeck``: MCMC at a fixed time.",
+        "MCMC at a fixed time follows each step by ``langevin``, ``annealed_langevin`` or ``ornstein_uhlenbeck``; None "
+        "leaves it out.",
     ),
     SamplerArgument(
         "probability_flow",
         "bool",
         False,
         check_flag,
-        "Integrate the probability-flow ODE instead of the reverse SDE.",
+        "True integrates the probability-flow ODE instead of the reverse SDE.",
     ),
     SamplerArgument(
         "stochasticity",
         "float | None",
         None,
         or_none(check_number, at_least=0.0, at_most=1000.0),
-        "eta of the reverse SDE, dx = [f x - (1 + eta^2)/2 g^2 score] dt + eta g dw; 1 is Anderson's. None is 1 too, "
-        "and for ``exponential`` as much as each step allows: eta^2 = min(0.6/h, 2), where h is the length in "
+        "This is eta of the reverse SDE, dx = [f x - (1 + eta^2)/2 g^2 score] dt + eta g dw; 1 is Anderson's. None is "
+        "1, and for ``exponential`` as much as each step allows: eta^2 = min(0.6/h, 2), where h is the length in "
         "log(alpha/sigma) of the step or of the next one, whichever is longer: more noise the more steps there are.",
     ),
     SamplerArgument(
@@ -114,54 +117,57 @@ SAMPLER_ARGUMENTS = (
         "int | None",
         None,
         or_none(check_integer, at_least=1, at_most=3),
-        "Order of the ``exponential`` predictor. None takes 3 where the steps are short and 2 where they are long, and "
-        "extrapolates no estimate further than it carries, which is safe on any grid. 1, 2 or 3 is the classical "
-        "multistep rule of that order, also where a step is much longer than those before it.",
+        "This is the order of the ``exponential`` predictor. None takes 3 where the steps are short and 2 where they "
+        "are long, and extrapolates no estimate further than it carries, which is safe on any grid. 1, 2 or 3 is the "
+        "classical multistep rule of that order, also where a step is much longer than those before it.",
     ),
     SamplerArgument(
         "solver_type",
         "str",
         "heun",
         partial(check_choice, allowed=SOLVER_TYPES),
-        "``heun`` or ``midpoint``, DPM-Solver++'s names for the weight of the slope in order 2; ``heun`` is exact.",
+        "The weight of the slope in order 2 is that of ``heun`` or ``midpoint``, DPM-Solver++'s names; ``heun`` is "
+        "exact.",
     ),
     SamplerArgument(
         "solver_correction",
         "bool",
         True,
         check_flag,
-        "Redo each step of ``exponential`` with the estimate at its end once that is known, as UniPC does; no model "
-        "call, no noise, and no MCMC ``corrector``. Off behind ``langevin``, whose step varies.",
+        "True redoes each step of ``exponential`` with the estimate at its end once that is known, as UniPC does. It "
+        "costs no model call, draws no noise, and is no MCMC ``corrector``. It is off behind ``langevin``, whose step "
+        "varies.",
     ),
     SamplerArgument(
         "gaussian_std",
         "float",
         0.05,
         partial(check_number, at_least=0.0, at_most=1e6),
-        "Standard deviation, in units of the data, of the Gaussian part of the data that ``exponential`` integrates "
-        "exactly: 0 is data prediction, large values are noise prediction, and between the two the first holds above "
-        "this noise and the second below.",
+        "This is the standard deviation, in units of the data, of the Gaussian part of the data that ``exponential`` "
+        "integrates exactly: 0 is data prediction, large values are noise prediction, and between the two the first "
+        "holds above this noise and the second below.",
     ),
     SamplerArgument(
         "correct_steps",
         "int",
         1,
         partial(check_integer, at_least=1, at_most=MOST_CORRECTIONS),
-        "Corrector calls per noise level.",
+        "The corrector is called this often per noise level.",
     ),
     SamplerArgument(
         "snr",
         "float",
         0.01,
         partial(check_number, above=0.0, at_most=1000.0),
-        "Signal-to-noise ratio of the corrector's step size; the best depends on SDE, data and number of steps.",
+        "This is the signal-to-noise ratio of the corrector's step size; the best one depends on the SDE, the data "
+        "and the number of steps.",
     ),
     SamplerArgument(
         "langevin_norm",
         "str",
         "sample",
         partial(check_choice, allowed=LANGEVIN_NORMS),
-        "``sample`` takes each sample's own norms, ``batch`` the batch mean, as the official code.",
+        "``sample`` takes each sample's own norms; ``batch`` takes the batch mean, as the official code does.",
     ),
     # the grid
     SamplerArgument(
@@ -169,37 +175,46 @@ SAMPLER_ARGUMENTS = (
         "str | None",
         "sech",
         partial(check_choice, allowed=(None, *TIME_GRIDS)),
-        "``sech``, ``log_snr``, ``karras``, ``uniform`` (in t, the paper's) or ``blended`` (the mean of ``uniform`` "
-        "and ``sech``, for swapped configs); None for ``timestep_spacing``, which it also is where only that is "
-        "passed.",
+        "The noise levels lie on ``sech``, ``log_snr``, ``karras``, ``uniform`` (in t, the paper's) or ``blended`` "
+        "(the mean of ``uniform`` and ``sech``, for swapped configs). None means diffusers' grid, "
+        "``timestep_spacing``, and so does a ``timestep_spacing`` or ``steps_offset`` that is passed alone.",
     ),
     SamplerArgument(
         "rho",
         "float",
         7.0,
         partial(check_number, at_least=0.01, at_most=1000.0),
-        "Exponent of the Karras grid.",
+        "This is the exponent of the ``karras`` grid.",
     ),
     SamplerArgument(
         "sampling_eps",
         "float",
         1e-3,
         partial(check_number, at_least=SMALLEST_TIME),
-        "Last SDE time of a ``time_grid`` (the paper's epsilon).",
+        "This is the last SDE time of a ``time_grid`` (the paper's epsilon).",
+    ),
+    SamplerArgument(
+        "sampling_sigma",
+        "float | None",
+        None,
+        or_none(check_number, above=0.0),
+        "This is the noise-to-signal ratio sigma/alpha of the last level of a ``time_grid``, on every SDE, in place of "
+        "``sampling_eps``, which means another ratio on each; None leaves it to ``sampling_eps``. ``blended`` on whole "
+        "timesteps ends at the one nearest to it.",
     ),
     SamplerArgument(
         "timestep_spacing",
         "str",
         "leading",
         partial(check_choice, allowed=TIMESTEP_SPACINGS),
-        "``leading``, ``linspace`` or ``trailing``: diffusers' grids, used where ``time_grid`` is None.",
+        "diffusers' grid ``leading``, ``linspace`` or ``trailing`` is used where ``time_grid`` is None.",
     ),
     SamplerArgument(
         "steps_offset",
         "int",
         0,
         partial(check_integer, at_least=0, at_most=LONGEST_TABLE - 1),
-        "Added to the timesteps of the ``leading`` grid.",
+        "This number is added to the timesteps of the ``leading`` grid.",
     ),
     # its results
     SamplerArgument(
@@ -207,50 +222,63 @@ SAMPLER_ARGUMENTS = (
         "bool",
         True,
         check_flag,
-        "End with x0_hat at the last time, the mean without noise.",
+        "True ends with x0_hat at the last time, which is the mean and has no noise.",
     ),
     SamplerArgument(
         "clip_sample",
         "bool",
         False,
         check_flag,
-        "Clip x0_hat of predictor calls to [-clip_sample_range, clip_sample_range].",
+        "True clips x0_hat of predictor calls to [-clip_sample_range, clip_sample_range].",
     ),
-    SamplerArgument("clip_sample_range", "float", 1.0, SCALE_CHECK, "See ``clip_sample``."),
+    SamplerArgument("clip_sample_range", "float", 1.0, SCALE_CHECK, "``clip_sample`` clips to this range."),
     # the network again
     SamplerArgument(
         "variance_type",
         "str | None",
         "fixed_small",
         partial(check_choice, allowed=VARIANCE_TYPES),
-        "diffusers' names. ``fixed_large`` gives the ``ancestral`` predictor beta as variance; ``learned`` and "
-        "``learned_range`` mean that the network also returns a variance, which is dropped: the SDE fixes it.",
+        "These are diffusers' names. ``fixed_large`` gives the ``ancestral`` predictor beta as variance; ``learned`` "
+        "and ``learned_range`` mean that the network also returns a variance, which is dropped: the SDE fixes it.",
     ),
     SamplerArgument(
         "time_conditioning",
         "str | None",
         "continuous",
         partial(check_choice, allowed=(None, *TIME_CONDITIONINGS)),
-        "What the network is fed for SDE time t: ``discrete`` (t N - 1), ``continuous`` (t N), ``score_sde`` "
-        "(t (N - 1)), ``time`` (t itself), ``sigma``, ``log_sigma`` or ``edm``; see ``TimeConditioning``.",
+        "For SDE time t and u = t / t_max, the network is fed u N - 1 (``discrete``), u N (``continuous``), u (N - 1) "
+        "(``score_sde``), t itself (``time``), ``sigma``, ``log_sigma`` or ``edm``; see ``TimeConditioning``.",
     ),
     SamplerArgument(
         "sigma_data",
         "float",
         0.5,
         SCALE_CHECK,
-        "Standard deviation of the data, for ``edm`` prediction.",
+        "This is the standard deviation of the data, for ``edm`` prediction.",
     ),
 )
 
 
-def checked_sampler(config: Mapping[str, Any]) -> dict[str, Any]:
+def checked_sampler(
+    config: Mapping[str, Any], prediction_types: Collection[str] = (), time_conditionings: Collection[str] = ()
+) -> dict[str, Any]:
     """The shared arguments of a config with their values as plain Python ones.
+
+    Args:
+        config: The config.
+        prediction_types: Names that the class allows beside those of ``PREDICTION_TYPES``.
+        time_conditionings: Names that the class allows beside those of ``TIME_CONDITIONINGS``.
 
     Raises:
         ValueError: A value of the wrong type or out of range; the message names the key.
     """
-    checked = {a.name: a.check(a.name, config[a.name]) for a in SAMPLER_ARGUMENTS}
+    checks = {a.name: a.check for a in SAMPLER_ARGUMENTS}
+    if prediction_types:
+        checks["prediction_type"] = partial(check_choice, allowed=(*PREDICTION_TYPES, *prediction_types))
+    if time_conditionings:
+        allowed = (None, *TIME_CONDITIONINGS, *time_conditionings)
+        checks["time_conditioning"] = partial(check_choice, allowed=allowed)
+    checked = {name: check(name, config[name]) for name, check in checks.items()}
     if checked["steps_offset"] >= checked["num_train_timesteps"]:
         raise ValueError(
             f"steps_offset must be less than num_train_timesteps = {checked['num_train_timesteps']}, got "
@@ -309,7 +337,7 @@ def _with_sampler_arguments(init: Callable[..., None], defaults: Mapping[str, An
         except TypeError as error:
             raise TypeError(f"{type(self).__name__}.__init__() {error}") from None
         bound.apply_defaults()
-        checked = checked_sampler(self.config)
+        checked = checked_sampler(self.config, self.prediction_types, self.time_conditionings)
         self.register_to_config(**checked)
         bound.arguments.update(checked)
         init(*bound.args, **bound.kwargs)

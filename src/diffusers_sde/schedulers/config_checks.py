@@ -10,7 +10,7 @@ from ..basics.checks import check_choice, check_flag, check_integer, check_numbe
 from ..sdes import BETA_SCHEDULES
 from .arguments import MOST_CORRECTIONS, SAMPLER_ARGUMENTS, SCALE_CHECK, SMALLEST_TIME, or_none
 
-LARGEST_BETA = 1000.0  # beta(1) of a linear SDE, 20 in the paper; beyond it no signal is left at most times
+LARGEST_BETA = 1000.0  # beta(t_max) t_max of a linear SDE, 20 in the paper; beyond it no signal is left at most times
 
 
 def _check_betas(name: str, value: Any) -> Any:
@@ -30,7 +30,7 @@ _POSITIVE = partial(check_number, above=0.0)
 _FACTOR = partial(check_number, at_least=1e-3, at_most=1e3)
 _NUMBER_OR_NONE = or_none(check_number)
 _COUNT_OR_NONE = or_none(check_integer, at_least=1)
-# Arguments of single classes of this package.
+# These are arguments of single classes of this package.
 OWN_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "preconditioning": partial(check_choice, allowed=(None, "edm")),
     "beta_start": partial(check_number, at_least=0.0),
@@ -39,6 +39,7 @@ OWN_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "trained_betas": _check_betas,
     "rescale_betas_zero_snr": check_flag,
     "continuous": check_flag,
+    "t_max": partial(check_number, at_least=1e-3, at_most=1e6),
     "sigma_min": SCALE_CHECK,
     "sigma_max": SCALE_CHECK,
     "final_sigmas_type": partial(check_choice, allowed=("zero", "sigma_min")),
@@ -66,13 +67,13 @@ def checked_own(config: Mapping[str, Any]) -> dict[str, Any]:
     checked = {key: check(key, config[key]) for key, check in OWN_CHECKS.items() if key in config}
     is_linear = checked.get("continuous", "beta_schedule" not in checked)  # sub-VP has no other
     if is_linear and "beta_start" in checked:
-        check_ordered("beta_start", checked["beta_start"], "beta_end", checked["beta_end"])
-        largest = checked["beta_end"] * config["num_train_timesteps"]
-        check_number("beta_end times num_train_timesteps", largest, at_most=LARGEST_BETA)
+        check_ordered("beta_start", checked["beta_start"], "beta_end", checked["beta_end"], may_be_equal=True)
+        largest = checked["beta_end"] * config["num_train_timesteps"] * checked["t_max"]
+        check_number("beta_end times num_train_timesteps times t_max", largest, at_most=LARGEST_BETA)
     return checked
 
 
-# Keys of stock configs with which ``conversion`` calculates.
+# The readers of stock configs calculate with these keys.
 STOCK_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "num_train_timesteps": CONFIG_CHECKS["num_train_timesteps"],
     "correct_steps": partial(check_integer, at_least=0, at_most=MOST_CORRECTIONS),

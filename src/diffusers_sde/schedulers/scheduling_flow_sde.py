@@ -14,10 +14,35 @@ from ..sampling.time_grids import WARPED
 from ..sdes import RectifiedFlowSDE
 from .arguments import sampler_arguments
 from .config_checks import checked_own
+from .families import Family
 from .scheduling_sde import SDEScheduler
+from .stock_configs import left_out_of, stock_class
 
 LARGEST_MU = 100.0  # the shift is e^mu
 _Times = TypeVar("_Times", float, Tensor)
+
+
+def flow_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """What the config of a stock scheduler of flow-matching models says, as arguments of ``FlowSDEScheduler``."""
+    for key in ("use_karras_sigmas", "use_exponential_sigmas"):
+        if config.get(key):
+            raise ValueError(f"{key}=True cannot be honoured for a flow; pass time_grid='karras' or 'log_snr'.")
+    # Where the network is fed t itself, N = 1, the stock grid is one point: its pipelines bring their own.
+    n = config.get("num_train_timesteps", 1000)
+    ours: dict[str, Any] = {"time_grid": "uniform", "sampling_eps": 1.0 / n if n > 1 else 1e-3}
+    if "flow_shift" in config and config.get("use_flow_sigmas"):
+        ours["shift"] = config["flow_shift"]
+    if "beta_start" in config and config.get("prediction_type") not in (None, "flow_prediction"):
+        raise ValueError(
+            f"use_flow_sigmas=True with prediction_type={config['prediction_type']!r}: a DDPM network on a flow's "
+            "grid is not a flow model. Use VPSDEScheduler with use_flow_sigmas removed from the config."
+        )
+    if config.get("final_sigmas_type", "zero") != "zero":
+        raise ValueError(f"final_sigmas_type={config['final_sigmas_type']!r} cannot be honoured for flow models.")
+    ours["prediction_type"] = "flow_prediction"
+    # UniPC's grid ends at 1/N before the shift, that of the others at 0.
+    end = ours["sampling_eps"] if stock_class(config) == "UniPCMultistepScheduler" else 0.0
+    return {**ours, **left_out_of(config, end)}
 
 
 class FlowSDEScheduler(SDEScheduler):
@@ -28,23 +53,24 @@ class FlowSDEScheduler(SDEScheduler):
     kept, and what its pipelines call sigma is t here.
 
     Args:
-        num_train_timesteps: N, the scale of the network's timesteps: it is fed t N.
-        shift: Moves uniform times towards the noise, t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024,
+        num_train_timesteps: This is N, the scale of the network's timesteps: it is fed t N.
+        shift: This factor moves uniform times towards the noise, t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024,
             arXiv:2403.03206, section 5.3.2): the ``uniform`` and ``blended`` grids, ``timestep_spacing``, and sigmas
             that are passed. Grids in log-SNR (``sech``, ``log_snr``, ``karras``) do not move, nor does the path.
-        use_dynamic_shifting: Take the shift from ``mu``, which pipelines compute from the image size and pass to
+        use_dynamic_shifting: True takes the shift from ``mu``, which pipelines compute from the image size and pass to
             ``set_timesteps``, instead of ``shift``.
-        base_shift: Read by pipelines, to compute ``mu``; likewise the next three.
-        max_shift: See ``base_shift``.
-        base_image_seq_len: See ``base_shift``.
-        max_image_seq_len: See ``base_shift``.
-        time_shift_type: ``exponential`` (t -> e^mu / (e^mu + 1/t - 1)) or ``linear`` (mu in place of e^mu).
-        shift_terminal: Stretch the grid so that it ends at this t.
-        prediction_type: ``flow_prediction``, ``epsilon``, ``sample``, ``v_prediction``, ``score`` or ``edm``.
+        base_shift: Pipelines read this number and the next three to compute ``mu``: it is mu for the smallest image.
+        max_shift: Pipelines take this ``mu`` for the largest image.
+        base_image_seq_len: Pipelines take an image of this many tokens for the smallest.
+        max_image_seq_len: Pipelines take an image of this many tokens for the largest.
+        time_shift_type: ``exponential`` shifts by t -> e^mu / (e^mu + 1/t - 1), ``linear`` has mu in place of e^mu.
+        shift_terminal: The grid is stretched so that it ends at this t, unless it is None.
+        prediction_type: The network predicts ``flow_prediction``, ``epsilon``, ``sample``, ``v_prediction``, ``score``
+            or ``edm``.
         {common}
     """
 
-    _families = ("flow",)
+    _families = {"flow": Family("a rectified-flow (flow-matching) model", flow_arguments, fixes_noise=True)}
     _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
 
     @sampler_arguments(snr=0.05, sampling_eps=0.01, timestep_spacing="linspace")
@@ -102,6 +128,18 @@ class FlowSDEScheduler(SDEScheduler):
     def _warp(self, times: Tensor) -> Tensor:
         return self._shifted(times)
 
+    def _unwarped(self, time: float) -> float:
+        return _shift(time, 1.0 / self._shift_factor)
+
+    def _check_sampling_sigma(self) -> None:
+        super()._check_sampling_sigma()
+        config = self.config
+        if config.sampling_sigma is not None and config.shift_terminal and config.time_grid in WARPED:
+            raise ValueError(
+                f"shift_terminal={config.shift_terminal!r} already ends the {config.time_grid!r} grid: pass "
+                f"shift_terminal=None with sampling_sigma={config.sampling_sigma!r}."
+            )
+
     def _levels_of_lists(self, timesteps: Any, sigmas: Any) -> tuple[Tensor, Tensor]:
         # CogView4 and GLM-Image feed the network the unshifted timesteps, at states of the shifted sigmas.
         times, fed = self._times_of_sigmas(sigmas), check_numbers("timesteps", timesteps)
@@ -114,7 +152,7 @@ class FlowSDEScheduler(SDEScheduler):
 
     def _training_times(self) -> Tensor:
         every = super()._training_times()
-        # As FlowMatchEulerDiscreteScheduler has them before set_timesteps: with the shift that is known by then.
+        # FlowMatchEulerDiscreteScheduler has them before set_timesteps with the shift that is known by then.
         return every if self.config.use_dynamic_shifting else _shift(every, self.config.shift)
 
     def _times_of_sigmas(self, sigmas: Sequence[float] | Tensor) -> Tensor:
@@ -128,16 +166,21 @@ class FlowSDEScheduler(SDEScheduler):
     def last_time(self) -> float:
         """SDE time at which sampling ends."""
         # FlowMatchEulerDiscreteScheduler shifts the end of its grid once at construction and once more with the grid.
-        eps, config = float(self.config.sampling_eps), self.config
-        return eps if config.use_dynamic_shifting or config.time_grid not in WARPED else _shift(eps, config.shift)
+        end, config = self.stated_last_time(), self.config
+        if config.sampling_sigma is not None or config.use_dynamic_shifting or config.time_grid not in WARPED:
+            return end
+        return _shift(end, config.shift)
+
+    @property
+    def _shift_factor(self) -> float:
+        config = self.config
+        if not config.use_dynamic_shifting or self._mu is None:
+            return float(config.shift)
+        return math.exp(self._mu) if config.time_shift_type == "exponential" else self._mu
 
     def _shifted(self, t: Tensor) -> Tensor:
         config = self.config
-        if not config.use_dynamic_shifting or self._mu is None:
-            factor = config.shift
-        else:
-            factor = math.exp(self._mu) if config.time_shift_type == "exponential" else self._mu
-        t = _shift(t, factor)
+        t = _shift(t, self._shift_factor)
         if config.shift_terminal and float(t[-1]) < 1.0:  # a single level, of pure noise, has no end to stretch
             t = 1.0 - (1.0 - t) * (1.0 - config.shift_terminal) / (1.0 - t[-1])
         return t

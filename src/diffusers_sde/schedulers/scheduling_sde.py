@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,30 +19,21 @@ from torch import Tensor
 
 from ..basics.checks import check_number, check_numbers
 from ..basics.noise import standard_normal_like
+from ..networks.conditioning import TimeConditioning, TimeMaps
 from ..networks.denoisers import network_denoiser
-from ..networks.parametrizations import Parametrization, TimeConditioning, get_parametrization
+from ..networks.parametrizations import Parametrization, get_parametrization
 from ..sampling.planning import make_plan
 from ..sampling.predictors import get_predictor
 from ..sampling.rows import Plan, Row, advance, concatenated, estimate_of, row_of
-from ..sampling.time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid, whole_timesteps
+from ..sampling.time_grids import MIN_LOG_SNR, WARPED, discrete_timesteps, get_time_grid, whole_timesteps
 from ..sdes import SDE, expand_like
 from ..shipping.component import ShipsItsCode, refuse_newer, written_before
 from .arguments import SMALLEST_TIME, document_arguments
 from .config_checks import check_stock_numbers
-from .conversion import (
-    KEPT_KEY,
-    LEFT_OUT_KEY,
-    ORIGIN_KEY,
-    SAMPLER_KEYS,
-    exchanged,
-    is_stock_config,
-    on_our_grid,
-    origin_class,
-    refuse_foreign,
-    stock_keys,
-    translate_config,
-    with_stock_defaults,
-)
+from .conversion import KEPT_KEY, SAMPLER_KEYS, exchanged, is_stock_config, on_our_grid, translate_config
+from .families import ORIGIN_KEY, Family, origin_class, register_families
+from .refusals import refuse_foreign
+from .stock_configs import LEFT_OUT_KEY, stock_keys, with_stock_defaults
 
 OLD_SOLVER_TYPES = ("bh1", "bh2", "logrho")  # stock solvers' names, which configs of ours once held in place of our own
 
@@ -61,7 +52,7 @@ class SDESchedulerOutput(BaseOutput):
 
 
 class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
-    """Base of the SDE schedulers. Not constructed itself: a subclass names an SDE and its config arguments.
+    """Base of the SDE schedulers. It is not constructed itself: a subclass names an SDE and its config arguments.
 
         class MyScheduler(SDEScheduler):
             @sampler_arguments
@@ -72,10 +63,18 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     Predictor-corrector sampling and Heun repeat timesteps, ``order`` of them per noise level, so a pipeline that calls
     the network once per timestep runs them unchanged. ``num_inference_steps`` counts noise levels; the number of model
     calls is ``len(scheduler.timesteps)``.
+
+    Attributes:
+        prediction_types: Parametrisations of a subclass by name, which ``prediction_type`` may name beside the built-in
+            ones.
+        time_conditionings: Pairs of functions of a subclass by name, which ``time_conditioning`` may name beside the
+            built-in ones.
     """
 
+    prediction_types: Mapping[str, type[Parametrization]] = {}
+    time_conditionings: Mapping[str, TimeMaps] = {}
     _compatibles: list[str] = []  # stock classes that, made from this one's config, fit the same networks
-    _families: tuple[str, ...] = ()
+    _families: Mapping[str, Family] = {}  # the kinds of stock models that it is about, by name
     _source_entries = ("schedulers",)
     order = 1
 
@@ -89,6 +88,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         document_arguments(cls)
+        if "_families" in cls.__dict__:
+            register_families(cls.__name__, cls._families)
 
     def setup(self, sde: SDE, final_time: float | None = None) -> None:
         """Finish construction: the last line of the ``__init__`` of a subclass.
@@ -101,11 +102,11 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: Arguments that do not fit together, or not this SDE; nothing has been trained or sampled yet.
         """
-        # Who names one of diffusers' grids and no time_grid means that grid.
+        # If timestep_spacing or steps_offset is given and time_grid is not, diffusers' grid is used.
         left_out = set(self.config.get("_use_default_values", ()))
         if "time_grid" in left_out and not {"timestep_spacing", "steps_offset"} <= left_out:
             self.register_to_config(time_grid=None)
-        # Every value counts as given: diffusers would otherwise replace ours by the defaults of the class that is
+        # Every value is recorded as given. Otherwise diffusers would replace ours by the defaults of the class that is
         # swapped in, and would not know whose config it is.
         name = type(self).__name__
         self.register_to_config(_use_default_values=[], _class_name=name, **{ORIGIN_KEY: name})
@@ -113,18 +114,23 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         self.sde = sde
         self._final_time = final_time
         self.parametrization = get_parametrization(
-            config.prediction_type, config.sigma_data, config.get("preconditioning")
+            config.prediction_type, config.sigma_data, config.get("preconditioning"), self.prediction_types
         )
-        self.conditioning = TimeConditioning(config.time_conditioning, config.num_train_timesteps)
+        self.conditioning = TimeConditioning(
+            config.time_conditioning,
+            config.num_train_timesteps,
+            self.time_conditionings.get(config.time_conditioning),
+        )
         self._clips = config.clip_sample or config.get("thresholding", False)
         self._learns_variance = config.variance_type in ("learned", "learned_range")
         self._batch_norms = config.langevin_norm == "batch"
         check_number("sampling_eps", config.sampling_eps, at_least=SMALLEST_TIME, below=sde.t_max)
+        self._check_sampling_sigma()
         if config.time_grid is not None:
-            get_time_grid(config.time_grid, sde, 2, sde.t_max, config.sampling_eps, config.rho)
+            get_time_grid(config.time_grid, sde, 2, sde.t_max, self.stated_last_time(), config.rho)
         self.init_noise_sigma = sde.prior_std
         self.num_inference_steps: int | None = None
-        # A trial plan: a combination that make_plan refuses on every grid is refused here, before anything is trained.
+        # This is a trial plan: what make_plan refuses on every grid is refused here, before anything is trained.
         self._set_plan(torch.tensor([0.5, 0.4], dtype=torch.float64) * sde.t_max, "cpu")
         self.order = self._order
         every = self._training_times()
@@ -163,7 +169,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         own_keys = known if origin_class(config, cls.__name__) is not None else ()
         check_stock_numbers({k: v for k, v in config.items() if k not in own_keys})
         if config.get("solver_order") == 3 and written_before(config, "0.2.0.dev0"):
-            # The default of then, which was 2 up to 12 levels; what was meant is to leave it to the sampler.
+            # 3 was the default then, and meant 2 up to 12 levels: the order was left to the sampler.
             config = {**config, "solver_order": None}
         lineage = [base.__name__ for base in cls.__mro__]
         implied = translate_config(config, cls.__name__, lineage, cls._families, known)
@@ -173,7 +179,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         given = {k: v for k, v in config.items() if k in known}
         hidden = {k: v for k, v in config.items() if k not in known and (not k.startswith("_") or k in kept_keys)}
         if "predictor" not in config:
-            # Straight from diffusers; a config that has been ours before already says what these keys would.
+            # The config comes straight from diffusers. One that has been ours before already has these keys.
             if not {"time_grid", "timestep_spacing", "steps_offset"} & kwargs.keys():
                 implied = on_our_grid(implied, config)
             elif kwargs.get("time_grid") is None:
@@ -185,7 +191,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         if kwargs.get("time_grid") not in (None, given.get("time_grid")) or "timestep_spacing" in kwargs:
             hidden.pop(LEFT_OUT_KEY, None)  # it belongs to the grid of the config
         scheduler = cls(**{**given, **kwargs})
-        # Keys of the scheduler that was swapped out, kept so that swapping back loses nothing.
+        # These are keys of the scheduler that was swapped out. They are kept so that swapping back loses nothing.
         scheduler.register_to_config(**hidden)
         if "_diffusers_version" in config:  # read from a file, which holds no such list
             scheduler._internal_dict = FrozenDict(
@@ -201,7 +207,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
 
     @property
     def stochasticity(self) -> float | None:
-        """Eta of the reverse SDE: 0 for the probability-flow ODE, 1 for the reverse SDE, None for the predictor's."""
+        """``eta`` of the reverse SDE: 0 is the probability-flow ODE, 1 the reverse SDE, None is up to the predictor."""
         return 0.0 if self.config.probability_flow else self.config.stochasticity
 
     def _make_plan(self, times: Tensor) -> Plan:
@@ -239,9 +245,12 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         start = sde.t_max
         if not get_predictor(config.predictor).finite_at_zero_snr and math.isinf(float(sde.log_snr(start))):
             start = float(sde.time_of(MIN_LOG_SNR))
-        if left_out is not None and config.time_grid == "uniform":
+        if left_out is not None and config.time_grid == "uniform" and config.sampling_sigma is None:
             return get_time_grid("uniform", sde, points + 1, start, left_out, warp=self._warp)[:-1]
-        times = get_time_grid(config.time_grid, sde, points, start, self.last_time(), config.rho, self._warp)
+        end = self.last_time()
+        if config.sampling_sigma is not None and config.time_grid in WARPED:
+            end = self._unwarped(end)
+        times = get_time_grid(config.time_grid, sde, points, start, end, config.rho, self._warp)
         if config.time_grid == "blended" and self.conditioning.name == "discrete":
             # Pipelines of stock schedulers may look tables up by timestep, and networks were trained on whole ones.
             whole = whole_timesteps(self.conditioning.timestep(sde, times), config.num_train_timesteps)
@@ -249,8 +258,12 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         return times
 
     def _warp(self, times: Tensor) -> Tensor:
-        """What becomes of uniform times."""
+        """The times to which uniform times are moved; here they stay."""
         return times
+
+    def _unwarped(self, time: float) -> float:
+        """The uniform time that ``_warp`` takes to ``time``."""
+        return time
 
     def _training_times(self) -> Tensor:
         """The SDE times of ``timesteps`` before ``set_timesteps``: one for each that the network was trained on."""
@@ -258,12 +271,33 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         return torch.arange(entries, 0, -1, dtype=torch.float64) / entries * self.sde.t_max
 
     def _sigmas(self, t: Tensor) -> Tensor:
-        """What pipelines and training scripts call sigma: sigma(t)/alpha(t)."""
+        """sigma(t)/alpha(t), which pipelines and training scripts call sigma."""
         return torch.exp(-0.5 * self.sde.log_snr(t))
 
     def last_time(self) -> float:
         """SDE time at which sampling ends."""
-        return float(self.config.sampling_eps)
+        return self.stated_last_time()
+
+    def stated_last_time(self) -> float:
+        """The SDE time that ``sampling_sigma`` states, or else ``sampling_eps``."""
+        sigma = self.config.sampling_sigma
+        if sigma is None:
+            return float(self.config.sampling_eps)
+        return max(float(self.sde.time_of(-2.0 * math.log(sigma))), SMALLEST_TIME)
+
+    def _check_sampling_sigma(self) -> None:
+        """Refuse a ``sampling_sigma`` that the path does not pass, or that the grid cannot end at."""
+        sigma = self.config.sampling_sigma
+        if sigma is None:
+            return
+        if self.config.time_grid is None:
+            raise ValueError(
+                f"sampling_sigma ends a time_grid, but diffusers' grids end where they end: pass time_grid='sech' with "
+                f"sampling_sigma={sigma!r}, or leave it out."
+            )
+        low, high = (math.exp(-0.5 * float(self.sde.log_snr(t))) for t in (SMALLEST_TIME, self.sde.t_max))
+        # A path may begin with noise, which then is its smallest ratio, and is reached up to round-off.
+        check_number("sampling_sigma", sigma, at_least=low * (1.0 - 1e-7), below=high)
 
     def set_timesteps(
         self,
@@ -314,7 +348,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         self.order = self._order if timesteps is None and sigmas is None else 1
 
     def _levels_of_lists(self, timesteps: Any, sigmas: Any) -> tuple[Tensor, Tensor]:
-        """SDE times of levels given by both, and what the network is fed there."""
+        """The SDE times of levels that are given by both lists, and what the network is fed there."""
         raise ValueError("Pass either timesteps or sigmas, not both: only flows have pipelines that pass both.")
 
     def _finite_start(self, times: Tensor) -> Tensor:
@@ -623,10 +657,10 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         return alpha * noise - sigma * sample
 
     def _marginal(self, timesteps: float | Sequence[float] | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Alpha and sigma at network timesteps, to be multiplied with ``like``."""
+        """``alpha`` and ``sigma`` at network timesteps, shaped to be multiplied with ``like``."""
         fed = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(timesteps, dtype=torch.float32)
         t = self.sde_time(fed.to(like.device))
-        # Entries of ``timesteps`` are right. Others are looked at, for which the host waits if they are on a device.
+        # Entries of ``timesteps`` are right. Others are checked, for which the host waits if they are on a device.
         own = fed.untyped_storage().data_ptr() == self.timesteps.untyped_storage().data_ptr()
         if not own and not torch.compiler.is_compiling():
             t_max, seen = self.sde.t_max, self.sde_time(fed)

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 from ..basics.options import option as _option
 from ..images.options import LARGEST_SEED_OF_NUMPY, ImageOptions, is_local
 from ..metrics import FEATURES
+from ..networks.conditioning import TIME_CONDITIONINGS
 from ..networks.losses import TIME_SAMPLINGS, WEIGHTINGS
-from ..networks.parametrizations import PREDICTION_TYPES, TIME_CONDITIONINGS
+from ..networks.parametrizations import PREDICTION_TYPES
 from ..sdes import BETA_SCHEDULES
 from .checkpoints import check_logging_dir
 from .recipes import RECIPES
@@ -73,13 +74,13 @@ class TrainingConfig(ImageOptions):
     prediction_type: str | None = _option(
         None,
         "What the network predicts. Default: edm for ve, flow_prediction for flow, epsilon otherwise.",
-        choices=PREDICTION_TYPES,
+        choices=tuple(PREDICTION_TYPES),
     )
     time_conditioning: str | None = _option(
         None,
         "What the network is fed for SDE time t: t N - 1 (discrete), t N (continuous), t (N - 1) (score_sde), or a "
         "function of sigma/alpha. Default: discrete for --sde vp --discrete, continuous otherwise.",
-        choices=TIME_CONDITIONINGS,
+        choices=tuple(TIME_CONDITIONINGS),
     )
     weighting: str | None = _option(
         None,
