@@ -27,7 +27,7 @@ from posteriors import (
 
 from diffusers_sde import sample
 from diffusers_sde.guidance.gradients import denoise_with_vjp
-from diffusers_sde.guidance.methods import GuidingMethod
+from diffusers_sde.guidance.methods import GuidingMethod, PosteriorProblem
 from diffusers_sde.guidance.operators import Mask
 from diffusers_sde.guidance.posteriors import POSTERIOR_METHODS, posterior_denoiser, posterior_method
 from diffusers_sde.sampling.predictors import PredictorOptions
@@ -207,6 +207,31 @@ def test_vjp_of_a_network_leaves_its_parameters_alone():
     v = torch.randn(2, 4)
     torch.testing.assert_close(vjp(v), (v @ network.weight).detach())
     assert network.weight.grad is None and network.weight.requires_grad and not x0_hat.requires_grad
+
+
+# ---------------------------------------------------------------------- runs
+
+
+class SomeSamples:
+    """A run that calls the guided denoiser once, for some samples of the batch, as adaptive steps do."""
+
+    def __init__(self, x, t, index):
+        self.x, self.t, self.index = x, t, index
+
+    def guided(self, denoiser_of):
+        return denoiser_of(self.index)(self.x[self.index], self.t)
+
+
+@pytest.mark.parametrize("method", ["dps", "pigdm", "mmps"])
+def test_some_samples_of_a_batch_are_guided_by_their_own_measurements(method):
+    sde, index = SDES["vp"], torch.tensor([3, 0, 3])
+    masks = Mask(torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 1]]), (4,))
+    y, x = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t, prior = torch.tensor(0.3, dtype=torch.float64), MIXTURE.denoiser(sde)
+    whole = posterior_denoiser(prior, sde, masks, y, NOISE_STD, method)(x, t)
+    problem = PosteriorProblem(prior, sde, masks, y, NOISE_STD)
+    part = posterior_method(method).draw(problem, SomeSamples(x, t, index))
+    torch.testing.assert_close(part, whole[index])
 
 
 # ---------------------------------------------------------------------- options and errors

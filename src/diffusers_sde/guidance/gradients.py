@@ -14,7 +14,7 @@ from .common import check_chunk_size
 def denoise_with_vjp(
     denoiser: Denoiser, x: Tensor, t: Tensor, chunk_size: int | None = None
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """x0_hat and v -> J^T v with J = d x0_hat / d x_t, sample by sample; works under no_grad and inference_mode.
+    """Return x0_hat and v -> J^T v with J = d x0_hat / d x_t, sample by sample; works under no_grad and inference_mode.
 
     Args:
         denoiser: (x_t, t) -> x0_hat; with ``chunk_size`` it is called with parts of the batch.

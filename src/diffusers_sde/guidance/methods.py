@@ -39,7 +39,7 @@ class PosteriorProblem:
     noise_std: float = 0.0
 
     def select(self, index: Tensor) -> PosteriorProblem:
-        """The problem of the samples ``index``, int64 (n,), which may repeat."""
+        """Return the problem of the samples ``index``, int64 (n,), which may repeat."""
         return replace(self, operator=self.operator.select(index), y=self.y[index.to(self.y.device)])
 
 
@@ -48,7 +48,7 @@ class PosteriorRun(Protocol):
 
     @property
     def generator(self) -> Generators:
-        """Source of all noise."""
+        """The source of all noise."""
 
     def guided(self, denoiser_of: Callable[[Tensor], Denoiser]) -> Tensor:
         """Draw with the sampler that the user has chosen.
@@ -61,7 +61,9 @@ class PosteriorRun(Protocol):
         """
 
     def own_plan(self) -> Plan:
-        """A plan for a method that moves samples by itself: first-order steps of the reverse SDE, ending with the data.
+        """Lay out a plan for a method that moves samples by itself.
+
+        Its steps are of the reverse SDE and of first order, and it ends with the data.
 
         Raises:
             ValueError: The user has passed an argument that only the chosen sampler could follow, such as a callback.
@@ -78,7 +80,7 @@ class PosteriorMethod(ABC):
 
     @classmethod
     def for_data(cls, std: float) -> PosteriorMethod:
-        """The method with default options for data of the standard deviation ``std``.
+        """Return the method with default options for data of the standard deviation ``std``.
 
         A method whose defaults depend on the spread of the data overrides this.
         """
@@ -86,7 +88,7 @@ class PosteriorMethod(ABC):
 
     @abstractmethod
     def draw(self, problem: PosteriorProblem, run: PosteriorRun) -> Tensor:
-        """One sample of x_0 for each measurement, shape (B, *data_shape).
+        """Draw one sample of x_0 for each measurement, shape (B, *data_shape).
 
         Raises:
             ValueError: The problem or the run does not fit the method; nothing has been drawn then.
@@ -100,7 +102,7 @@ class GuidingMethod(PosteriorMethod):
     def __call__(
         self, denoiser: Denoiser, sde: SDE, operator: LinearOperator, y: Tensor, noise_std: float = 0.0
     ) -> Denoiser:
-        """The guided denoiser (x_t, t) -> E[x_0 | x_t, y].
+        """Return the guided denoiser (x_t, t) -> E[x_0 | x_t, y].
 
         Args:
             denoiser: The unconditional one.
@@ -114,7 +116,7 @@ class GuidingMethod(PosteriorMethod):
         """
 
     def draw(self, problem: PosteriorProblem, run: PosteriorRun) -> Tensor:
-        """The chosen sampler's draw with the guided denoiser, shape (B, *data_shape)."""
+        """Draw with the chosen sampler and the guided denoiser, shape (B, *data_shape)."""
 
         def denoiser_of(index: Tensor) -> Denoiser:
             part = problem.select(index)

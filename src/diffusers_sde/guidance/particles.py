@@ -37,12 +37,12 @@ class Particles:
     effective: Tensor
 
     def draw(self, generator: Generators = None) -> Tensor:
-        """One particle of each problem, chosen by weight, shape (B, ...)."""
+        """Draw one particle of each problem by weight, shape (B, ...)."""
         chosen = _systematic(self.log_weights, 1, generator)[:, 0]
         return self.samples[torch.arange(len(chosen), device=chosen.device), chosen]
 
     def mean(self) -> Tensor:
-        """Estimate of E[x_0 | y], shape (B, ...)."""
+        """Estimate E[x_0 | y], shape (B, ...)."""
         weights = expand_like(self.log_weights.exp(), self.samples).to(self.samples)
         return (weights * self.samples).sum(1)
 
@@ -85,11 +85,11 @@ class SMC(PosteriorMethod):
 
     @classmethod
     def for_data(cls, std: float) -> SMC:
-        """The method for data of the standard deviation ``std``."""
+        """Return the method for data of the standard deviation ``std``."""
         return cls(data_std=std)
 
     def draw(self, problem: PosteriorProblem, run: PosteriorRun) -> Tensor:
-        """One particle for each measurement, chosen by weight from K of its own, shape (B, *data_shape)."""
+        """Draw one particle for each measurement, by weight from K of its own, shape (B, *data_shape)."""
         p, generator = problem, run.generator
         particles = self.sample(run.own_plan(), p.denoiser, p.sde, p.operator, p.y, p.noise_std, generator)
         return particles.draw(generator)
@@ -105,7 +105,7 @@ class SMC(PosteriorMethod):
         noise_std: float,
         generator: Generators = None,
     ) -> Particles:
-        """Weighted particles of the posterior.
+        """Draw weighted particles of the posterior.
 
         Args:
             plan: Rows with noise and without memory, ending with the data: the reverse SDE by ``ancestral``,

@@ -54,7 +54,7 @@ class DPS(GuidingMethod):
     def __call__(
         self, denoiser: Denoiser, sde: SDE, operator: LinearOperator, y: Tensor, noise_std: float = 0.0
     ) -> Denoiser:
-        """The guided denoiser; see ``GuidingMethod``. ``noise_std`` is ignored."""
+        """Return the guided denoiser; see ``GuidingMethod``. ``noise_std`` is ignored."""
         check_noise_std(noise_std)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -94,13 +94,13 @@ class PiGDM(GuidingMethod):
 
     @classmethod
     def for_data(cls, std: float) -> PiGDM:
-        """The method for data of the standard deviation ``std``."""
+        """Return the method for data of the standard deviation ``std``."""
         return cls(data_std=std)
 
     def __call__(
         self, denoiser: Denoiser, sde: SDE, operator: LinearOperator, y: Tensor, noise_std: float = 0.0
     ) -> Denoiser:
-        """The guided denoiser; see ``GuidingMethod``."""
+        """Return the guided denoiser; see ``GuidingMethod``."""
         check_noise_std(noise_std)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class MMPS(GuidingMethod):
     def __call__(
         self, denoiser: Denoiser, sde: SDE, operator: LinearOperator, y: Tensor, noise_std: float = 0.0
     ) -> Denoiser:
-        """The guided denoiser; see ``GuidingMethod``."""
+        """Return the guided denoiser; see ``GuidingMethod``."""
         check_noise_std(noise_std)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -190,13 +190,13 @@ class GaussianPosterior(GuidingMethod):
 
     @classmethod
     def for_data(cls, std: float) -> GaussianPosterior:
-        """The method for isotropic data of the standard deviation ``std``."""
+        """Return the method for isotropic data of the standard deviation ``std``."""
         return cls(covariance=std**2)
 
     def __call__(
         self, denoiser: Denoiser, sde: SDE, operator: LinearOperator, y: Tensor, noise_std: float = 0.0
     ) -> Denoiser:
-        """The guided denoiser; see ``GuidingMethod``. The operator must be the same for all samples."""
+        """Return the guided denoiser; see ``GuidingMethod``. The operator must be the same for all samples."""
         check_noise_std(noise_std)
         if operator.batch_size is not None:
             raise ValueError(
@@ -237,7 +237,7 @@ POSTERIOR_METHODS: dict[str, type[PosteriorMethod]] = {
 def posterior_method(
     name: str, options: Mapping[str, Any] | None = None, data_std: float | None = None, argument: str = "options"
 ) -> PosteriorMethod:
-    """The posterior method of this name.
+    """Return the posterior method of this name.
 
     Args:
         name: A name in ``POSTERIOR_METHODS``.
@@ -271,7 +271,7 @@ def posterior_denoiser(
     method: str = "mmps",
     **options: Any,
 ) -> Denoiser:
-    """The denoiser E[x_0 | x_t, y] of data measured as y = A x_0 + noise_std z.
+    """Return the denoiser E[x_0 | x_t, y] of data measured as y = A x_0 + noise_std z.
 
     Args:
         denoiser: The unconditional one, (x_t, t) -> x0_hat.

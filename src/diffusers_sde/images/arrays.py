@@ -17,7 +17,7 @@ DARKEST_WHITE = 64  # a mask of bytes whose largest is below this is not dark, b
 
 
 def as_pil(value: Any, white: int | None) -> Image.Image:
-    """Any image as a PIL image of mode 1, L or RGB. How bright it becomes does not depend on the image itself.
+    """Return any image as a PIL image of mode 1, L or RGB. How bright it becomes does not depend on the image itself.
 
     Args:
         value: The image.
@@ -40,7 +40,7 @@ def as_pil(value: Any, white: int | None) -> Image.Image:
 
 
 def _has_grey_palette(image: Image.Image) -> bool:
-    """Whether all colours that an image takes from its palette are grey."""
+    """Tell whether all colours that an image takes from its palette are grey."""
     used = [index for index, count in enumerate(image.getchannel(0).histogram()) if count]
     palette = np.asarray(image.convert("P").getpalette("RGB") if image.mode == "PA" else image.getpalette("RGB"))
     colours = palette.reshape(-1, 3)
@@ -49,7 +49,7 @@ def _has_grey_palette(image: Image.Image) -> bool:
 
 
 def _scaled(pixels: np.ndarray, white: int) -> np.ndarray:
-    """Integers from 0 to ``white`` as floats in [0, 1]."""
+    """Return integers from 0 to ``white`` as floats in [0, 1]."""
     low, high = int(pixels.min(initial=0)), int(pixels.max(initial=0))
     if low < 0 or high > white:
         raise ValueError(f"integers of more than 8 bits must lie in 0..{white} (white_level), got {low} to {high}")
@@ -81,7 +81,7 @@ def _array_as_pil(pixels: np.ndarray, white: int | None) -> Image.Image:
 
 
 def as_batch(images: Any, name: str = "images") -> Tensor:
-    """PIL images or an array as a tensor (B, C, H, W); the values, and tensors, are left as they are.
+    """Return PIL images or an array as a tensor (B, C, H, W); the values, and tensors, are left as they are.
 
     Args:
         images: One PIL image or a list of them, an array (B, H, W) or (B, H, W, C), or a tensor.
@@ -113,7 +113,7 @@ def as_batch(images: Any, name: str = "images") -> Tensor:
 
 
 def as_hole(mask: Any, name: str = "mask_image") -> Tensor:
-    """A mask, white where to paint, as a boolean tensor (B, 1 or C, H, W) that is True there.
+    """Return a mask that is white where to paint as a boolean tensor, (B, 1 or C, H, W), that is True there.
 
     Args:
         mask: PIL images, arrays (H, W), (B, H, W) or (B, H, W, C), or tensors (H, W), (B, H, W) or (B, C, H, W), of
@@ -158,12 +158,12 @@ def as_hole(mask: Any, name: str = "mask_image") -> Tensor:
 
 
 def _are_pil(images: Any) -> bool:
-    """Whether this is a list of PIL images, with at least one."""
+    """Tell whether this is a list of PIL images, with at least one."""
     return isinstance(images, (list, tuple)) and len(images) > 0 and all(isinstance(i, Image.Image) for i in images)
 
 
 def _grey_mask(mask: Image.Image, name: str) -> np.ndarray:
-    """A PIL image as grey bytes, shape (H, W)."""
+    """Return a PIL image as grey bytes, shape (H, W)."""
     grey = np.asarray(mask.convert("L"))
     alpha = np.asarray(mask.convert("RGBA"))[..., 3]
     if alpha.min() < alpha.max() and grey.min() == grey.max():

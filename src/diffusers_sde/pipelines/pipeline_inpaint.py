@@ -139,7 +139,7 @@ class InpaintSDEPipeline(SDEPipeline):
         return finished(self, run, torch.where(mask, known, x) if keep_known else x)
 
     def _known_and_hole(self, image: Any, mask_image: Any) -> tuple[Tensor, Tensor]:
-        """The image, 0 in its hole, and the hole as booleans, both of shape (B, C, H, W).
+        """Return the image, 0 in its hole, and the hole as booleans, both of shape (B, C, H, W).
 
         Raises:
             ValueError: They do not fit each other or the network, or the image is not finite where it is known.
@@ -163,7 +163,7 @@ class InpaintSDEPipeline(SDEPipeline):
     def _by_replacement(
         self, known: Tensor, mask: Tensor, run: RunOptions, resamplings: int, jump_length: int
     ) -> Tensor:
-        """The sample whose known entries are drawn anew after every row, shape (B, C, H, W)."""
+        """Draw by rows after each of which the known entries are put back, shape (B, C, H, W)."""
         scheduler = own_scheduler(self)
         if resamplings > 1:  # a jump breaks the path that multistep solvers look back on
             scheduler = type(scheduler).from_config(scheduler.config, solver_order=1, solver_correction=False)

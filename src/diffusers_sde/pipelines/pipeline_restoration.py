@@ -118,7 +118,7 @@ class RestorationSDEPipeline(SDEPipeline):
         return finished(self, run, draw_posterior(self, run, how, operator.select(index), y[index], noise_std))
 
     def _measurement(self, measurement: Any, operator: LinearOperator) -> Tensor:
-        """The checked measurement in the network's range, shape (B, *operator.measurement_shape)."""
+        """Return the checked measurement in the network's range, shape (B, *operator.measurement_shape)."""
         channels = self.unet.config.in_channels
         if not all(hasattr(operator, name) for name in ("apply", "adjoint", "data_shape")):
             raise ValueError(f"operator must be a LinearOperator, such as Downsampling(2, ...), got {operator!r}.")

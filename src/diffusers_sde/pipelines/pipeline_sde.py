@@ -35,7 +35,7 @@ logger = logging.get_logger(__name__)
 
 
 def _adopted(scheduler: Any) -> Any:
-    """The scheduler; where it is of another copy of this code, its equal of this copy.
+    """Return the scheduler, or its equal of this copy of the code where it is of another copy.
 
     Without the package, the file of a repository's scheduler and that of its pipeline are two modules.
     """
@@ -103,7 +103,7 @@ class SDEPipeline(SharedPipeline):
         return (self.unet.config.in_channels, height, width)
 
     def unconditional(self, batch_size: int) -> dict[str, Tensor]:
-        """Arguments with which the network is unconditional: none, or the null class of one with classes.
+        """Return the arguments that make the network unconditional: none, or the null class of one with classes.
 
         Raises:
             ValueError: A network with classes and no null class.
@@ -191,7 +191,7 @@ class SDEPipeline(SharedPipeline):
         if method != "scheduler":
             return finished(self, run, execute_adaptive(self, run, latents))
 
-        step_arguments = arguments_of_step(self.scheduler, generator)
+        step_arguments = arguments_of_step(self.scheduler, run.generator)
         needs_next = type(self.scheduler).__name__ == "UnCLIPScheduler"  # which takes t - 1 for it otherwise
         self.scheduler.set_timesteps(run.num_inference_steps, device=latents.device)
         if hasattr(self.scheduler, "set_begin_index"):
@@ -213,7 +213,7 @@ class SDEPipeline(SharedPipeline):
         return finished(self, run, x)
 
     def postprocess(self, x: Tensor, output_type: str = "pil") -> Any:
-        """From the network's data range to images; see ``output_type`` of the call."""
+        """Turn data in the network's range into images; see ``output_type`` of the call."""
         check_choice("output_type", output_type, OUTPUT_TYPES)
         if output_type == "latent":
             return x

@@ -340,13 +340,13 @@ class ProbabilityFlow:
         return {name: value.to(self.device) for name, value in (conditioning or {}).items()}
 
     def _shaped(self, x: Any, name: str) -> Tensor:
-        """The tensor, if it has a shape that the network takes, and its numbers are finite."""
+        """Return the tensor, if it has a shape that the network takes and its numbers are finite."""
         check_tensor(name, x)
         check_sides(self.network, tuple(x.shape), name)
         return x
 
     def _state(self, x: Any, name: str = "images") -> Tensor:
-        """Data in the network's range on its device: integer images are scaled, floating-point data are left alone."""
+        """Return data in the network's range, on its device: integers are scaled, other numbers are left alone."""
         x = self._shaped(as_batch(x, name), name).to(self.device)
         if x.is_floating_point():
             self._warn_about_range(x, name)
@@ -389,7 +389,7 @@ def _check_deterministic(network: Any) -> None:
 
 
 def _fitting_scheduler(scheduler: Any) -> SDEScheduler:
-    """The scheduler itself if it is ours, or our scheduler of the same path."""
+    """Return the scheduler itself if it is ours, or our scheduler of the same path."""
     if isinstance(scheduler, SDEScheduler):
         return scheduler
     config = config_of(scheduler)

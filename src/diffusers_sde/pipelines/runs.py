@@ -49,7 +49,7 @@ class RunOptions:
         return_dict: Whether an ``ImagePipelineOutput`` is returned instead of a tuple.
         method: One of ``METHODS``, the way to integrate.
         rtol: Relative tolerance of ``ode`` and ``sde``.
-        atol: Absolute tolerance, likewise.
+        atol: Absolute tolerance of ``ode`` and ``sde``.
 
     Raises:
         ValueError: An unknown output type or method, a callback that does not fit, or no positive number of levels.
@@ -86,7 +86,7 @@ def check_method(method: str) -> None:
 
 
 def own_scheduler(pipe: SharedPipeline) -> SDEScheduler:
-    """The pipeline's scheduler, which must be one of this package.
+    """Return the pipeline's scheduler, which must be one of this package.
 
     Raises:
         ValueError: It is a foreign one.
@@ -100,7 +100,7 @@ def own_scheduler(pipe: SharedPipeline) -> SDEScheduler:
 
 
 def arguments_of_step(scheduler: Any, generator: Generators) -> dict[str, Any]:
-    """What ``scheduler.step`` takes beside output, timestep and sample; stock schedulers differ in it.
+    """Return what ``scheduler.step`` takes beside output, timestep and sample; stock schedulers differ in it.
 
     Raises:
         ValueError: A scheduler that steps in another way, or needs what this pipeline does not have.
@@ -141,7 +141,7 @@ def after_step(callback: Callback | None, pipe: SharedPipeline, index: int, time
 
 
 def latents_shape(pipe: SharedPipeline, latents: Any) -> tuple[int, ...]:
-    """Shape of latents that say themselves how many and how large the images are.
+    """Return the shape of latents, which say how many and how large the images are.
 
     Raises:
         ValueError: No tensor, or one of another number of axes or channels.
@@ -150,7 +150,7 @@ def latents_shape(pipe: SharedPipeline, latents: Any) -> tuple[int, ...]:
 
 
 def starting_noise(pipe: SharedPipeline, run: RunOptions, shape: tuple[int, ...]) -> Tensor:
-    """The latents of the run, or unit noise where they are None: float32, on the pipeline's device.
+    """Return the run's latents, or unit noise where they are None: float32, on the pipeline's device.
 
     Args:
         pipe: The pipeline.
@@ -168,7 +168,7 @@ def starting_noise(pipe: SharedPipeline, run: RunOptions, shape: tuple[int, ...]
 
 
 def image_data(pipe: SharedPipeline, images: Any, name: str) -> Tensor:
-    """Images in the network's range, float32, shape (B, C, H, W), on the pipeline's device.
+    """Return images in the network's range, float32, shape (B, C, H, W), on the pipeline's device.
 
     Args:
         pipe: The pipeline.
@@ -185,7 +185,7 @@ def image_data(pipe: SharedPipeline, images: Any, name: str) -> Tensor:
 
 
 def network_output(pipe: SharedPipeline, scheduler: SDEScheduler) -> Model:
-    """The network as ``SDEPipeline`` calls it."""
+    """Return a function that calls the network as ``SDEPipeline`` does."""
 
     def model(x: Tensor, index: int, timestep: Tensor) -> Tensor:
         fed = scheduler.scale_model_input(x, timestep).to(pipe.unet.dtype)
@@ -196,7 +196,7 @@ def network_output(pipe: SharedPipeline, scheduler: SDEScheduler) -> Model:
 
 
 def unet_denoiser(pipe: SharedPipeline, scheduler: SDEScheduler, **arguments: Any) -> Denoiser:
-    """(x_t, SDE time) -> x0_hat of the network, in the precision of x_t; unconditional without ``arguments``."""
+    """Return (x_t, SDE time) -> x0_hat of the network, in x_t's precision, unconditional without ``arguments``."""
 
     def network(x: Tensor, timestep: Tensor, **arguments: Any) -> Tensor:
         arguments = arguments or pipe.unconditional(len(x))
@@ -206,7 +206,7 @@ def unet_denoiser(pipe: SharedPipeline, scheduler: SDEScheduler, **arguments: An
 
 
 def guided_output(scheduler: SDEScheduler, denoiser: Denoiser) -> Model:
-    """The network output for which x0_hat is what the denoiser returns."""
+    """Return a function that gives the network output for which x0_hat is what the denoiser returns."""
 
     def model(x: Tensor, index: int, timestep: Tensor) -> Tensor:
         precise = torch.float32 if x.device.type == "mps" else torch.float64
@@ -345,7 +345,7 @@ def execute_guided(
 
 @dataclass(frozen=True)
 class PipelineRun:
-    """A pipeline's run as posterior methods see it; see ``PosteriorRun``."""
+    """A pipeline with the arguments of a run implements ``PosteriorRun``, which posterior methods draw with."""
 
     pipe: Any
     options: RunOptions
@@ -363,7 +363,7 @@ class PipelineRun:
         return execute_guided(self.pipe, self.options, latents, denoiser_of)
 
     def own_plan(self) -> Plan:
-        """The reverse SDE by first-order exponential steps, on the scheduler's grid and ending with the data."""
+        """Lay out first-order exponential steps of the reverse SDE, on the scheduler's grid, ending with the data."""
         options, scheduler = self.options, own_scheduler(self.pipe)
         refused = {
             "latents": options.latents is not None,
@@ -408,7 +408,7 @@ def draw_posterior(
 
 
 def posterior_of(pipe: SharedPipeline, posterior: str, options: Mapping[str, Any] | None) -> PosteriorMethod:
-    """The posterior method of this name, for data whose standard deviation is a quarter of the network's range.
+    """Return the posterior method of this name, for data whose standard deviation is a quarter of their range.
 
     Raises:
         ValueError: An unknown name or option, or a value out of range.
@@ -418,7 +418,7 @@ def posterior_of(pipe: SharedPipeline, posterior: str, options: Mapping[str, Any
 
 
 def finished(pipe: SharedPipeline, run: RunOptions, x: Tensor) -> ImagePipelineOutput | tuple[Any]:
-    """What a call returns for a sample in the data's range; models that were moved for the run are moved back."""
+    """Return what a call returns for a sample in the data's range, and move models back that the run has moved."""
     images = pipe.postprocess(x, run.output_type)
     pipe.maybe_free_model_hooks()
     return ImagePipelineOutput(images=images) if run.return_dict else (images,)
