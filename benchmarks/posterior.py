@@ -38,9 +38,8 @@ from diffusers_sde import (
     SDEPipeline,
     sample,
 )
+from diffusers_sde.guidance import POSTERIOR_METHODS, SMC, posterior_denoiser
 from diffusers_sde.guidance.operators import Mask
-from diffusers_sde.guidance.particles import smc_sample
-from diffusers_sde.guidance.posteriors import POSTERIOR_METHODS, posterior_denoiser
 from diffusers_sde.sampling.exponential import Exponential
 
 METHODS = [
@@ -62,7 +61,7 @@ def show(name, options, measured, seconds):
 
 
 def closed_form(args):
-    assert {name for name, _ in METHODS} == set(POSTERIOR_METHODS)
+    assert {name for name, _ in METHODS} | {"smc"} == set(POSTERIOR_METHODS)
     sde, n = VPSDE(), args.samples
     plan, particle_plan = log_snr_plan(sde, args.steps, predictor=Exponential(2)), log_snr_plan(sde, 3 * args.steps)
     for label, data in {"Gaussian": GAUSSIAN, "mixture": MIXTURE}.items():
@@ -81,7 +80,8 @@ def closed_form(args):
             problems = n // 20
             y = Y.expand(problems, 2)
             prior = data.denoiser(sde)
-            result = smc_sample(particle_plan, prior, sde, OPERATOR, y, NOISE_STD, particles, generator, data_std=0.5)
+            method = SMC(particles, data_std=0.5)
+            result = method.sample(particle_plan, prior, sde, OPERATOR, y, NOISE_STD, generator)
             measured = errors(result.draw(generator), truth)
             show("smc", {"particles": particles}, measured, time.perf_counter() - start)
             each = torch.tensor([errors(result.samples[i], truth, w)["mean"] for i, w in enumerate(weights(result))])
@@ -103,13 +103,13 @@ def mean_evidence(result):
 
 # name, options of the call.
 INPAINTING = {
-    "replacement": {"method": "replacement"},
-    "repaint": {"method": "repaint", "resamplings": 5},
-    "mmps": {"method": "mmps"},
-    "pigdm": {"method": "pigdm"},
-    "dps": {"method": "dps", "method_options": {"scale": 2.0}},
+    "replacement": {"posterior": "replacement"},
+    "repaint": {"posterior": "repaint", "resamplings": 5},
+    "mmps": {"posterior": "mmps"},
+    "pigdm": {"posterior": "pigdm"},
+    "dps": {"posterior": "dps", "posterior_options": {"scale": 2.0}},
 }
-SMC_NOISE, SMC = 0.1, {"particles": 32}
+SMC_NOISE, SMC_OPTIONS = 0.1, {"particles": 32}
 SURE = 0.9  # the half-judge's probability above which a half is said to determine its digit
 
 
@@ -191,7 +191,7 @@ def inpainting(args):
             run = {"num_inference_steps": args.steps, "generator": generator, "output_type": "latent"}
             if name == "smc":  # of a measurement with some noise
                 operator = Mask(known, (1, 8, 8))
-                out = restore(images, operator, SMC_NOISE, "smc", **run, method_options=SMC).images
+                out = restore(images, operator, SMC_NOISE, "smc", **run, posterior_options=SMC_OPTIONS).images
             else:
                 out = pipe(images, (~known).float(), **INPAINTING[name], **run).images
                 assert torch.equal(out[..., known], images[..., known])

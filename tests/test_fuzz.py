@@ -191,9 +191,9 @@ def calls():
         "plain": (plain, {**run, "batch_size": 1, "generator": None, "latents": None, "method": "scheduler"}),
         "adaptive": (plain, {**run, **fast, "method": "sde"}),
         "class": (by_class, {**run, "class_labels": [0], "guidance_scale": 1.0, "guidance_interval": None}),
-        "inpaint": (inpaint, {**run, "image": image, "mask_image": mask, "num_samples": 1, "method_options": None}),
-        "repaint": (inpaint, {**run, "image": image, "mask_image": mask, "method": "repaint", "resamplings": 1}),
-        "restore": (restore, {**run, **measured, "noise_std": 0.1, "method": "pigdm", "sampler": "scheduler"}),
+        "inpaint": (inpaint, {**run, "image": image, "mask_image": mask, "num_samples": 1, "posterior_options": None}),
+        "repaint": (inpaint, {**run, "image": image, "mask_image": mask, "posterior": "repaint", "resamplings": 1}),
+        "restore": (restore, {**run, **measured, "noise_std": 0.1, "posterior": "pigdm", "method": "scheduler"}),
         "encode": (plain.encode, {**fast, "images": x}),
         "decode": (plain.decode, {**fast, "latents": x, "temperature": 1.0, "output_type": "pt"}),
         "log_prob": (plain.log_prob, {**fast, "x": x, "num_probes": 1, "trace": "hutchinson", "generator": None}),
@@ -207,7 +207,7 @@ OTHER_NAMES = {
     "a": "a|x_a",
     "b": "b|x_b",
     "trace": "method",
-    "method_options": "method_options|data_std",
+    "posterior_options": "posterior_options|data_std",
 }
 # No counts that would work if the machine were large enough, and no tolerances that would take an hour.
 SMALL_JUNK = JUNK.filter(lambda v: not (isinstance(v, (int, float)) and (4 < v < 2**31 or 0 < v < 1e-3)))

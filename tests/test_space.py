@@ -86,12 +86,13 @@ def test_a_noisy_state_is_shown_at_the_contrast_of_the_data(data_min):
     assert torch.allclose(view(x, t), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", runs.INPAINT_METHODS)
-def test_completions_keep_what_is_known(classes, method):
+@pytest.mark.parametrize("posterior", runs.INPAINT_POSTERIORS)
+def test_completions_keep_what_is_known(classes, posterior):
     image = Image.effect_noise((8, 8), 60)
     mask = Image.new("L", (8, 8))
     mask.paste(255, (0, 4, 8, 8))
-    frames = list(runs.inpaint(classes, runs.Settings("VP", levels=3), image, mask, method, 2, label="each in turn"))
+    settings = runs.Settings("VP", levels=3)
+    frames = list(runs.inpaint(classes, settings, image, mask, posterior, 2, label="each in turn"))
     known = torch.tensor(list(image.tobytes())).reshape(8, 8) / 255
     assert torch.allclose(frames[-1].images[:, 0, :4], known[:4].expand(2, 4, 8), atol=1e-6)
     assert not torch.allclose(frames[-1].images[0], frames[-1].images[1])

@@ -118,8 +118,8 @@ def build(model: Model) -> gr.Blocks:
                         repaint = gr.Button("Inpaint", variant="primary", elem_id="inpaint")
                     with gr.Row():
                         method = gr.Dropdown(
-                            runs.INPAINT_METHODS,
-                            value=runs.INPAINT_METHODS[0],
+                            runs.INPAINT_POSTERIORS,
+                            value=runs.INPAINT_POSTERIORS[0],
                             label="Method",
                             info="replacement is the paper's; repaint takes five times its calls",
                         )

@@ -37,7 +37,7 @@ SDES: dict[str, type[SDEScheduler]] = {
     "rectified flow": FlowSDEScheduler,
 }
 REVERSE_SDE, PROBABILITY_FLOW = "reverse SDE", "probability-flow ODE"
-INPAINT_METHODS = ("repaint", "replacement", "mmps", "pigdm", "dps")
+INPAINT_POSTERIORS = ("repaint", "replacement", "mmps", "pigdm", "dps")
 EACH_IN_TURN, ANY_CLASS = "each in turn", "any"
 MAX_FRAMES = 24
 MAX_IMAGES = 16
@@ -203,7 +203,7 @@ def inpaint(
     settings: Settings,
     image: Image.Image,
     mask: Image.Image,
-    method: str = "repaint",
+    posterior: str = "repaint",
     count: int = 4,
     seed: int = 0,
     label: str | None = None,
@@ -216,7 +216,7 @@ def inpaint(
         settings: The sampler.
         image: At the network's size, as ``fit`` makes it.
         mask: Likewise; white where to paint.
-        method: One of ``INPAINT_METHODS``.
+        posterior: One of ``INPAINT_POSTERIORS``.
         count: How many completions.
         seed: Completion i depends on ``seed + i`` alone.
         label: Class of the completions, for a network with classes.
@@ -237,7 +237,7 @@ def inpaint(
     arguments = {
         "image": image,
         "mask_image": mask,
-        "method": method,
+        "posterior": posterior,
         "num_samples": int(count),
         "num_inference_steps": int(settings.levels),
         "generator": generators,

@@ -444,7 +444,6 @@ NOT_LATENTS = (
     torch.zeros(2, 1, 8, 8, dtype=torch.complex64),
     *("x", [[1.0]], np.zeros((2, 1, 8, 8))),
 )
-ADAPTIVE = {"plain": "method", "class": "method", "inpaint": "sampler", "restore": "sampler"}
 
 
 def refused(pipes, kind, name, value, **more):
@@ -464,7 +463,7 @@ def test_calls_of_pipelines_are_checked_before_anything_is_drawn(pipes, kind):
             refused(pipes, kind, counts[kind], value)
     for value in NOT_GENERATORS:
         for method in ("scheduler", "ode", "sde"):
-            refused(pipes, kind, "generator", value, **{ADAPTIVE[kind]: method})
+            refused(pipes, kind, "generator", value, method=method)
     for value in NOT_LATENTS:
         refused(pipes, kind, "latents", value)
     for value in ("PIL", None, 3, "", ["pt"]):
@@ -478,7 +477,7 @@ def test_tolerances_of_pipelines(pipes, kind):
         for name in ("rtol", "atol"):
             for value in (0.0, -1.0, NAN, INF, "1e-2", None, True):
                 with pytest.raises(ValueError, match=name):
-                    CALLS[kind](pipes[kind], **{ADAPTIVE[kind]: method, name: value})
+                    CALLS[kind](pipes[kind], **{"method": method, name: value})
 
 
 def test_what_is_asked_of_one_kind_of_pipeline(pipes):
@@ -491,24 +490,24 @@ def test_what_is_asked_of_one_kind_of_pipeline(pipes):
         refused(pipes, "class", "guidance_interval", value, guidance_scale=2.0)
     for name in ("resamplings", "jump_length"):
         for value in NOT_COUNTS:
-            refused(pipes, "inpaint", name, value, method="repaint")
+            refused(pipes, "inpaint", name, value, posterior="repaint")
     for value in ([1], "chunk_size", 5, {"chunk_size": "a"}, {"chunk_size": NAN}, {"data_std": "x"}, {"data_std": NAN}):
-        key = next(iter(value)) if isinstance(value, dict) else "method_options"
+        key = next(iter(value)) if isinstance(value, dict) else "posterior_options"
         with pytest.raises(ValueError, match=key):
-            CALLS["inpaint"](pipes["inpaint"], method_options=value)
+            CALLS["inpaint"](pipes["inpaint"], posterior_options=value)
     for value in (None, "Downsampling"):
         refused(pipes, "restore", "operator", value)
     for value in (-0.1, NAN, INF, "0.1", None, True, [0.1]):
         refused(pipes, "restore", "noise_std", value)
     for value in (torch.zeros(0, 1, 4, 4), torch.full((1, 1, 4, 4), NAN), torch.zeros(4, 4), "y", [None]):
         refused(pipes, "restore", "measurement", value)
-    for method, options in {
+    for posterior, options in {
         "mmps": {"iterations": "a"},
         "smc": {"particles": NAN},
         "gaussian": {"covariance": "x"},
     }.items():
         with pytest.raises(ValueError, match=next(iter(options))):
-            CALLS["restore"](pipes["restore"], method=method, noise_std=0.1, method_options=options)
+            CALLS["restore"](pipes["restore"], posterior=posterior, noise_std=0.1, posterior_options=options)
 
 
 def test_a_replacement_by_a_callback_has_the_shape_of_the_sample(pipes):

@@ -267,8 +267,8 @@ def test_the_null_class_is_unconditional_everywhere(tmp_path):
     torch.testing.assert_close(plain(1, generator=seeded(), **RUN).images, expected, rtol=1e-3, atol=1e-3)
     inpaint = quiet(InpaintSDEPipeline.from_pretrained(tmp_path))
     image, hole = torch.zeros(1, 1, SIZE, SIZE), torch.ones(SIZE, SIZE)
-    for method in ("replacement", "pigdm"):
-        out = inpaint(image, hole, method=method, generator=seeded(), **RUN).images
+    for posterior in ("replacement", "pigdm"):
+        out = inpaint(image, hole, posterior=posterior, generator=seeded(), **RUN).images
         torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
     options = {"rtol": 1e-2, "atol": 1e-2}
     flow = ProbabilityFlow(plain)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import dataclass
 
 import diffusers
 import numpy as np
@@ -10,11 +11,14 @@ import torch
 from analytic import GaussianMixture
 from exact_networks import SCHEDULERS, SIZE, STEPS, ExactUNet, quiet, seeded, unet
 from PIL import Image
-from posteriors import COVARIANCE, errors, posterior
+from posteriors import COVARIANCE, errors
+from posteriors import posterior as closed_form
 
 from diffusers_sde import SDEPipeline, VESDEScheduler, VPSDEScheduler
 from diffusers_sde.flow.solver import ODEOptions
+from diffusers_sde.guidance.methods import GuidingMethod
 from diffusers_sde.guidance.operators import Downsampling, GaussianBlur, Grayscale, Mask
+from diffusers_sde.guidance.posteriors import POSTERIOR_METHODS
 from diffusers_sde.pipelines import (
     ClassConditionalSDEPipeline,
     InpaintSDEPipeline,
@@ -24,7 +28,7 @@ from diffusers_sde.pipelines import (
 )
 from diffusers_sde.sampling.adaptive import SDEOptions
 
-METHODS = ("replacement", "repaint", "mmps", "pigdm", "dps")
+POSTERIORS = ("replacement", "repaint", "mmps", "pigdm", "dps")
 
 
 def inpainter(scheduler="vp", channels=1, cls=InpaintSDEPipeline, **arguments):
@@ -42,16 +46,18 @@ RIGHT[:, SIZE // 2 :] = 1.0  # to paint
 # ---------------------------------------------------------------------- inpainting
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("posterior", POSTERIORS)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_known_pixels_are_exact(scheduler, method):
-    if method == "repaint" and scheduler == "heun":
-        with pytest.raises(ValueError, match="without memory"):
-            inpainter(scheduler)(picture(), RIGHT, method=method, num_inference_steps=STEPS)
-        return
+def test_known_pixels_are_exact(scheduler, posterior):
     pipe, image = inpainter(scheduler), picture()
     out = pipe(
-        image, RIGHT, method=method, num_inference_steps=STEPS, generator=seeded(), output_type="latent", resamplings=2
+        image,
+        RIGHT,
+        posterior=posterior,
+        num_inference_steps=STEPS,
+        generator=seeded(),
+        output_type="latent",
+        resamplings=2,
     ).images
     known = RIGHT == 0
     assert torch.equal(out[..., known], image[..., known]) and bool(torch.isfinite(out).all())
@@ -59,17 +65,17 @@ def test_known_pixels_are_exact(scheduler, method):
     assert pipe.scheduler.config.solver_order == SCHEDULERS[scheduler]().config.solver_order
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_all_known_returns_the_image(method):
+@pytest.mark.parametrize("posterior", POSTERIORS)
+def test_all_known_returns_the_image(posterior):
     image = picture()
-    out = inpainter()(image, torch.zeros(SIZE, SIZE), method=method, num_inference_steps=2, output_type="latent")
+    out = inpainter()(image, torch.zeros(SIZE, SIZE), posterior=posterior, num_inference_steps=2, output_type="latent")
     assert torch.equal(out.images, image)
 
 
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("posterior", POSTERIORS)
 @pytest.mark.parametrize("scheduler", ["vp", "pc", "ode", "ve", "clipped"])
-def test_all_unknown_is_unconditional_sampling(scheduler, method, own):
+def test_all_unknown_is_unconditional_sampling(scheduler, posterior, own):
     pipe = inpainter(scheduler)
 
     def generator():
@@ -80,22 +86,22 @@ def test_all_unknown_is_unconditional_sampling(scheduler, method, own):
     out = pipe(
         torch.full((2, 1, SIZE, SIZE), torch.nan),
         torch.ones(SIZE, SIZE),
-        method=method,
+        posterior=posterior,
         num_inference_steps=STEPS,
         generator=generator(),
         output_type="latent",
     ).images
-    if method in ("replacement", "repaint"):
+    if posterior in ("replacement", "repaint"):
         assert torch.equal(out, expected)
     else:
         torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_an_image_does_not_depend_on_its_batch(method):
+@pytest.mark.parametrize("posterior", POSTERIORS)
+def test_an_image_does_not_depend_on_its_batch(posterior):
     pipe, images = inpainter("pc"), picture(3)
     masks = (torch.rand(3, 1, SIZE, SIZE, generator=seeded()) < 0.5).float()
-    run = {"method": method, "num_inference_steps": STEPS, "output_type": "latent", "resamplings": 2}
+    run = {"posterior": posterior, "num_inference_steps": STEPS, "output_type": "latent", "resamplings": 2}
     together = pipe(images, masks, generator=[seeded(i) for i in range(3)], **run).images
     for i in range(3):
         alone = pipe(images[i : i + 1], masks[i : i + 1], generator=[seeded(i)], **run).images
@@ -148,20 +154,20 @@ def test_several_completions_and_callback():
     for i in range(6):
         assert torch.equal(out[i, ..., : SIZE // 2], images[i // 3, ..., : SIZE // 2])
     assert float((out[0] - out[1]).abs().max()) > 0
-    pipe(images, RIGHT, method="repaint", resamplings=3, num_inference_steps=STEPS)
+    pipe(images, RIGHT, posterior="repaint", resamplings=3, num_inference_steps=STEPS)
     assert pipe.num_timesteps == 3 * (STEPS - 1) + 1
 
 
 def test_known_pixels_need_not_be_kept():
     pipe, images = inpainter(), picture()
-    out = pipe(images, RIGHT, method="dps", keep_known=False, num_inference_steps=2, output_type="latent").images
+    out = pipe(images, RIGHT, posterior="dps", keep_known=False, num_inference_steps=2, output_type="latent").images
     assert not torch.equal(out[..., : SIZE // 2], images[..., : SIZE // 2])
 
 
 def test_replacement_costs_one_call_per_row():
     pipe, calls = inpainter("pc"), []
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
-    pipe(picture(), RIGHT, method="replacement", num_inference_steps=STEPS)
+    pipe(picture(), RIGHT, posterior="replacement", num_inference_steps=STEPS)
     assert len(calls) == len(pipe.scheduler.timesteps)
 
 
@@ -176,15 +182,22 @@ def test_replacement_costs_one_call_per_row():
         ({"image": picture(2, 3)}, "image must have shape \\(B, 1, H, W\\)"),
         ({"image": picture() * torch.nan}, "finite"),
         ({"image": "image.png"}, "image"),
-        ({"method": "ddrm"}, "method must be one of replacement"),
+        ({"posterior": "ddrm"}, "posterior must be one of replacement"),
         ({"num_samples": 0}, "num_samples"),
         ({"output_type": "jpg"}, "output_type"),
-        ({"method": "replacement", "method_options": {"scale": 1.0}}, "takes no method_options"),
-        ({"sampler": "adaptive"}, "sampler must be one of scheduler, ode"),
-        ({"sampler": "ode", "method": "replacement"}, "'ode' needs method mmps"),
-        ({"method": "dps", "method_options": {"scales": 1.0}}, r"may hold scale, chunk_size, got \['scales'\]"),
+        ({"posterior": "replacement", "posterior_options": {"scale": 1.0}}, "takes no posterior_options"),
+        ({"method": "adaptive"}, "method must be one of scheduler, ode"),
+        ({"method": "ode", "posterior": "replacement"}, "'ode' needs one of the posteriors dps"),
+        (
+            {"posterior": "dps", "posterior_options": {"scales": 1.0}},
+            r"may hold scale, chunk_size, got 'scales' \(did you mean 'scale'",
+        ),
+        ({"method": "mmps"}, "method must be one of scheduler, ode, sde, got 'mmps'.*pass posterior='mmps'"),
+        ({"method": "repaint"}, "pass posterior='repaint'"),
+        ({"posterior": "smc"}, "noise_std must be positive"),
+        ({"posterior": "replacement", "noise_std": 0.1}, "noise_std must be 0 for posterior 'replacement'"),
         ({"latents": torch.zeros(1, 1, SIZE, SIZE)}, "latents must have shape"),
-        ({"method": "repaint", "resamplings": 0}, "resamplings"),
+        ({"posterior": "repaint", "resamplings": 0}, "resamplings"),
     ],
 )
 def test_inpainting_errors(change, message):
@@ -202,7 +215,7 @@ def test_a_foreign_scheduler_is_refused():
 # ---------------------------------------------------------------------- restoration
 
 
-@pytest.mark.parametrize("method", ["mmps", "pigdm", "dps"])
+@pytest.mark.parametrize("posterior", ["mmps", "pigdm", "dps"])
 @pytest.mark.parametrize(
     "make",
     [
@@ -212,13 +225,15 @@ def test_a_foreign_scheduler_is_refused():
         lambda shape: Mask(RIGHT == 0, shape),
     ],
 )
-def test_any_operator_with_any_method(make, method):
+def test_any_operator_with_any_method(make, posterior):
     pipe = inpainter("vp", 3, RestorationSDEPipeline)
     operator = make(pipe.sample_shape)
     y = operator.measure(picture(2, 3), 0.05, seeded())
-    run = {"method": method, "num_inference_steps": STEPS, "output_type": "latent"}
+    run = {"posterior": posterior, "num_inference_steps": STEPS, "output_type": "latent"}
     out = pipe(y, operator, 0.05, num_samples=2, generator=seeded(), **run).images
-    parts = pipe(y, operator, 0.05, num_samples=2, generator=seeded(), method_options={"chunk_size": 3}, **run).images
+    parts = pipe(
+        y, operator, 0.05, num_samples=2, generator=seeded(), posterior_options={"chunk_size": 3}, **run
+    ).images
     assert out.shape == (4, 3, SIZE, SIZE) and bool(torch.isfinite(out).all())
     torch.testing.assert_close(out, parts, rtol=1e-3, atol=1e-3 * float(out.abs().max()))
 
@@ -233,18 +248,20 @@ def test_particles(scheduler):
     pipe = quiet(RestorationSDEPipeline(network, network.scheduler))
     operator, y = Downsampling(2, (1, 2, 2)), torch.tensor([[[[0.6]]]])
     run = {"num_samples": 400, "num_inference_steps": 60, "output_type": "latent", "generator": seeded()}
-    out = pipe(y, operator, 0.1, "smc", method_options={"particles": 8}, **run).images
-    truth, _ = posterior(network.data, operator.matrix(), y.flatten().double(), 0.1)
+    out = pipe(y, operator, 0.1, "smc", posterior_options={"particles": 8}, **run).images
+    truth, _ = closed_form(network.data, operator.matrix(), y.flatten().double(), 0.1)
     measured = errors(out.flatten(1), truth)
     # 400 exact samples: 0.1 +- 0.035 and 0.17 +- 0.05.
     assert measured["mean"] < 0.25 and measured["covariance"] < 0.45, measured
     for change, message in (
         ({"latents": torch.zeros(400, 1, 2, 2)}, "no latents"),
         ({"generator": [seeded()] * 400}, "list of generators"),
-        ({"method_options": {"iterations": 3}}, "may hold particles"),
+        ({"posterior_options": {"iterations": 3}}, "may hold particles"),
         ({"noise_std": 0.0}, "noise_std must be positive"),
+        ({"method": "ode"}, "no method 'ode'"),
+        ({"callback_on_step_end": lambda *_: {}}, "no callback_on_step_end"),
     ):
-        arguments = {"noise_std": 0.1, "method": "smc", **run, **change}
+        arguments = {"noise_std": 0.1, "posterior": "smc", **run, **change}
         with pytest.raises(ValueError, match=message):
             pipe(y, operator, **arguments)
 
@@ -266,10 +283,80 @@ def test_restoration_errors():
         ((torch.zeros(2, 1, SIZE, SIZE), masks), "operator is for 3 images, got 2"),
         ((y * torch.nan, operator), "finite"),
         ((y, operator, -1.0), "noise_std"),
-        ((y, operator, 0.0, "replacement"), "method must be one of"),
+        ((y, operator, 0.0, "replacement"), "posterior must be one of"),
     ):
         with pytest.raises(ValueError, match=message):
             pipe(*arguments, num_inference_steps=2)
+    with pytest.raises(ValueError, match="pass posterior='mmps'"):
+        pipe(y, operator, method="mmps", num_inference_steps=2)
+
+
+def test_defaults_follow_the_range_of_the_data():
+    """The standard deviation of the data is taken for a quarter of their range."""
+    for data_min, std in ((-1.0, 0.5), (0.0, 0.25)):
+        pipe = inpainter("ve", data_min=data_min)
+        assert runs.posterior_of(pipe, "pigdm", None).data_std == runs.posterior_of(pipe, "smc", {}).data_std == std
+        assert runs.posterior_of(pipe, "gaussian", None).covariance == std**2
+        assert runs.posterior_of(pipe, "pigdm", {"data_std": 0.7}).data_std == 0.7
+
+
+@dataclass(frozen=True)
+class Projection(GuidingMethod):
+    """x0_hat + strength A^+ (y - A x0_hat), which meets the measurement for strength 1."""
+
+    strength: float = 1.0
+
+    def __call__(self, denoiser, sde, operator, y, noise_std=0.0):
+        def denoise(x, t):
+            x0_hat = denoiser(x, t)
+            return x0_hat + self.strength * operator.pseudo_inverse(operator.residual(y, x0_hat))
+
+        return denoise
+
+
+def test_a_method_of_the_user_needs_a_class_and_a_line_in_the_registry(monkeypatch):
+    monkeypatch.setitem(POSTERIOR_METHODS, "projection", Projection)
+    run = {"posterior": "projection", "num_inference_steps": STEPS, "output_type": "latent"}
+    pipe, operator = inpainter("vp", 1, RestorationSDEPipeline), Downsampling(2, (1, SIZE, SIZE))
+    y = operator.apply(picture(2))
+    out = pipe(y, operator, generator=seeded(), num_samples=2, **run).images
+    torch.testing.assert_close(operator.apply(out), y.repeat_interleave(2, 0), rtol=0, atol=1e-4)
+    half = pipe(y, operator, generator=seeded(), num_samples=2, posterior_options={"strength": 0.5}, **run).images
+    assert float((operator.apply(half) - y.repeat_interleave(2, 0)).abs().max()) > 0.01
+    adaptive = pipe(y, operator, method="sde", rtol=0.5, atol=0.5, generator=seeded(), **run).images
+    torch.testing.assert_close(operator.apply(adaptive), y, rtol=0, atol=1e-4)
+    filled = inpainter()(picture(2), RIGHT, keep_known=False, generator=seeded(), **run).images
+    torch.testing.assert_close(filled[..., RIGHT == 0], picture(2)[..., RIGHT == 0], rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match=r"may hold strength, got 'strenght' \(did you mean 'strength'\?\)"):
+        pipe(y, operator, posterior_options={"strenght": 0.5}, **run)
+    for call in (lambda: pipe(y, operator, posterior="x"), lambda: inpainter()(picture(), RIGHT, posterior="x")):
+        with pytest.raises(ValueError, match="posterior must be one of .*smc, projection"):
+            call()
+    with pytest.raises(ValueError, match="pass posterior='projection'"):
+        pipe(y, operator, method="projection")
+
+
+@pytest.mark.parametrize("posterior", ["gaussian", "smc"])
+def test_holes_filled_by_methods_for_small_images(posterior):
+    """With an exact network the hole follows the closed form, and noise is taken out of the known pixels."""
+    network = ExactUNet()
+    network.data = GaussianMixture.gaussian([0.3, -0.2, 0.5, 0.1], COVARIANCE)
+    network.scheduler = SCHEDULERS["vp"]()
+    pipe = quiet(InpaintSDEPipeline(network, network.scheduler))
+    image, hole, noise_std, n = (
+        torch.tensor([[[[0.6, 0.0], [0.2, 0.0]]]]),
+        torch.tensor([[0.0, 1.0], [0.0, 1.0]]),
+        0.2,
+        1000,
+    )
+    options = {"covariance": COVARIANCE} if posterior == "gaussian" else {"particles": 8}
+    run = {"num_samples": n, "num_inference_steps": 60, "output_type": "latent", "generator": seeded()}
+    out = pipe(image, hole, posterior, noise_std=noise_std, posterior_options=options, keep_known=False, **run).images
+    a = torch.eye(4, dtype=torch.float64)[hole.flatten() == 0]
+    truth, _ = closed_form(network.data, a, image.flatten()[hole.flatten() == 0].double(), noise_std)
+    measured = errors(out.flatten(1), truth)
+    # 1000 exact samples: 0.06 +- 0.02 and 0.11 +- 0.03.
+    assert measured["mean"] < 0.18 and measured["covariance"] < 0.3, measured
 
 
 @pytest.mark.parametrize("scheduler", ["vp", "pc", "ode", "ve", "flow"])
@@ -291,9 +378,9 @@ def test_restored_images_follow_the_posterior(scheduler):
         num_inference_steps=40,
         generator=seeded(),
         output_type="latent",
-        method_options={"iterations": 2},
+        posterior_options={"iterations": 2},
     ).images
-    truth, _ = posterior(network.data, operator.matrix(), y.flatten().double(), noise_std)
+    truth, _ = closed_form(network.data, operator.matrix(), y.flatten().double(), noise_std)
     measured = errors(out.flatten(1), truth)
     # 2500 exact samples: 0.04 +- 0.015 and 0.07 +- 0.02.
     assert measured["mean"] < 0.12 and measured["covariance"] < 0.2, measured
@@ -433,33 +520,33 @@ def test_posterior_by_the_adaptive_ode():
     network.scheduler = SCHEDULERS["vp"]()
     pipe = quiet(RestorationSDEPipeline(network, network.scheduler))
     operator, y, noise_std = Downsampling(2, (1, 2, 2)), torch.tensor([[[[0.6]]]]), 0.1
-    run = {"sampler": "ode", "rtol": 1e-3, "atol": 1e-3, "output_type": "latent", "method_options": {"iterations": 2}}
+    run = {"method": "ode", "rtol": 1e-3, "atol": 1e-3, "output_type": "latent", "posterior_options": {"iterations": 2}}
     out = pipe(y, operator, noise_std, num_samples=400, generator=seeded(), **run).images
-    truth, _ = posterior(network.data, operator.matrix(), y.flatten().double(), noise_std)
+    truth, _ = closed_form(network.data, operator.matrix(), y.flatten().double(), noise_std)
     measured = errors(out.flatten(1), truth)
     # 400 exact samples: 0.1 +- 0.035 and 0.17 +- 0.05.
     assert measured["mean"] < 0.25 and measured["covariance"] < 0.4, measured
     assert pipe.calls.shape == (400,)
 
 
-@pytest.mark.parametrize("sampler", ["ode", "sde"])
-def test_adaptive_steps_that_do_not_end_say_what_to_do(monkeypatch, sampler):
+@pytest.mark.parametrize("method", ["ode", "sde"])
+def test_adaptive_steps_that_do_not_end_say_what_to_do(monkeypatch, method):
     monkeypatch.setattr(ProbabilityFlow, "options", lambda flow, rtol, atol: ODEOptions(rtol, atol, max_calls=5))
     monkeypatch.setattr(runs, "SDEOptions", functools.partial(SDEOptions, max_calls=5))
     pipe = inpainter(cls=RestorationSDEPipeline)
     operator = Downsampling(2, pipe.sample_shape)
     with pytest.raises(RuntimeError, match="max_calls.*rtol=0.01 and atol=0.02, or the scheduler's own"):
-        pipe(picture()[..., ::2, ::2], operator, method="pigdm", sampler=sampler, rtol=0.01, atol=0.02)
+        pipe(picture()[..., ::2, ::2], operator, posterior="pigdm", method=method, rtol=0.01, atol=0.02)
 
 
 def test_inpainting_by_the_adaptive_ode_gives_every_image_its_own_mask():
     pipe, images = inpainter(), picture(3)
     masks = (torch.rand(3, 1, SIZE, SIZE, generator=seeded()) < 0.5).float()
-    run = {"method": "mmps", "sampler": "ode", "rtol": 0.5, "atol": 0.5, "method_options": {"iterations": 1}}
+    run = {"posterior": "mmps", "method": "ode", "rtol": 0.5, "atol": 0.5, "posterior_options": {"iterations": 1}}
     run["output_type"] = "latent"
     together = pipe(images, masks, generator=[seeded(i) for i in range(3)], **run).images
     assert torch.equal(together[masks == 0], images[masks == 0])
     alone = pipe(images[1:2], masks[1:2], generator=[seeded(1)], **run).images
     torch.testing.assert_close(alone[0], together[1], rtol=1e-2, atol=1e-2 * float(together.abs().max()))
-    with pytest.raises(ValueError, match="'ode' needs method mmps"):
-        pipe(images, masks, method="repaint", sampler="ode")
+    with pytest.raises(ValueError, match="'ode' needs one of the posteriors dps"):
+        pipe(images, masks, posterior="repaint", method="ode")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..basics.files import write_whole
 from ..flow.trace import TraceOptions
+from ..images.arrays import from_network
 from ..images.pictures import tile
 from ..metrics.quality import spread
 from ..pipelines import ProbabilityFlow
@@ -84,7 +85,7 @@ def draw_codes(config: EvaluationConfig, flow: ProbabilityFlow, levels: Tensor) 
     rebuilt = strips[:, [0, -1]]
     # A row is: the first image | its reconstruction, the interpolation, the other's reconstruction | the second image.
     rows = torch.cat([real[:, :1], strips, real[:, 1:]], 1)
-    pixels = ((rows - flow.data_min) / (flow.data_max - flow.data_min)).clamp(0, 1).mul(255).round().byte().cpu()
+    pixels = from_network(rows, flow.data_min, flow.data_max).mul(255).round().byte().cpu()
     path = Path(str(config.figure))
     write_whole(path, partial(tile(pixels).save, format=Image.registered_extensions()[path.suffix.lower()]))
     return float((rebuilt - real).square().mean().sqrt())

@@ -22,7 +22,7 @@ from torch import nn
 from ..basics.files import saving, write_whole
 from ..basics.options import LARGEST_SEED, check_options, fail, option, parser_of
 from ..basics.processes import lock_for_all
-from ..pipelines.pipeline_sde import METHODS
+from ..pipelines.runs import METHODS
 from ..sampling.correctors import CORRECTORS
 from ..sampling.predictors import PREDICTORS
 from .samplers import ImageSampler, Sampler, as_sde_pipeline, launched_processes, load_pipeline, parse_value

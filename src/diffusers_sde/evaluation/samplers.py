@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .. import schedulers
 from ..basics.options import one_line
 from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
-from ..pipelines.pipeline_sde import METHODS
+from ..pipelines.runs import METHODS
 
 CALL_OPTIONS = ("num_inference_steps", "method", "rtol", "atol", "guidance_scale", "classifier_guidance_scale")
 GUIDANCE = (("guidance_scale", 1.0), ("classifier_guidance_scale", None))

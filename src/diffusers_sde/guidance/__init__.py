@@ -20,40 +20,47 @@ x0_hat by
 Beside one call of the denoiser, ``dps`` and ``pigdm`` cost one backward pass, ``mmps`` costs one for each iteration of
 its solver and one more, and ``gaussian`` costs nothing.
 
-A method is one function ``(denoiser, sde, operator, y, noise_std, **options) -> denoiser`` and one line in
-``POSTERIOR_METHODS``. Replacement and resampling move the sample and not its estimate, so they are ways to execute a
-plan: ``Replacement`` and ``resampled``. ``smc_sample`` corrects the approximation with weighted particles.
+A method is one frozen dataclass, whose fields are its options, and one line in ``POSTERIOR_METHODS``. A
+``GuidingMethod`` maps (denoiser, sde, operator, y, noise_std) to the guided denoiser. ``SMC`` corrects the
+approximation with weighted particles, which it moves by itself. Replacement and resampling move the sample and not its
+estimate, so they are ways to execute a plan: ``Replacement`` and ``resampled``.
 
 A backward pass keeps the activations of the network in memory for the whole batch. ``chunk_size`` limits this to so
 many samples at a time, and costs one more forward pass per backward pass.
 """
 
-from .classes import classifier_free_guidance, classifier_guidance, guidance_interval
+from .classes import classifier_free_guidance, classifier_guidance, guide_within
+from .methods import GuidingMethod, PosteriorMethod, PosteriorProblem, PosteriorRun
 from .operators import ChannelMixture, Downsampling, GaussianBlur, Grayscale, LinearMap, LinearOperator, Mask
-from .particles import Particles, smc_sample
-from .posteriors import POSTERIOR_METHODS, dps, gaussian, mmps, pigdm, posterior_denoiser
+from .particles import SMC, Particles
+from .posteriors import DPS, MMPS, POSTERIOR_METHODS, GaussianPosterior, PiGDM, posterior_denoiser, posterior_method
 from .replacement import Replacement, renoise, resampled
 
 __all__ = [
+    "DPS",
+    "MMPS",
     "POSTERIOR_METHODS",
+    "SMC",
     "ChannelMixture",
     "Downsampling",
     "GaussianBlur",
+    "GaussianPosterior",
     "Grayscale",
+    "GuidingMethod",
     "LinearMap",
     "LinearOperator",
     "Mask",
     "Particles",
+    "PiGDM",
+    "PosteriorMethod",
+    "PosteriorProblem",
+    "PosteriorRun",
     "Replacement",
     "classifier_free_guidance",
     "classifier_guidance",
-    "dps",
-    "gaussian",
-    "guidance_interval",
-    "mmps",
-    "pigdm",
+    "guide_within",
     "posterior_denoiser",
+    "posterior_method",
     "renoise",
     "resampled",
-    "smc_sample",
 ]

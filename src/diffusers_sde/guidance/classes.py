@@ -23,7 +23,10 @@ def classifier_guidance(
         denoiser: The unconditional one.
         sde: Its SDE.
         log_prob: (x_t, t) -> log p_t(y | x_t) in nats, shape (B,), differentiable. It must know the noise level.
-        scale: 1 is Bayes' rule; larger values sharpen p_t(y | x_t) to its power.
+        scale: 1 is Bayes' rule. Other values raise p_t(y | x_t) to this power; those above 1 sharpen it.
+
+    Raises:
+        ValueError: ``scale`` is negative, not finite or too large.
 
     Reference:
         Song et al. 2021, eq. 14 and appendix I.1; scale: Dhariwal & Nichol 2021, arXiv:2105.05233, section 4.
@@ -63,6 +66,10 @@ def classifier_free_guidance(
         null_condition: The value that the network takes for "no condition", broadcastable to ``condition``.
         scale: 0 is unconditional, 1 conditional, larger values push away from the unconditional estimate.
 
+    Raises:
+        ValueError: ``scale`` is negative, not finite or too large; or, at a call, the batch does not fit the
+            conditions.
+
     Reference:
         Ho & Salimans 2022, arXiv:2207.12598, eq. 6, with scale = 1 + w.
     """
@@ -81,15 +88,18 @@ def classifier_free_guidance(
     return denoise
 
 
-def guidance_interval(inside: Denoiser, outside: Denoiser, sde: SDE, interval: tuple[float, float] | None) -> Denoiser:
-    """``inside`` where sigma/alpha lies in the interval, ``outside`` elsewhere; ``inside`` everywhere for None.
+def guide_within(interval: tuple[float, float] | None, inside: Denoiser, outside: Denoiser, sde: SDE) -> Denoiser:
+    """Call ``inside`` where sigma/alpha lies in the interval, and ``outside`` elsewhere.
 
     Args:
+        interval: Smallest and largest noise-to-signal ratio sigma/alpha, in units of the data; the same numbers mean
+            the same noise for every SDE. None means everywhere.
         inside: The guided denoiser.
         outside: The conditional denoiser without guidance. Of the two, only the one that is needed is called.
         sde: Their SDE.
-        interval: Smallest and largest noise-to-signal ratio sigma/alpha, in units of the data; the same numbers mean
-            the same noise for every SDE.
+
+    Raises:
+        ValueError: ``interval`` is not two increasing numbers >= 0.
 
     Reference:
         Kynkäänniemi et al. 2024, arXiv:2404.07724.

@@ -14,7 +14,10 @@ LARGEST_RATIO = 1000.0  # sigma / alpha beyond which x_t says nothing about x_0
 
 
 def bounded_path(sde: SDE, t: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Time, alpha and sigma, broadcastable against x; sigma/alpha is limited to ``LARGEST_RATIO``."""
+    """Return time, alpha and sigma, broadcastable against x.
+
+    Where sigma/alpha is larger than ``LARGEST_RATIO``, the time is moved to where it has this value.
+    """
     t = as_time(t)
     lowest = -2.0 * math.log(LARGEST_RATIO)
     # This runs at every call, so the cheap condition comes first: does alpha vanish at t_max?
@@ -25,12 +28,16 @@ def bounded_path(sde: SDE, t: Tensor | float, x: Tensor) -> tuple[Tensor, Tensor
 
 
 def isotropic_variance(alpha: Tensor, sigma: Tensor, data_std: float) -> Tensor:
-    """Variance of x_0 given x_t for isotropic Gaussian data."""
+    """The variance of x_0 given x_t for isotropic Gaussian data, sigma^2 std^2 / (sigma^2 + alpha^2 std^2)."""
     return sigma**2 * data_std**2 / (sigma**2 + alpha**2 * data_std**2)
 
 
 def check_chunk_size(chunk_size: int | None) -> int | None:
-    """Samples per backward pass, or None for all; a ValueError for anything else."""
+    """Check the number of samples per backward pass; None stands for the whole batch.
+
+    Raises:
+        ValueError: It is neither None nor a positive integer.
+    """
     return None if chunk_size is None else check_integer("chunk_size", chunk_size, at_least=1)
 
 

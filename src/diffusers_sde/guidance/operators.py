@@ -41,11 +41,11 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
-        """A x, shape (B, *measurement_shape), for x of shape (B, *data_shape)."""
+        """Return A x, shape (B, *measurement_shape), for x of shape (B, *data_shape)."""
 
     @abstractmethod
     def adjoint(self, y: Tensor) -> Tensor:
-        """A^T y, shape (B, *data_shape), for y of shape (B, *measurement_shape)."""
+        """Return A^T y, shape (B, *data_shape), for y of shape (B, *measurement_shape)."""
 
     @property
     def measurement_shape(self) -> tuple[int, ...]:
@@ -58,15 +58,15 @@ class LinearOperator(ABC):
         return None
 
     def select(self, index: Tensor) -> LinearOperator:
-        """The operator for the samples ``index``, int64 (B,), of the batch; they may repeat."""
+        """Return the operator for the samples ``index``, int64 (B,), of the batch; they may repeat."""
         return self
 
     def residual(self, y: Tensor, x: Tensor) -> Tensor:
-        """The misfit y - A x, zero where nothing is measured."""
+        """Return the misfit y - A x, zero where nothing is measured."""
         return y - self.apply(x)
 
     def measurements(self, y: Tensor) -> Tensor:
-        """How many numbers were measured of each sample, shape (B,)."""
+        """Count the numbers that were measured of each sample, shape (B,)."""
         return torch.full((len(y),), float(y[0].numel()), dtype=y.dtype, device=y.device)
 
     def measure(
@@ -75,7 +75,7 @@ class LinearOperator(ABC):
         noise_std: float = 0.0,
         generator: Generators = None,
     ) -> Tensor:
-        """A x + noise_std z with unit noise z: a simulated measurement, shape (B, *measurement_shape).
+        """Simulate a measurement A x + noise_std z with unit noise z, shape (B, *measurement_shape).
 
         Args:
             x: Data, shape (B, *data_shape).
@@ -89,7 +89,7 @@ class LinearOperator(ABC):
         return self.residual(y + noise_std * standard_normal_like(y, generator).to(y), torch.zeros_like(x))
 
     def solve_gram(self, y: Tensor, shift: Tensor | float) -> Tensor:
-        """(A A^T + shift I)^-1 y, the pseudo-inverse where shift is 0; shape of ``y``.
+        """Return (A A^T + shift I)^-1 y, by the pseudo-inverse where shift is 0; it has the shape of ``y``.
 
         Args:
             y: Measurements, shape (B, *measurement_shape).
@@ -98,11 +98,11 @@ class LinearOperator(ABC):
         return conjugate_gradients(lambda v: self.apply(self.adjoint(v)) + shift * v, y, iterations=200, rtol=1e-6)
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
-        """A^+ y = A^T (A A^T)^+ y, the smallest x with the least |y - A x|; shape (B, *data_shape)."""
+        """Return A^+ y = A^T (A A^T)^+ y, the smallest x with the least |y - A x|; shape (B, *data_shape)."""
         return self.adjoint(self.solve_gram(y, 0.0))
 
     def matrix(self, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
-        """A as a matrix, shape (measurements, data), of the first sample; for small problems and tests."""
+        """Return A as a matrix, shape (measurements, data), of the first sample; for small problems and tests."""
         d = math.prod(self.data_shape)
         basis = torch.eye(d, dtype=dtype, device=device).reshape(d, *self.data_shape)
         own = self.select(torch.zeros(d, dtype=torch.int64))
@@ -166,11 +166,11 @@ class LinearMap(LinearOperator):
         self.check_adjoint()
 
     def apply(self, x: Tensor) -> Tensor:
-        """A x."""
+        """Return A x."""
         return self._function(x)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """A^T y."""
+        """Return A^T y."""
         if self._adjoint is not None:
             return self._adjoint(y)
         at = torch.zeros(len(y), *self.data_shape, dtype=y.dtype, device=y.device)
@@ -208,31 +208,31 @@ class Mask(LinearOperator):
 
     @property
     def batch_size(self) -> int | None:
-        """Number of masks, None for one that all samples share."""
+        """Number of masks; None where all samples share one."""
         return len(self.mask) if len(self.mask) > 1 else None
 
     def select(self, index: Tensor) -> LinearOperator:
-        """The masks of these samples."""
+        """Return the operator with the masks of these samples."""
         return self if self.batch_size is None else Mask(self.mask[index.to(self.mask.device)], self.data_shape)
 
     def apply(self, x: Tensor) -> Tensor:
-        """The data x where they are known, 0 elsewhere."""
+        """Return the data x where they are known, 0 elsewhere."""
         return torch.where(self.mask.to(x.device), x, torch.zeros_like(x))
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """A projection is its own adjoint."""
+        """Return A^T y = A y; a projection is its own adjoint."""
         return self.apply(y)
 
     def residual(self, y: Tensor, x: Tensor) -> Tensor:
-        """The misfit y - x where it is known, 0 elsewhere."""
+        """Return the misfit y - x where y is known, 0 elsewhere."""
         return self.apply(y - x)
 
     def measurements(self, y: Tensor) -> Tensor:
-        """Known entries of each sample, shape (B,)."""
+        """Count the known entries of each sample, shape (B,)."""
         return self.mask.flatten(1).sum(1).to(y).expand(len(y))
 
     def solve_gram(self, y: Tensor, shift: Tensor | float) -> Tensor:
-        """Division by 1 + shift where y is known, 0 elsewhere."""
+        """Divide by 1 + shift where y is known, and return 0 elsewhere."""
         return self.apply(y) / (1.0 + shift)
 
 
@@ -254,15 +254,15 @@ class ChannelMixture(LinearOperator):
         self._eigenvalues, self._axes = torch.linalg.eigh(self.weights @ self.weights.T)
 
     def apply(self, x: Tensor) -> Tensor:
-        """The weighted sums of channels, shape (B, measured channels, H, W)."""
+        """Return the weighted sums of channels, shape (B, measured channels, H, W)."""
         return torch.einsum("mc,bc...->bm...", self.weights.to(x), x)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """Measured channels spread over all channels."""
+        """Spread the measured channels over all channels."""
         return torch.einsum("mc,bm...->bc...", self.weights.to(y), y)
 
     def solve_gram(self, y: Tensor, shift: Tensor | float) -> Tensor:
-        """By the eigenvectors of the small matrix of channels."""
+        """Solve by the eigenvectors of the small matrix of channels."""
         axes = self._axes.to(y)
         values = self._eigenvalues.reshape(-1, *[1] * (y.ndim - 2))
         return torch.einsum("mn,bn...->bm...", axes, _divide(torch.einsum("nm,bn...->bm...", axes, y), values, shift))
@@ -306,16 +306,16 @@ class Downsampling(LinearOperator):
             raise ValueError(f"factor must divide height and width of (C, H, W) = {self.data_shape}, got {factor!r}.")
 
     def apply(self, x: Tensor) -> Tensor:
-        """The averages, shape (B, C, H / factor, W / factor)."""
+        """Return the averages, shape (B, C, H / factor, W / factor)."""
         return F.avg_pool2d(x, self.factor)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """Every pixel repeated and divided by factor^2."""
+        """Repeat every pixel and divide by factor^2."""
         repeated = y.repeat_interleave(self.factor, -1).repeat_interleave(self.factor, -2)
         return repeated / self.factor**2
 
     def solve_gram(self, y: Tensor, shift: Tensor | float) -> Tensor:
-        """Division by 1 / factor^2 + shift."""
+        """Divide by 1 / factor^2 + shift."""
         return y / (self.factor**-2 + shift)
 
 
@@ -341,15 +341,15 @@ class GaussianBlur(LinearOperator):
         self._row_svd, self._column_svd = torch.linalg.svd(self.rows), torch.linalg.svd(self.columns)
 
     def apply(self, x: Tensor) -> Tensor:
-        """The blurred image, same shape."""
+        """Return the blurred image, same shape."""
         return self.rows.to(x) @ x @ self.columns.T.to(x)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """The blur itself: both matrices are symmetric, whatever the boundary."""
+        """Blur again: both matrices are symmetric, whatever the boundary."""
         return self.apply(y)
 
     def solve_gram(self, y: Tensor, shift: Tensor | float) -> Tensor:
-        """By the singular vectors of rows and columns."""
+        """Solve by the singular vectors of rows and columns."""
         (u, s, _), (v, r, _) = self._row_svd, self._column_svd
         u, v = u.to(y), v.to(y)
         return u @ _divide(u.T @ y @ v, (s[:, None] * r).square(), shift) @ v.T
@@ -377,7 +377,7 @@ def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iteration
         matrix: v -> M v, sample by sample, shape (B, ...).
         b: Right-hand sides, shape (B, ...).
         iterations: At most so many products with M. In exact arithmetic the number of different eigenvalues suffices.
-        rtol: A sample is done when its residual has this size relative to b; it is then left alone.
+        rtol: Size of a sample's residual relative to b at which the sample is done and left alone.
 
     Returns:
         x, shape of ``b``. A direction in which M is not positive (an approximate M) ends the sample's iteration.
@@ -413,7 +413,7 @@ def _divide(y: Tensor, eigenvalues: Tensor, shift: Tensor | float) -> Tensor:
 
 
 def _blur_matrix(n: int, std: float, radius: int, boundary: str) -> Tensor:
-    """Row i holds the weights of the pixels that make pixel i, shape (n, n), float64."""
+    """Return the matrix whose row i holds the weights of the pixels that make pixel i, (n, n), float64."""
     offsets = torch.arange(-radius, radius + 1)
     kernel = torch.exp(-0.5 * (offsets.double() / std).square())
     kernel = kernel / kernel.sum()

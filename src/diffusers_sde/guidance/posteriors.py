@@ -1,9 +1,15 @@
-"""Posterior sampling for linear measurements: denoisers that also know y = A x_0 + noise."""
+"""Posterior sampling for linear measurements: denoisers that also know y = A x_0 + noise.
+
+With r = y - A x0_hat, J = d x0_hat / d x_t and S = noise_std^2 I, every method here adds to x0_hat a shift that comes
+from a Gaussian approximation of p_t(y | x_t); the docstring of each class gives it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,188 +18,248 @@ from ..basics.checks import check_choice, check_integer, check_number, check_ten
 from ..networks.denoisers import Denoiser
 from ..sdes import SDE, expand_like
 from .common import bounded_path, check_chunk_size, check_scale, isotropic_variance
+from .gradients import denoise_with_vjp
+from .methods import GuidingMethod, PosteriorMethod
 from .operators import LinearOperator, check_noise_std, conjugate_gradients
+from .particles import SMC
 
 
-def dps(
-    denoiser: Denoiser,
-    sde: SDE,
-    operator: LinearOperator,
-    y: Tensor,
-    noise_std: float = 0.0,
-    scale: float = 1.0,
-    chunk_size: int | None = None,
-) -> Denoiser:
-    """Diffusion posterior sampling: follow the gradient of the norm of y - A x0_hat, not of its square.
+@dataclass(frozen=True)
+class DPS(GuidingMethod):
+    """Diffusion posterior sampling follows the gradient of the norm of y - A x0_hat, not of its square.
 
-    The method does not say how large the gradient is; Chung et al. choose a factor for their thousand steps. Here the
-    factor is scale sqrt(m) sigma for m measurements, which moves x0_hat by about scale sigma/alpha in every measured
-    direction on every grid. ``noise_std`` is not used, so that the method fits the noise in the measurements too.
+    x0_hat is shifted by scale sqrt(m) sigma J^T A^T r / |r|, where m is the number of measurements. The method itself
+    does not say how large the gradient is; Chung et al. choose a factor for their thousand steps. The factor used here
+    moves x0_hat by about scale sigma/alpha in every measured direction on every grid. ``noise_std`` is not used, so
+    that the method fits the noise in the measurements too.
 
     Args:
-        denoiser: The unconditional one.
-        sde: Its SDE.
-        operator: A.
-        y: Measurements, shape (B, ...).
-        noise_std: Ignored.
         scale: Strength.
         chunk_size: Samples per backward pass; None for all.
+
+    Raises:
+        ValueError: An option is out of range.
 
     Reference:
         Chung et al. 2023, arXiv:2209.14687, algorithm 1.
     """
-    check_scale("scale", scale)
-    check_chunk_size(chunk_size)
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        t, _, sigma = bounded_path(sde, t, x)
-        x0_hat, vjp = denoise_with_vjp(denoiser, x, t, chunk_size)
-        r = operator.residual(y, x0_hat)
-        weight = operator.measurements(r).sqrt() / r.flatten(1).norm(dim=1).clamp(min=1e-12)
-        return x0_hat + scale * sigma * vjp(operator.adjoint(expand_like(weight, r) * r))
+    scale: float = 1.0
+    chunk_size: int | None = None
 
-    return denoise
+    def __post_init__(self) -> None:
+        check_scale("scale", self.scale)
+        check_chunk_size(self.chunk_size)
+
+    def __call__(
+        self, denoiser: Denoiser, sde: SDE, operator: LinearOperator, y: Tensor, noise_std: float = 0.0
+    ) -> Denoiser:
+        """Return the guided denoiser; see ``GuidingMethod``. ``noise_std`` is ignored."""
+        check_noise_std(noise_std)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            t, _, sigma = bounded_path(sde, t, x)
+            x0_hat, vjp = denoise_with_vjp(denoiser, x, t, self.chunk_size)
+            r = operator.residual(y, x0_hat)
+            weight = operator.measurements(r).sqrt() / r.flatten(1).norm(dim=1).clamp(min=1e-12)
+            return x0_hat + self.scale * sigma * vjp(operator.adjoint(expand_like(weight, r) * r))
+
+        return denoise
 
 
-def pigdm(
-    denoiser: Denoiser,
-    sde: SDE,
-    operator: LinearOperator,
-    y: Tensor,
-    noise_std: float = 0.0,
-    data_std: float = 1.0,
-    chunk_size: int | None = None,
-) -> Denoiser:
-    """Pseudo-inverse guidance: x_0 given x_t is taken for N(x0_hat, v I), v = (1/data_std^2 + alpha^2/sigma^2)^-1.
+@dataclass(frozen=True)
+class PiGDM(GuidingMethod):
+    """Pseudo-inverse guidance takes x_0 given x_t for N(x0_hat, v I), v = (1/data_std^2 + alpha^2/sigma^2)^-1.
 
-    It is exact for data that are isotropic with this standard deviation.
+    x0_hat is shifted by (sigma^2/alpha) J^T A^T (v A A^T + S)^-1 r, which for S = 0 has the pseudo-inverse of A A^T.
+    The method is exact for data that are isotropic with this standard deviation.
 
     Args:
-        denoiser: The unconditional one.
-        sde: Its SDE.
-        operator: A.
-        y: Measurements, shape (B, ...).
-        noise_std: Standard deviation of the measurement noise; 0 leads to the pseudo-inverse.
         data_std: Standard deviation of the data.
         chunk_size: Samples per backward pass; None for all.
+
+    Raises:
+        ValueError: An option is out of range.
 
     Reference:
         Song et al. 2023 (ICLR), "Pseudoinverse-guided diffusion models for inverse problems", with r_t^2 = v.
     """
-    check_noise_std(noise_std)
-    check_scale("data_std", data_std, positive=True)
-    check_chunk_size(chunk_size)
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        t, alpha, sigma = bounded_path(sde, t, x)
-        x0_hat, vjp = denoise_with_vjp(denoiser, x, t, chunk_size)
-        v = isotropic_variance(alpha, sigma, data_std)
-        u = operator.solve_gram(operator.residual(y, x0_hat), noise_std**2 / v) / v
-        return x0_hat + sigma**2 / alpha * vjp(operator.adjoint(u))
+    data_std: float = 1.0
+    chunk_size: int | None = None
 
-    return denoise
+    def __post_init__(self) -> None:
+        check_scale("data_std", self.data_std, positive=True)
+        check_chunk_size(self.chunk_size)
+
+    @classmethod
+    def for_data(cls, std: float) -> PiGDM:
+        """Return the method for data of the standard deviation ``std``."""
+        return cls(data_std=std)
+
+    def __call__(
+        self, denoiser: Denoiser, sde: SDE, operator: LinearOperator, y: Tensor, noise_std: float = 0.0
+    ) -> Denoiser:
+        """Return the guided denoiser; see ``GuidingMethod``."""
+        check_noise_std(noise_std)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            t, alpha, sigma = bounded_path(sde, t, x)
+            x0_hat, vjp = denoise_with_vjp(denoiser, x, t, self.chunk_size)
+            v = isotropic_variance(alpha, sigma, self.data_std)
+            u = operator.solve_gram(operator.residual(y, x0_hat), noise_std**2 / v) / v
+            return x0_hat + sigma**2 / alpha * vjp(operator.adjoint(u))
+
+        return denoise
 
 
-def mmps(
-    denoiser: Denoiser,
-    sde: SDE,
-    operator: LinearOperator,
-    y: Tensor,
-    noise_std: float = 0.0,
-    iterations: int = 3,
-    rtol: float = 1e-5,
-    chunk_size: int | None = None,
-) -> Denoiser:
-    """Moment matching: x_0 given x_t is a Gaussian with the true covariance (sigma^2 / alpha) d x0_hat / d x_t.
+@dataclass(frozen=True)
+class MMPS(GuidingMethod):
+    """Moment matching takes x_0 given x_t for a Gaussian with its true covariance, V = (sigma^2/alpha) J.
 
-    The system (A V A^T + noise_std^2 I) u = y - A x0_hat is solved by conjugate gradients, and each iteration is one
-    backward pass. A few iterations suffice, and stopping early regularises the solution. The method is exact for
+    x0_hat is shifted by V A^T (A V A^T + S)^-1 r. The system is solved by conjugate gradients, and each iteration is
+    one backward pass. A few iterations suffice, and stopping early regularises the solution. The method is exact for
     Gaussian data.
 
     Args:
-        denoiser: The unconditional one.
-        sde: Its SDE.
-        operator: A.
-        y: Measurements, shape (B, ...).
-        noise_std: Standard deviation of the measurement noise.
         iterations: Conjugate-gradient iterations, at most.
         rtol: Relative residual at which a sample stops.
         chunk_size: Samples per backward pass; None for all.
 
+    Raises:
+        ValueError: An option is out of range.
+
     Reference:
         Rozet et al. 2024, arXiv:2405.13712, "moment matching posterior sampling".
     """
-    check_noise_std(noise_std)
-    iterations = check_integer("iterations", iterations, at_least=1)
-    check_number("rtol", rtol, above=0.0, below=1.0)
-    check_chunk_size(chunk_size)
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        t, alpha, sigma = bounded_path(sde, t, x)
-        x0_hat, vjp = denoise_with_vjp(denoiser, x, t, chunk_size)
+    iterations: int = 3
+    rtol: float = 1e-5
+    chunk_size: int | None = None
 
-        def covariance(v: Tensor) -> Tensor:
-            return sigma**2 / alpha * vjp(v)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "iterations", check_integer("iterations", self.iterations, at_least=1))
+        check_number("rtol", self.rtol, above=0.0, below=1.0)
+        check_chunk_size(self.chunk_size)
 
-        u = conjugate_gradients(
-            lambda v: operator.apply(covariance(operator.adjoint(v))) + noise_std**2 * v,
-            operator.residual(y, x0_hat),
-            iterations,
-            rtol,
-        )
-        return x0_hat + covariance(operator.adjoint(u))
+    def __call__(
+        self, denoiser: Denoiser, sde: SDE, operator: LinearOperator, y: Tensor, noise_std: float = 0.0
+    ) -> Denoiser:
+        """Return the guided denoiser; see ``GuidingMethod``."""
+        check_noise_std(noise_std)
 
-    return denoise
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            t, alpha, sigma = bounded_path(sde, t, x)
+            x0_hat, vjp = denoise_with_vjp(denoiser, x, t, self.chunk_size)
+
+            def covariance(v: Tensor) -> Tensor:
+                return sigma**2 / alpha * vjp(v)
+
+            u = conjugate_gradients(
+                lambda v: operator.apply(covariance(operator.adjoint(v))) + noise_std**2 * v,
+                operator.residual(y, x0_hat),
+                self.iterations,
+                self.rtol,
+            )
+            return x0_hat + covariance(operator.adjoint(u))
+
+        return denoise
 
 
-def gaussian(
-    denoiser: Denoiser,
-    sde: SDE,
-    operator: LinearOperator,
-    y: Tensor,
-    noise_std: float = 0.0,
-    covariance: Tensor | float = 1.0,
-) -> Denoiser:
-    """Treat the data as Gaussian with a known covariance C: V = C (I + (alpha/sigma)^2 C)^-1, without gradients.
+@dataclass(frozen=True, eq=False)
+class GaussianPosterior(GuidingMethod):
+    """Treat the data as Gaussian with a known covariance C, without gradients.
 
-    It is exact for Gaussian data. It forms A as a matrix, so it is for small data only.
+    x0_hat is shifted by V A^T (A V A^T + S)^-1 r with V = C (I + (alpha/sigma)^2 C)^-1. The method is exact for
+    Gaussian data. It forms A as a matrix, so it is for small data only.
 
     Args:
-        denoiser: The unconditional one.
-        sde: Its SDE.
-        operator: A, the same for all samples.
-        y: Measurements, shape (B, ...).
-        noise_std: Standard deviation of the measurement noise.
         covariance: C, shape (d, d), or the variance of isotropic data.
+
+    Raises:
+        ValueError: The covariance is no square matrix of finite numbers and no variance.
     """
-    check_noise_std(noise_std)
-    if operator.batch_size is not None:
-        raise ValueError(f"method 'gaussian' needs one operator for all samples, got {operator.batch_size} masks.")
-    a = operator.matrix()
-    if not isinstance(covariance, Tensor):
-        covariance = torch.tensor(check_number("covariance", covariance, at_least=0.0), dtype=torch.float64)
-    c = check_tensor("covariance", covariance, tuple(covariance.shape)).to("cpu", torch.float64)
-    c = c * torch.eye(a.shape[1], dtype=torch.float64) if c.ndim == 0 else c
-    if c.shape != (a.shape[1], a.shape[1]):
-        raise ValueError(f"covariance must have shape {(a.shape[1], a.shape[1])}, got {tuple(c.shape)}.")
-    values, axes = torch.linalg.eigh(c)
-    along = a @ axes
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        t, _, _ = bounded_path(sde, t, x)
-        x0_hat = denoiser(x, t)
-        variance = values / (1.0 + torch.exp(sde.log_snr(t).double().cpu()).unsqueeze(-1) * values)
-        gram = (along * variance.unsqueeze(-2)) @ along.T + noise_std**2 * torch.eye(len(a), dtype=torch.float64)
-        r = operator.residual(y, x0_hat).flatten(1)
-        # Masks make rows of A zero, and the residual is zero there too. The pseudo-inverse leaves these rows out.
-        u = (torch.linalg.pinv(gram, hermitian=True) @ r.cpu().double().unsqueeze(-1)).squeeze(-1)
-        shift = ((u @ along) * variance) @ axes.T
-        return x0_hat + shift.to(x0_hat).reshape(x.shape)
+    covariance: Tensor | float = 1.0
 
-    return denoise
+    def __post_init__(self) -> None:
+        if isinstance(self.covariance, Tensor) and self.covariance.ndim > 0:
+            check_tensor("covariance", self.covariance, (len(self.covariance),) * 2)
+        else:
+            check_number("covariance", self.covariance, at_least=0.0)
+
+    @classmethod
+    def for_data(cls, std: float) -> GaussianPosterior:
+        """Return the method for isotropic data of the standard deviation ``std``."""
+        return cls(covariance=std**2)
+
+    def __call__(
+        self, denoiser: Denoiser, sde: SDE, operator: LinearOperator, y: Tensor, noise_std: float = 0.0
+    ) -> Denoiser:
+        """Return the guided denoiser; see ``GuidingMethod``. The operator must be the same for all samples."""
+        check_noise_std(noise_std)
+        if operator.batch_size is not None:
+            raise ValueError(
+                f"operator must be the same for all samples with GaussianPosterior, got {operator.batch_size} masks."
+            )
+        a = operator.matrix()
+        d = a.shape[1]
+        c = torch.as_tensor(self.covariance).detach().to("cpu", torch.float64)
+        c = c * torch.eye(d, dtype=torch.float64) if c.ndim == 0 else c
+        if c.shape != (d, d):
+            raise ValueError(f"covariance must have shape {(d, d)}, got {tuple(c.shape)}.")
+        values, axes = torch.linalg.eigh(c)
+        along = a @ axes
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            t, _, _ = bounded_path(sde, t, x)
+            x0_hat = denoiser(x, t)
+            variance = values / (1.0 + torch.exp(sde.log_snr(t).double().cpu()).unsqueeze(-1) * values)
+            gram = (along * variance.unsqueeze(-2)) @ along.T + noise_std**2 * torch.eye(len(a), dtype=torch.float64)
+            r = operator.residual(y, x0_hat).flatten(1)
+            # Masks make rows of A zero, and the residual is zero there too. The pseudo-inverse leaves these rows out.
+            u = (torch.linalg.pinv(gram, hermitian=True) @ r.cpu().double().unsqueeze(-1)).squeeze(-1)
+            shift = ((u @ along) * variance) @ axes.T
+            return x0_hat + shift.to(x0_hat).reshape(x.shape)
+
+        return denoise
 
 
-POSTERIOR_METHODS: dict[str, Callable[..., Denoiser]] = {"dps": dps, "pigdm": pigdm, "mmps": mmps, "gaussian": gaussian}
+POSTERIOR_METHODS: dict[str, type[PosteriorMethod]] = {
+    "dps": DPS,
+    "pigdm": PiGDM,
+    "mmps": MMPS,
+    "gaussian": GaussianPosterior,
+    "smc": SMC,
+}
+
+
+def posterior_method(
+    name: str, options: Mapping[str, Any] | None = None, data_std: float | None = None, argument: str = "options"
+) -> PosteriorMethod:
+    """Return the posterior method of this name.
+
+    Args:
+        name: A name in ``POSTERIOR_METHODS``.
+        options: Values of its fields that are to differ from the defaults.
+        data_std: Standard deviation of the data, on which some defaults depend; None for the defaults of the class.
+        argument: What a message calls ``options``.
+
+    Raises:
+        ValueError: An unknown name or option, or a value out of range.
+    """
+    check_choice("posterior", name, POSTERIOR_METHODS)
+    method = POSTERIOR_METHODS[name]
+    known = [field.name for field in fields(method)]
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"{argument} must be a dictionary of {', '.join(known)}, or None, got {options!r}.")
+    unknown = [key for key in options or {} if key not in known]
+    if unknown:
+        close = {key: difflib.get_close_matches(str(key), known, 1) for key in unknown}
+        hints = ", ".join(repr(key) + (f" (did you mean {c[0]!r}?)" if c else "") for key, c in close.items())
+        raise ValueError(f"{argument} of {name!r} may hold {', '.join(known)}, got {hints}.")
+    default = method() if data_std is None else method.for_data(data_std)
+    return replace(default, **(options or {}))
 
 
 def posterior_denoiser(
@@ -205,7 +271,7 @@ def posterior_denoiser(
     method: str = "mmps",
     **options: Any,
 ) -> Denoiser:
-    """The denoiser E[x_0 | x_t, y] of data measured as y = A x_0 + noise_std z.
+    """Return the denoiser E[x_0 | x_t, y] of data measured as y = A x_0 + noise_std z.
 
     Args:
         denoiser: The unconditional one, (x_t, t) -> x0_hat.
@@ -213,56 +279,12 @@ def posterior_denoiser(
         operator: A.
         y: Measurements, shape (B, *measurement_shape).
         noise_std: Standard deviation of the measurement noise, in units of the data.
-        method: A name in ``POSTERIOR_METHODS``.
-        **options: Arguments of the method's function; unknown ones raise a TypeError.
+        method: The name in ``POSTERIOR_METHODS`` of a ``GuidingMethod``.
+        **options: Fields of the method's class.
 
     Raises:
-        ValueError: An unknown method, or values out of range.
+        ValueError: An unknown method or option, or values out of range.
     """
-    check_choice("method", method, POSTERIOR_METHODS)
-    return POSTERIOR_METHODS[method](denoiser, sde, operator, y, noise_std, **options)
-
-
-def denoise_with_vjp(
-    denoiser: Denoiser, x: Tensor, t: Tensor, chunk_size: int | None = None
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """x0_hat and v -> J^T v with J = d x0_hat / d x_t, sample by sample; works under no_grad and inference_mode.
-
-    Args:
-        denoiser: (x_t, t) -> x0_hat; with ``chunk_size`` it is called with parts of the batch.
-        x: State, shape (B, ...).
-        t: Time, shape () or (B,).
-        chunk_size: Samples whose activations are kept at a time. None keeps those of the whole batch for as long as the
-            returned function exists.
-
-    Returns:
-        x0_hat and the function, both without a graph.
-    """
-    chunk_size = check_chunk_size(chunk_size)
-
-    def graph(part: slice) -> tuple[Tensor, Tensor]:
-        at = x[part].detach().clone().requires_grad_()
-        return at, denoiser(at, t[part] if t.ndim else t)
-
-    if chunk_size is None or chunk_size >= len(x):
-        with torch.inference_mode(False), torch.enable_grad():
-            at, output = graph(slice(None))
-
-        def whole(v: Tensor) -> Tensor:
-            with torch.inference_mode(False):
-                return torch.autograd.grad(output, at, v.detach().clone(), retain_graph=True)[0]
-
-        return output.detach(), whole
-
-    parts = [slice(i, i + chunk_size) for i in range(0, len(x), chunk_size)]
-
-    def in_parts(v: Tensor) -> Tensor:
-        gradients = []
-        with torch.inference_mode(False), torch.enable_grad():
-            for part in parts:
-                at, output = graph(part)
-                gradients.append(torch.autograd.grad(output, at, v[part].detach().clone())[0])
-        return torch.cat(gradients)
-
-    with torch.no_grad():
-        return torch.cat([denoiser(x[part], t[part] if t.ndim else t) for part in parts]), in_parts
+    check_choice("method", method, [k for k, cls in POSTERIOR_METHODS.items() if issubclass(cls, GuidingMethod)])
+    guide = cast(GuidingMethod, posterior_method(method, options))
+    return guide(denoiser, sde, operator, y, noise_std)

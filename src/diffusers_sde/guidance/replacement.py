@@ -1,4 +1,16 @@
-"""Inpainting by replacement: known entries are set to noised data, and levels may be visited again."""
+"""Inpainting by replacement: known entries are set to noised data, and levels may be visited again.
+
+The loop of ``sample`` executes it, with the known entries drawn anew in its callback:
+
+    visits = list(resampled(plan.rows, resamplings))
+
+    def put_back(k, x):
+        i, back_to = visits[k]
+        return replacement.after(x, plan.rows[i].s, back_to)
+
+    x = replacement(x, plan.rows[0].t)
+    x = sample(plan, denoiser, x, generator, callback=put_back, visits=[i for i, _ in visits])
+"""
 
 from __future__ import annotations
 
@@ -10,9 +22,10 @@ from torch import Tensor
 
 from ..basics.checks import check_integer
 from ..basics.noise import Generators, standard_normal_like
-from ..networks.denoisers import Denoiser
-from ..sampling.rows import Plan, Row, advance, estimate_of
+from ..sampling.rows import Row
 from ..sdes import SDE
+
+REPLACEMENT_METHODS = ("replacement", "repaint")
 
 
 class Replacement:
@@ -38,11 +51,16 @@ class Replacement:
         self.mask = mask.to(known.device).bool().expand_as(known)
 
     def __call__(self, x: Tensor, s: float | None) -> Tensor:
-        """x with its known entries drawn for the time ``s``; None is the data."""
+        """Return x with its known entries drawn for the time ``s``; None stands for the data."""
         return torch.where(self.mask, self.at(s).to(x), x)
 
+    def after(self, x: Tensor, s: float | None, back_to: float | None = None) -> Tensor:
+        """Return x with its known entries drawn for the time ``s``, then noised back to ``back_to`` if given."""
+        x = self(x, s)
+        return x if back_to is None or s is None else renoise(self.sde, x, s, back_to, self.generator)
+
     def at(self, s: float | None) -> Tensor:
-        """A draw of alpha_s known + sigma_s z, shape (B, ...)."""
+        """Draw alpha_s known + sigma_s z, shape (B, ...)."""
         if s is None:
             return self.known
         z = standard_normal_like(self.known, self.generator).to(self.known)
@@ -50,13 +68,14 @@ class Replacement:
 
 
 def resampled(rows: Sequence[Row], resamplings: int, jump_length: int = 1) -> Iterator[tuple[int, float | None]]:
-    """The order in which RePaint visits a plan's rows: every ``jump_length`` levels it goes back and does them again.
+    """Yield the order in which RePaint visits a plan's rows: it goes back every ``jump_length`` levels.
 
     Replacement draws the known pixels and the hole independently. They come to agree when the whole image is noised
     back to the earlier time and denoised again.
 
     Args:
-        rows: Rows without ``history`` or ``remember``, because a jump breaks the path that multistep rows look back on.
+        rows: Rows that look back no further than their own interval, because a jump breaks the path that multistep
+            rows look back on.
         resamplings: How often each stretch is done; 1 is plain replacement.
         jump_length: Levels per stretch.
 
@@ -72,10 +91,11 @@ def resampled(rows: Sequence[Row], resamplings: int, jump_length: int = 1) -> It
     """
     resamplings = check_integer("resamplings", resamplings, at_least=1)
     jump_length = check_integer("jump_length", jump_length, at_least=1)
-    if resamplings > 1 and any(row.history or row.keep for row in rows):
+    # A second stage may look back on the first one of its interval, which is made again with it.
+    if resamplings > 1 and any(row.history and not row.continues for row in rows):
         raise ValueError(
-            "resampling needs a sampler without memory: set solver_order=1 and solver_correction=False, or another "
-            "predictor."
+            "resampling needs a sampler without memory of earlier levels: set solver_order=1 and "
+            "solver_correction=False, or another predictor, such as 'singlestep'."
         )
     # A level begins with the first call at its time. A second stage may be called at the time of the next level, which
     # is the time it leads to; it does not begin that level.
@@ -97,42 +117,3 @@ def renoise(sde: SDE, x: Tensor, s: float, t: float, generator: Generators = Non
     """Draw from the transition kernel p(x_t | x_s), s < t, which goes back to more noise."""
     a, v = sde.transition(s, t)
     return x * float(a) + standard_normal_like(x, generator).to(x) * math.sqrt(float(v))
-
-
-@torch.no_grad()
-def sample_inpainting(
-    plan: Plan,
-    denoiser: Denoiser,
-    x: Tensor,
-    replacement: Replacement,
-    generator: Generators = None,
-    resamplings: int = 1,
-    jump_length: int = 1,
-) -> Tensor:
-    """Execute a plan with known entries replaced after every row, and RePaint's resampling where asked for.
-
-    Args:
-        plan: From ``make_plan``.
-        denoiser: (x, t) -> x0_hat.
-        x: Start, drawn from the prior, shape (B, ...).
-        replacement: The known entries. If it has a generator of its own, the rows draw the same noise as without it.
-        generator: Source of the rows' noise.
-        resamplings: See ``resampled``.
-        jump_length: See ``resampled``.
-
-    Returns:
-        The sample, with the known entries exact where the plan ends with the data.
-    """
-    memory: list[Tensor] = []
-    x = replacement(x, plan.rows[0].t)
-    for i, back_to in resampled(plan.rows, resamplings, jump_length):
-        row = plan.rows[i]
-        output = denoiser(x, torch.tensor(row.t, dtype=torch.float64, device=x.device))
-        estimate = estimate_of(row, x, output) if row.needs_estimate else None
-        x, kept = advance(row, x, output, memory, lambda: standard_normal_like(output, generator), estimate)  # noqa: B023
-        if kept is not None:
-            memory = [kept, *memory][: plan.memory]
-        x = replacement(x, row.s)
-        if back_to is not None and row.s is not None:
-            x = renoise(replacement.sde, x, row.s, back_to, replacement.generator)
-    return x

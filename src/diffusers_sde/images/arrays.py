@@ -1,19 +1,23 @@
-"""One way for images between files, arrays and tensors: whatever a data set holds, bytes, and the network's range."""
+"""One way for images between PIL, arrays and tensors, and between bytes and the network's range."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..basics.checks import check_tensor
+
 GREY_MODES = ("1", "L")  # of what as_pil returns
 DEEP_WHITE = 65535  # of grey images of more than 8 bits
+DARKEST_WHITE = 64  # a mask of bytes whose largest is below this is not dark, but holds labels
 
 
 def as_pil(value: Any, white: int | None) -> Image.Image:
-    """Any image as a PIL image of mode 1, L or RGB. How bright it becomes does not depend on the image itself.
+    """Return any image as a PIL image of mode 1, L or RGB. How bright it becomes does not depend on the image itself.
 
     Args:
         value: The image.
@@ -36,7 +40,7 @@ def as_pil(value: Any, white: int | None) -> Image.Image:
 
 
 def _has_grey_palette(image: Image.Image) -> bool:
-    """Whether all colours that an image takes from its palette are grey."""
+    """Tell whether all colours that an image takes from its palette are grey."""
     used = [index for index, count in enumerate(image.getchannel(0).histogram()) if count]
     palette = np.asarray(image.convert("P").getpalette("RGB") if image.mode == "PA" else image.getpalette("RGB"))
     colours = palette.reshape(-1, 3)
@@ -45,7 +49,7 @@ def _has_grey_palette(image: Image.Image) -> bool:
 
 
 def _scaled(pixels: np.ndarray, white: int) -> np.ndarray:
-    """Integers from 0 to ``white`` as floats in [0, 1]."""
+    """Return integers from 0 to ``white`` as floats in [0, 1]."""
     low, high = int(pixels.min(initial=0)), int(pixels.max(initial=0))
     if low < 0 or high > white:
         raise ValueError(f"integers of more than 8 bits must lie in 0..{white} (white_level), got {low} to {high}")
@@ -76,6 +80,122 @@ def _array_as_pil(pixels: np.ndarray, white: int | None) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def to_network(images: Tensor, data_min: float) -> Tensor:
-    """Bytes as float32 in [data_min, 1], same shape."""
-    return images.float() * ((1.0 - data_min) / 255.0) + data_min
+def as_batch(images: Any, name: str = "images") -> Tensor:
+    """Return PIL images or an array as a tensor (B, C, H, W); the values, and tensors, are left as they are.
+
+    Args:
+        images: One PIL image or a list of them, an array (B, H, W) or (B, H, W, C), or a tensor.
+        name: Name of the argument, for messages.
+
+    Raises:
+        ValueError: Something else, or PIL images of different sizes or of modes other than L and RGB.
+    """
+    if isinstance(images, Tensor):
+        return images
+    if isinstance(images, Image.Image):
+        images = [images]
+    if _are_pil(images):
+        if len({(image.size, image.mode) for image in images}) > 1 or images[0].mode not in ("L", "RGB"):
+            raise ValueError(
+                f"{name} must all have one size and mode, L or RGB, got "
+                f"{sorted({f'{i.size[0]}x{i.size[1]} {i.mode}' for i in images})}."
+            )
+        images = np.stack([np.asarray(image) for image in images])
+    if not isinstance(images, np.ndarray):
+        raise ValueError(f"{name} must be PIL images, an array or a tensor, got {type(images).__name__}.")
+    if images.dtype.kind not in "biuf":
+        raise ValueError(f"{name} must hold numbers, got {images.dtype}.")
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4:
+        raise ValueError(f"{name} as an array must have shape (B, H, W) or (B, H, W, C), got {images.shape}.")
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+
+
+def as_hole(mask: Any, name: str = "mask_image") -> Tensor:
+    """Return a mask that is white where to paint as a boolean tensor, (B, 1 or C, H, W), that is True there.
+
+    Args:
+        mask: PIL images, arrays (H, W), (B, H, W) or (B, H, W, C), or tensors (H, W), (B, H, W) or (B, C, H, W), of
+            booleans, bytes, or numbers in [0, 1]. Grey is cut at one half.
+        name: Name of the argument, for messages.
+
+    Raises:
+        ValueError: Something else, or labels, or a mask whose shape is in its alpha channel.
+    """
+    if isinstance(mask, Image.Image):
+        mask = [mask]
+    if _are_pil(mask):
+        if len({m.size for m in mask}) > 1:
+            raise ValueError(f"{name} must all have one size, got {sorted({m.size for m in mask})}.")
+        mask = np.stack([_grey_mask(m, name) for m in mask])
+    if isinstance(mask, np.ndarray):
+        if mask.dtype.kind not in "biuf":
+            raise ValueError(f"{name} must hold booleans or numbers, got an array of {mask.dtype}.")
+        mask = mask[..., 0] if mask.ndim == 3 and mask.shape[2] == 1 else mask
+        mask = mask[None] if mask.ndim == 2 else mask
+        mask = mask[..., None] if mask.ndim == 3 else mask
+        if mask.ndim != 4:
+            raise ValueError(f"{name} must have shape (H, W), (B, H, W) or (B, H, W, C), got {mask.shape}.")
+        mask = torch.from_numpy(mask.transpose(0, 3, 1, 2).copy())
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"{name} must be PIL images, an array or a tensor, got {type(mask).__name__}.")
+    mask = mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
+    check_tensor(name, mask, (None,) * 4)
+    if mask.dtype == torch.bool:
+        return mask
+    largest = mask.max()
+    if mask.dtype == torch.uint8 and largest > 1:
+        if largest < DARKEST_WHITE:
+            raise ValueError(
+                f"{name} must be white (255) where to paint, got nothing above {int(largest)}: were these labels, "
+                f"pass such as {name} == 2."
+            )
+        return mask >= 128
+    if not bool((mask >= 0).all()) or largest > 1:
+        raise ValueError(f"{name} must be boolean, uint8, or numbers in [0, 1].")
+    return mask >= 0.5
+
+
+def _are_pil(images: Any) -> bool:
+    """Tell whether this is a list of PIL images, with at least one."""
+    return isinstance(images, (list, tuple)) and len(images) > 0 and all(isinstance(i, Image.Image) for i in images)
+
+
+def _grey_mask(mask: Image.Image, name: str) -> np.ndarray:
+    """Return a PIL image as grey bytes, shape (H, W)."""
+    grey = np.asarray(mask.convert("L"))
+    alpha = np.asarray(mask.convert("RGBA"))[..., 3]
+    if alpha.min() < alpha.max() and grey.min() == grey.max():
+        raise ValueError(
+            f"{name} ({mask.mode}) must be white where to paint, but only its alpha channel has a shape: pass "
+            f"{name}.getchannel('A'), or its inverse."
+        )
+    return grey
+
+
+def to_network(images: Tensor, data_min: float, data_max: float = 1.0) -> Tensor:
+    """Map integers 0..255 to float32 in [data_min, data_max], same shape: data_min + (data_max - data_min) k / 255."""
+    return images.float() * ((data_max - data_min) / 255.0) + data_min
+
+
+def in_network_range(images: Tensor, data_min: float, data_max: float, name: str = "images") -> Tensor:
+    """Scale integers 0..255 by ``to_network``; floating-point data are taken to be in the network's range already.
+
+    Raises:
+        ValueError: Integers outside 0..255, or values that are no numbers.
+    """
+    if images.is_floating_point():
+        return images
+    if images.dtype == torch.bool or images.is_complex():
+        raise ValueError(f"{name} must hold integers in 0..255 or floating-point numbers, got {images.dtype}.")
+    if images.dtype != torch.uint8 and not bool(((images >= 0) & (images <= 255)).all()):
+        raise ValueError(
+            f"{name}: integers must lie in 0..255, got values from {int(images.min())} to {int(images.max())}."
+        )
+    return to_network(images, data_min, data_max)
+
+
+def from_network(x: Tensor, data_min: float, data_max: float) -> Tensor:
+    """Map the network's range [data_min, data_max] to [0, 1], same shape, and cut off what lies outside it."""
+    return ((x - data_min) / (data_max - data_min)).clamp(0.0, 1.0)

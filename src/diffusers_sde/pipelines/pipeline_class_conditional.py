@@ -11,19 +11,19 @@ import torch
 from diffusers import ImagePipelineOutput, SchedulerMixin
 from torch import Tensor
 
-from ..basics.checks import check_choice, check_integer
-from ..guidance.classes import check_interval, classifier_free_guidance, classifier_guidance, guidance_interval
+from ..basics.checks import check_integer
+from ..guidance.classes import check_interval, classifier_free_guidance, classifier_guidance, guide_within
 from ..guidance.common import check_scale
 from ..networks.classifier import NoiseConditionalClassifier
-from .pipeline_sde import METHODS, SDEPipeline
+from .pipeline_sde import SDEPipeline
 from .probability_flow import ProbabilityFlow
 from .runs import (
     Callback,
-    check_run,
-    execute,
-    execute_adaptive,
-    guided_output,
+    RunOptions,
+    execute_guided,
+    finished,
     latents_shape,
+    own_scheduler,
     starting_noise,
     unet_denoiser,
 )
@@ -42,7 +42,7 @@ class ClassConditionalSDEPipeline(SDEPipeline):
             ``class_labels``, int64 of shape (B,).
         scheduler: One of this package's schedulers.
         data_min: As in ``SDEPipeline``.
-        data_max: Likewise.
+        data_max: As in ``SDEPipeline``.
         id2label: Name of each class, by its number; the classifier's names if None. JSON turns the numbers into
             strings; both are understood.
         null_class: Number of the null class; None for a network without one, which allows ``guidance_scale`` 1 only.
@@ -126,19 +126,19 @@ class ClassConditionalSDEPipeline(SDEPipeline):
 
         Args:
             class_labels: Numbers or names.
-            guidance_scale: Of classifier-free guidance. 1 is the class as the network knows it, larger values sharpen
-                it at the expense of variety, 0 ignores it. Other values than 0 and 1 double the batch.
-            guidance_interval: Noise-to-signal ratios sigma/alpha between which to guide; outside ``guidance_scale`` is
-                1 and the classifier silent. None guides everywhere. (0.2, 3.0) is a common choice.
+            guidance_scale: Strength of classifier-free guidance. 1 is the class as the network knows it, larger values
+                sharpen it at the expense of variety, 0 ignores it. Other values than 0 and 1 double the batch.
+            guidance_interval: Noise-to-signal ratios sigma/alpha between which to guide. Outside, ``guidance_scale``
+                is 1 and the classifier is silent. None guides everywhere. (0.2, 3.0) is a common choice.
             num_inference_steps: Noise levels; each costs ``scheduler.order`` network calls.
             generator: One generator, or a list with one for each image.
             output_type: As in ``SDEPipeline``.
             latents: Unit noise to start from, shape (B, C, H, W).
             callback_on_step_end: As in ``SDEPipeline``.
             return_dict: Whether to return an ``ImagePipelineOutput`` instead of a tuple.
-            classifier_guidance_scale: Of the classifier's gradient, which is added to the network's estimate: 1 is
-                Bayes' rule for a network without classes (or with ``guidance_scale`` 0), larger values sharpen. None is
-                1 for a network without classes and 0 for one that knows them.
+            classifier_guidance_scale: Factor on the classifier's gradient, which is added to the network's estimate: 1
+                is Bayes' rule for a network without classes (or with ``guidance_scale`` 0), larger values sharpen. None
+                is 1 for a network without classes and 0 for one that knows them.
             method: As in ``SDEPipeline``.
             rtol: As in ``SDEPipeline``.
             atol: As in ``SDEPipeline``.
@@ -149,22 +149,24 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         Raises:
             ValueError: A label out of range or unknown, or another bad argument; nothing has been computed then.
         """
-        check_choice("method", method, METHODS)
-        scheduler = check_run(self, output_type, method, callback_on_step_end)
-        num_inference_steps = check_integer("num_inference_steps", num_inference_steps, at_least=1)
-        device = self._execution_device
+        run = RunOptions(
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            output_type=output_type,
+            latents=latents,
+            callback_on_step_end=callback_on_step_end,
+            return_dict=return_dict,
+            method=method,
+            rtol=rtol,
+            atol=atol,
+        )
+        own_scheduler(self)
         denoiser = self.denoiser(guidance_scale, classifier_guidance_scale, guidance_interval)
-        labels = torch.tensor(self._numbers(class_labels), dtype=torch.int64, device=device)
+        labels = torch.tensor(self._numbers(class_labels), dtype=torch.int64, device=self._execution_device)
         shape = (len(labels), *(self.sample_shape if latents is None else latents_shape(self, latents)[1:]))
-        latents = starting_noise(self, shape, generator, latents)
-        if method != "scheduler":
-            x = execute_adaptive(self, method, latents, rtol, atol, generator, denoiser, {"class_labels": labels})
-        else:
-            model = guided_output(scheduler, partial(denoiser, class_labels=labels))
-            x = execute(self, scheduler, model, latents, num_inference_steps, generator, callback=callback_on_step_end)
-        images = self.postprocess(x, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        noise = starting_noise(self, run, shape)
+        x = execute_guided(self, run, noise, lambda index: partial(denoiser, class_labels=labels[index]))
+        return finished(self, run, x)
 
     def denoiser(
         self,
@@ -213,7 +215,7 @@ class ClassConditionalSDEPipeline(SDEPipeline):
             log_prob = self.classifier.log_prob(sde, class_labels)
             guided = classifier_guidance(guided, sde, log_prob, by_classifier)
         as_it_is = classifier_free_guidance(self._conditional, class_labels, null, 1.0)
-        return guidance_interval(guided, as_it_is, sde, interval)(x, t)
+        return guide_within(interval, guided, as_it_is, sde)(x, t)
 
     def _conditional(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         arguments = {"class_labels": labels} if self._knows_classes else {}

@@ -5,33 +5,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import ImagePipelineOutput
 from torch import Tensor
 
-from ..basics.checks import check_choice, check_generators, check_integer, check_tensor
+from ..basics.checks import check_choice, check_generators, check_integer
 from ..basics.noise import fork
-from ..guidance.operators import Mask
-from ..guidance.replacement import Replacement
-from ..schedulers import SDEScheduler
-from .pipeline_restoration import RestorationSDEPipeline
-from .pipeline_sde import METHODS
+from ..guidance.operators import Mask, check_noise_std
+from ..guidance.posteriors import POSTERIOR_METHODS
+from ..guidance.replacement import REPLACEMENT_METHODS, Replacement
+from ..images.arrays import as_hole
+from .pipeline_sde import SDEPipeline
 from .probability_flow import check_sides
-from .runs import Callback, check_run, data_tensor, execute, network_output, starting_noise
+from .runs import (
+    Callback,
+    RunOptions,
+    draw_posterior,
+    execute,
+    finished,
+    image_data,
+    network_output,
+    own_scheduler,
+    posterior_of,
+    starting_noise,
+)
 
-DARKEST_WHITE = 64  # a mask of bytes below this is no dark mask but one of labels
-INPAINTING_METHODS = ("replacement", "repaint", "mmps", "pigdm", "dps")
 
-
-class InpaintSDEPipeline(RestorationSDEPipeline):
+class InpaintSDEPipeline(SDEPipeline):
     """Fill holes in images with an unconditional network, by any scheduler of this package.
 
-    ``pigdm``, the default, and ``dps`` follow the gradient of the misfit, at about three times the cost per step,
-    ``mmps`` with its 3 iterations at about seven times; the memory is that of a training step, and ``chunk_size``
-    bounds it. ``replacement`` is the paper's method (Song et al. 2021, appendix I.2): fast, without gradients, and
-    blind to what the hole and its surroundings have to agree on. ``repaint`` goes back and forth between noise levels
-    until they agree, at ``resamplings`` times the cost (Lugmayr et al. 2022).
+    ``pigdm``, the default, and ``dps`` follow the gradient of the misfit, at about three times the cost per step, and
+    ``mmps`` with its 3 iterations costs about seven times as much. The memory is that of a training step, and
+    ``chunk_size`` bounds it. ``replacement`` is the paper's method (Song et al. 2021, appendix I.2): it is fast and
+    needs no gradients, but is blind to what the hole and its surroundings have to agree on. ``repaint`` goes back and
+    forth between noise levels until they agree, at ``resamplings`` times the cost (Lugmayr et al. 2022).
 
     Example:
         ```py
@@ -47,47 +54,52 @@ class InpaintSDEPipeline(RestorationSDEPipeline):
         self,
         image: Any,
         mask_image: Any,
-        method: str = "pigdm",
+        posterior: str = "pigdm",
         num_samples: int = 1,
         num_inference_steps: int = 100,
         generator: torch.Generator | list[torch.Generator] | None = None,
         resamplings: int = 5,
         jump_length: int = 1,
         keep_known: bool = True,
-        method_options: Mapping[str, Any] | None = None,
+        posterior_options: Mapping[str, Any] | None = None,
         output_type: str = "pil",
         latents: Tensor | None = None,
         callback_on_step_end: Callback | None = None,
         return_dict: bool = True,
-        sampler: str = "scheduler",
+        method: str = "scheduler",
         rtol: float = 1e-2,
         atol: float = 1e-2,
+        noise_std: float = 0.0,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Inpaint.
+        """Fill the holes.
 
         Args:
             image: PIL images, uint8 arrays (B, H, W, C) or tensors (B, C, H, W), or floating-point data in the
                 network's range. What is in the hole does not matter.
             mask_image: White (255, 1 or True) where to paint and black where the image is known, as in diffusers'
                 inpainting pipelines; one for all images or one for each. Grey is cut at one half.
-            method: ``replacement``, ``repaint``, ``mmps``, ``pigdm`` or ``dps``.
+            posterior: The way to condition on the known pixels: ``replacement``, ``repaint``, or a name in
+                ``guidance.POSTERIOR_METHODS``, such as ``pigdm``, ``mmps``, ``dps``, ``gaussian`` or ``smc``, which
+                needs ``noise_std`` > 0.
             num_samples: Completions for each image; the output has those of the first image first.
             num_inference_steps: Noise levels.
             generator: One generator, or a list with one for each output image. The hole of an image that is all hole
-                gets what ``SDEPipeline`` draws with the same generator.
-            resamplings: Of ``repaint``: how often each stretch of levels is done. It runs the scheduler at
+                gets what ``SDEPipeline`` draws with the same generator, unless the posterior is ``smc``.
+            resamplings: How often ``repaint`` does each stretch of levels. It runs the scheduler at
                 ``solver_order=1``, since a jump breaks the path that multistep solvers look back on.
-            jump_length: Of ``repaint``: levels per stretch.
-            keep_known: Put the known pixels into the result exactly; False leaves them as the method has them, which
-                makes a difference for ``mmps``, ``pigdm`` and ``dps``.
-            method_options: As in ``RestorationSDEPipeline``, for the same methods.
+            jump_length: How many levels a stretch of ``repaint`` has.
+            keep_known: Whether the known pixels are put into the result exactly. False leaves them as the posterior
+                method has them, which differs from the image for all but ``replacement`` and ``repaint``.
+            posterior_options: As in ``RestorationSDEPipeline``; ``replacement`` and ``repaint`` have none.
             output_type: As in ``SDEPipeline``.
             latents: Unit noise to start from, shape (B * num_samples, C, H, W).
             callback_on_step_end: As in ``SDEPipeline``.
             return_dict: Whether to return an ``ImagePipelineOutput`` instead of a tuple.
-            sampler: As in ``RestorationSDEPipeline``, for the same methods.
-            rtol: Likewise.
-            atol: Likewise.
+            method: The way to integrate, as in ``SDEPipeline``; ``replacement`` and ``repaint`` need ``scheduler``.
+            rtol: As in ``SDEPipeline``.
+            atol: As in ``SDEPipeline``.
+            noise_std: Standard deviation of the noise in the known pixels, in the units of the network's range. Where
+                it is positive, ``keep_known=False`` lets the method take the noise out of them.
 
         Returns:
             The images.
@@ -95,16 +107,46 @@ class InpaintSDEPipeline(RestorationSDEPipeline):
         Raises:
             ValueError: An argument is out of range or shapes do not fit; nothing has been computed then.
         """
-        check_choice("method", method, INPAINTING_METHODS)
-        check_choice("sampler", sampler, METHODS)
-        scheduler = check_run(self, output_type, sampler, callback_on_step_end)
+        run = RunOptions(
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            output_type=output_type,
+            latents=latents,
+            callback_on_step_end=callback_on_step_end,
+            return_dict=return_dict,
+            method=method,
+            rtol=rtol,
+            atol=atol,
+        )
+        own_scheduler(self)
+        check_choice("posterior", posterior, (*REPLACEMENT_METHODS, *POSTERIOR_METHODS))
         num_samples = check_integer("num_samples", num_samples, at_least=1)
         resamplings = check_integer("resamplings", resamplings, at_least=1)
         jump_length = check_integer("jump_length", jump_length, at_least=1)
-        num_inference_steps = check_integer("num_inference_steps", num_inference_steps, at_least=1)
-        known = data_tensor(self, image, "image")
+        check_noise_std(noise_std)
+        known, hole = self._known_and_hole(image, mask_image)
+        known, hole = known.repeat_interleave(num_samples, 0), hole.repeat_interleave(num_samples, 0)
+        mask = ~hole
+        if posterior in REPLACEMENT_METHODS:
+            _check_replacement(posterior, posterior_options, noise_std, method)
+            resamplings = resamplings if posterior == "repaint" and bool(mask.any()) else 1
+            x = self._by_replacement(known, mask, run, resamplings, jump_length)
+        else:
+            how = posterior_of(self, posterior, posterior_options)
+            one_for_all = bool((mask == mask[:1]).all())
+            operator = Mask(mask[:1] if one_for_all else mask, tuple(known.shape[1:]))
+            x = draw_posterior(self, run, how, operator, known, noise_std)
+        return finished(self, run, torch.where(mask, known, x) if keep_known else x)
+
+    def _known_and_hole(self, image: Any, mask_image: Any) -> tuple[Tensor, Tensor]:
+        """Return the image, 0 in its hole, and the hole as booleans, both of shape (B, C, H, W).
+
+        Raises:
+            ValueError: They do not fit each other or the network, or the image is not finite where it is known.
+        """
+        known = image_data(self, image, "image")
         check_sides(self.unet, tuple(known.shape), "image")
-        hole = _hole(mask_image).to(known.device)
+        hole = as_hole(mask_image).to(known.device)
         if hole.shape[2:] != known.shape[2:]:
             sizes = [" x ".join(map(str, v.shape[2:])) for v in (hole, known)]
             raise ValueError(f"mask_image must have the size of image, got {sizes[0]} for an image of {sizes[1]}.")
@@ -113,99 +155,37 @@ class InpaintSDEPipeline(RestorationSDEPipeline):
         images = max(len(known), len(hole))
         if not {len(known), len(hole)} <= {1, images}:
             raise ValueError(f"mask_image must be one, or one for each image: got {len(hole)} for {len(known)} images.")
-        is_posterior = method not in ("replacement", "repaint")
-        if sampler != "scheduler" and not is_posterior:
-            raise ValueError(f"sampler {sampler!r} needs method mmps, pigdm or dps, got {method!r}: it has no levels.")
-        if method_options is not None and not isinstance(method_options, Mapping):
-            raise ValueError(f"method_options must be a dictionary or None, got {method_options!r}.")
-        if method_options and not is_posterior:
-            raise ValueError(f"method {method!r} takes no method_options, got {sorted(method_options)}.")
-        options = self._method_options(method, method_options) if is_posterior else {}
-        known, hole = (v.expand(images, *v.shape[1:]).repeat_interleave(num_samples, 0) for v in (known, hole))
-        mask = ~hole.expand_as(known)
-        if not bool(torch.isfinite(known[mask]).all()):
+        known, hole = (v.expand(images, *known.shape[1:]) for v in (known, hole))
+        if not bool(torch.isfinite(known[~hole]).all()):
             raise ValueError("image must be finite where it is known.")
-        known = torch.where(mask, known, 0.0)
+        return torch.where(hole, 0.0, known), hole
 
-        generator = check_generators(generator, len(known))
-        own = fork(generator, known.device)
-        latents = starting_noise(self, tuple(known.shape), generator, latents)
+    def _by_replacement(
+        self, known: Tensor, mask: Tensor, run: RunOptions, resamplings: int, jump_length: int
+    ) -> Tensor:
+        """Draw by rows after each of which the known entries are put back, shape (B, C, H, W)."""
+        scheduler = own_scheduler(self)
+        if resamplings > 1:  # a jump breaks the path that multistep solvers look back on
+            scheduler = type(scheduler).from_config(scheduler.config, solver_order=1, solver_correction=False)
+        # Replacement has a generator of its own, so that the rows draw the same noise as without it.
+        own = fork(check_generators(run.generator, len(known)), known.device)
         replacement = Replacement(scheduler.sde, known, mask, own)
-        if is_posterior:
-            operator = Mask(mask, tuple(known.shape[1:]))
-            run = (num_inference_steps, generator, callback_on_step_end)
-            adaptive = None if sampler == "scheduler" else (sampler, rtol, atol)
-            x = self._posterior_sample(operator, known, 0.0, method, options, latents, run, adaptive)
-        else:
-            repeats = resamplings if method == "repaint" and bool(mask.any()) else 1
-            scheduler = _without_memory(scheduler) if repeats > 1 else scheduler
-            x = execute(
-                self,
-                scheduler,
-                network_output(self, scheduler),
-                latents,
-                num_inference_steps,
-                generator,
-                replacement,
-                repeats,
-                jump_length,
-                callback_on_step_end,
-            )
-        if keep_known:
-            x = replacement(x, None)
-        result = self.postprocess(x, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=result) if return_dict else (result,)
+        latents = starting_noise(self, run, tuple(known.shape))
+        model = network_output(self, scheduler)
+        return execute(self, run, scheduler, model, latents, replacement, resamplings, jump_length)
 
 
-def _without_memory(scheduler: SDEScheduler) -> SDEScheduler:
-    first_order: SDEScheduler = type(scheduler).from_config(scheduler.config, solver_order=1, solver_correction=False)
-    return first_order
-
-
-def _hole(mask: Any) -> Tensor:
-    """True where to paint, shape (B, 1 or C, H, W)."""
-    if hasattr(mask, "getbands"):
-        mask = [mask]
-    if isinstance(mask, (list, tuple)) and len(mask) and all(hasattr(m, "getbands") for m in mask):
-        if len({m.size for m in mask}) > 1:
-            raise ValueError(f"mask_image must all have one size, got {sorted({m.size for m in mask})}.")
-        mask = np.stack([_grey_mask(m) for m in mask])
-    if isinstance(mask, np.ndarray):
-        if mask.dtype.kind not in "biuf":
-            raise ValueError(f"mask_image must hold booleans or numbers, got an array of {mask.dtype}.")
-        mask = mask[..., 0] if mask.ndim == 3 and mask.shape[2] == 1 else mask
-        mask = mask[None] if mask.ndim == 2 else mask
-        mask = mask[..., None] if mask.ndim == 3 else mask
-        if mask.ndim != 4:
-            raise ValueError(f"mask_image must have shape (H, W), (B, H, W) or (B, H, W, C), got {mask.shape}.")
-        mask = torch.from_numpy(mask.transpose(0, 3, 1, 2).copy())
-    if not isinstance(mask, Tensor):
-        raise ValueError(f"mask_image must be PIL images, an array or a tensor, got {type(mask).__name__}.")
-    mask = mask[None, None] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
-    check_tensor("mask_image", mask, (None,) * 4)
-    if mask.dtype == torch.bool:
-        return mask
-    largest = mask.max()
-    if mask.dtype == torch.uint8 and largest > 1:
-        if largest < DARKEST_WHITE:
-            raise ValueError(
-                f"mask_image must be white (255) where to paint, got nothing above {int(largest)}: were these labels, "
-                "pass such as mask_image == 2."
-            )
-        return mask >= 128
-    if not bool((mask >= 0).all()) or largest > 1:
-        raise ValueError("mask_image must be boolean, uint8, or numbers in [0, 1].")
-    return mask >= 0.5
-
-
-def _grey_mask(mask: Any) -> np.ndarray:
-    """A PIL image as grey bytes."""
-    grey = np.asarray(mask.convert("L"))
-    alpha = np.asarray(mask.convert("RGBA"))[..., 3]
-    if alpha.min() < alpha.max() and grey.min() == grey.max():
+def _check_replacement(posterior: str, options: Mapping[str, Any] | None, noise_std: float, method: str) -> None:
+    """Raise a ValueError for what only a posterior method can follow and replacement cannot."""
+    others = ", ".join(POSTERIOR_METHODS)
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"posterior_options must be a dictionary or None, got {options!r}.")
+    if options:
+        raise ValueError(f"posterior {posterior!r} takes no posterior_options, got {sorted(map(str, options))}.")
+    if noise_std != 0.0:
+        raise ValueError(f"noise_std must be 0 for posterior {posterior!r}, got {noise_std!r}: use one of {others}.")
+    if method != "scheduler":
         raise ValueError(
-            f"mask_image ({mask.mode}) must be white where to paint, but only its alpha channel has a shape: pass "
-            "mask_image.getchannel('A'), or its inverse."
+            f"method {method!r} needs one of the posteriors {others}, got {posterior!r}: adaptive steps have no levels "
+            "at which known pixels could be put in."
         )
-    return grey

@@ -11,32 +11,32 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from torch import Tensor
 
-from ..basics.checks import check_choice, check_generators, check_integer, check_ordered, check_shape
+from ..basics.checks import check_choice, check_integer, check_ordered, check_shape
 from ..basics.noise import Generators
 from ..flow.likelihood import LogProb
 from ..flow.quantized import BitsPerDim
 from ..flow.trace import TraceOptions
+from ..images.arrays import from_network
 from ..schedulers import SCHEDULERS
 from .base import SharedPipeline
 from .plain_networks import PlainNetwork
 from .probability_flow import ProbabilityFlow
 from .runs import (
     OUTPUT_TYPES,
+    RunOptions,
     after_step,
     arguments_of_step,
-    check_callback,
     execute_adaptive,
+    finished,
     latents_shape,
     starting_noise,
 )
 
 logger = logging.get_logger(__name__)
 
-METHODS = ("scheduler", "ode", "sde")
-
 
 def _adopted(scheduler: Any) -> Any:
-    """The scheduler; where it is of another copy of this code, its equal of this copy.
+    """Return the scheduler, or its equal of this copy of the code where it is of another copy.
 
     Without the package, the file of a repository's scheduler and that of its pipeline are two modules.
     """
@@ -138,7 +138,7 @@ class SDEPipeline(SharedPipeline):
         return (channels, height, width)
 
     def unconditional(self, batch_size: int) -> dict[str, Tensor]:
-        """Arguments with which the network is unconditional: none, or the null class of one with classes.
+        """Return the arguments that make the network unconditional: none, or the null class of one with classes.
 
         Raises:
             ValueError: A network with classes and no null class.
@@ -201,39 +201,39 @@ class SDEPipeline(SharedPipeline):
         Raises:
             ValueError: An argument is out of range; nothing has been computed then.
         """
-        check_choice("output_type", output_type, OUTPUT_TYPES)
-        check_choice("method", method, METHODS)
-        check_callback(callback_on_step_end, method)
+        run = RunOptions(
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            output_type=output_type,
+            latents=latents,
+            callback_on_step_end=callback_on_step_end,
+            return_dict=return_dict,
+            method=method,
+            rtol=rtol,
+            atol=atol,
+        )
         inputs = callback_on_step_end_tensor_inputs
         if not isinstance(inputs, (list, tuple)) or not set(map(str, inputs)) <= set(self._callback_tensor_inputs):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs may hold {self._callback_tensor_inputs}, got {inputs!r}."
             )
-        num_inference_steps = check_integer("num_inference_steps", num_inference_steps, at_least=1)
-        device = self._execution_device
         if latents is None:
             shape: tuple[int, ...] = (check_integer("batch_size", batch_size, at_least=1), *self.sample_shape)
         else:
             shape = latents_shape(self, latents)
         unconditional = self.unconditional(shape[0])
-        generator = check_generators(generator, shape[0])
-        latents = starting_noise(self, shape, generator, latents)
-
+        latents = starting_noise(self, run, shape)
         if method != "scheduler":
-            images = self.postprocess(execute_adaptive(self, method, latents, rtol, atol, generator), output_type)
-            self.maybe_free_model_hooks()
-            return ImagePipelineOutput(images=images) if return_dict else (images,)
+            return finished(self, run, execute_adaptive(self, run, latents))
 
-        step_arguments = arguments_of_step(self.scheduler, generator)
+        step_arguments = arguments_of_step(self.scheduler, run.generator)
         needs_next = type(self.scheduler).__name__ == "UnCLIPScheduler"  # which takes t - 1 for it otherwise
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.scheduler.set_timesteps(run.num_inference_steps, device=latents.device)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
         # Stock schedulers of flows start at unit variance and scale nothing, and have no names for that.
         x = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
         scale_input = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
-        unconditional = self.unconditional(len(x))
-
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
@@ -245,18 +245,14 @@ class SDEPipeline(SharedPipeline):
                 x = self.scheduler.step(output, t, x, **step_arguments, return_dict=False)[0]
                 x = after_step(callback_on_step_end, self, i, t, x)
                 progress_bar.update()
-
-        images = self.postprocess(x, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return finished(self, run, x)
 
     def postprocess(self, x: Tensor, output_type: str = "pil") -> Any:
-        """From the network's data range to images; see ``output_type`` of the call."""
+        """Turn data in the network's range into images; see ``output_type`` of the call."""
         check_choice("output_type", output_type, OUTPUT_TYPES)
         if output_type == "latent":
             return x
-        low, high = self.config.data_min, self.config.data_max
-        images = ((x - low) / (high - low)).clamp(0.0, 1.0)
+        images = from_network(x, self.config.data_min, self.config.data_max)
         if not bool(torch.isfinite(images).all()):
             logger.warning("Some images are not finite: does the scheduler fit this network?")
         return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import ModelMixin
 from diffusers.utils import logging
@@ -19,6 +18,7 @@ from ..flow.likelihood import LogProb, log_prob
 from ..flow.quantized import BitsPerDim, Quantization, bits_per_dim
 from ..flow.solver import ODEOptions
 from ..flow.trace import TraceOptions
+from ..images.arrays import as_batch, in_network_range
 from ..networks.denoisers import Denoiser
 from ..sampling.editing import edit
 from ..sampling.solution import Solution
@@ -219,7 +219,7 @@ class ProbabilityFlow:
             )
         quantization = Quantization(self.data_min, self.data_max, bit_depth, grid)
         importance_samples = check_integer("importance_samples", importance_samples, at_least=1)
-        images = self._shaped(as_tensor(images), "images").to(self.device)
+        images = self._shaped(as_batch(images), "images").to(self.device)
         with Progress(progress_bar, len(images) * importance_samples, "bits/dim") as progress:
             return bits_per_dim(
                 self.denoiser,
@@ -357,21 +357,19 @@ class ProbabilityFlow:
         return {name: value.to(self.device) for name, value in (conditioning or {}).items()}
 
     def _shaped(self, x: Any, name: str) -> Tensor:
-        """The tensor, if it has a shape that the network takes, and its numbers are finite."""
+        """Return the tensor, if it has a shape that the network takes and its numbers are finite."""
         check_tensor(name, x)
         check_sides(self.network, tuple(x.shape), name)
         return x
 
     def _state(self, x: Any, name: str = "images") -> Tensor:
-        """Data in the network's range on its device. Integer images are scaled, floating-point data are left alone."""
-        x = self._shaped(as_tensor(x, name), name).to(self.device)
+        """Return data in the network's range, on its device: integers are scaled, other numbers are left alone."""
+        x = self._shaped(as_batch(x, name), name).to(self.device)
         if x.is_floating_point():
             self._warn_about_range(x, name)
-            return x
-        if self.is_latent:
+        elif self.is_latent:
             raise ValueError("this pipeline's network models latents: encode the images by its autoencoder first.")
-        quantization = Quantization(self.data_min, self.data_max)
-        return quantization.centers(quantization.levels_of(x, (0.0, 1.0)))
+        return in_network_range(x, self.data_min, self.data_max, name)
 
     def _warn_about_range(self, x: Tensor, name: str) -> None:
         """Warn where data are as far from the network's range as bytes are."""
@@ -397,34 +395,6 @@ def check_sides(network: Any, shape: tuple[int, ...], name: str) -> None:
         )
 
 
-def as_tensor(images: Any, name: str = "images") -> Tensor:
-    """PIL images, arrays or tensors as a tensor (B, C, H, W); the values are left alone. ``name`` is for messages.
-
-    Raises:
-        ValueError: Something else, or images of different sizes or modes.
-    """
-    if isinstance(images, Tensor):
-        return images
-    if hasattr(images, "getbands"):  # one PIL image
-        images = [images]
-    if isinstance(images, (list, tuple)) and len(images) and all(hasattr(image, "getbands") for image in images):
-        if len({(image.size, image.mode) for image in images}) > 1 or images[0].mode not in ("L", "RGB"):
-            raise ValueError(
-                f"{name} must all have one size and mode, L or RGB, got "
-                f"{sorted({f'{i.size[0]}x{i.size[1]} {i.mode}' for i in images})}."
-            )
-        images = np.stack([np.asarray(image) for image in images])
-    if not isinstance(images, np.ndarray):
-        raise ValueError(f"{name} must be PIL images, an array or a tensor, got {type(images).__name__}.")
-    if images.dtype.kind not in "biuf":
-        raise ValueError(f"{name} must hold numbers, got {images.dtype}.")
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.ndim != 4:
-        raise ValueError(f"{name} as an array must have shape (B, H, W) or (B, H, W, C), got {images.shape}.")
-    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-
-
 def _check_deterministic(network: Any) -> None:
     """Refuse dropout and batch norm in training mode, with which the network is not a function of its input."""
     if not isinstance(network, torch.nn.Module):
@@ -436,7 +406,7 @@ def _check_deterministic(network: Any) -> None:
 
 
 def _fitting_scheduler(scheduler: Any) -> SDEScheduler:
-    """The scheduler itself if it is ours, or our scheduler of the same path."""
+    """Return the scheduler itself if it is ours, or our scheduler of the same path."""
     if isinstance(scheduler, SDEScheduler):
         return scheduler
     config = config_of(scheduler)

@@ -1,41 +1,97 @@
-"""What the conditional pipelines share: inputs, the network as a denoiser, and a run of the scheduler's rows."""
+"""What the pipelines share: arguments, inputs, the network as a denoiser, and the ways to run it."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..basics.checks import check_choice, check_generators, check_tensor
+from ..basics.checks import check_choice, check_generators, check_integer, check_tensor
 from ..basics.noise import Generators
-from ..guidance.replacement import Replacement, renoise, resampled
+from ..guidance.methods import PosteriorMethod, PosteriorProblem
+from ..guidance.operators import LinearOperator
+from ..guidance.posteriors import POSTERIOR_METHODS, posterior_method
+from ..guidance.replacement import REPLACEMENT_METHODS, Replacement, resampled
+from ..images.arrays import as_batch, in_network_range
 from ..networks.denoisers import Denoiser, call_network
 from ..sampling.adaptive import SDEOptions, sample_adaptive
+from ..sampling.planning import make_plan
+from ..sampling.rows import Plan
 from ..sampling.solution import SolverError
 from ..schedulers import SDEScheduler
 from ..schedulers.families import fitting_class
 from ..schedulers.stock_configs import config_of
 from .base import SharedPipeline
-from .probability_flow import ProbabilityFlow, Progress, as_tensor, check_sides
+from .probability_flow import ProbabilityFlow, Progress, check_sides
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+METHODS = ("scheduler", "ode", "sde")  # ways to integrate
 Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 Model = Callable[[Tensor, int, Tensor], Tensor]
 """(x_t, index of the row, timestep) -> network output."""
 
 
-def check_run(pipe: SharedPipeline, output_type: str, sampler: str, callback: Callback | None) -> SDEScheduler:
-    """The pipeline's scheduler, after a look at what every call takes.
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The arguments that the calls of all pipelines share, checked.
+
+    Attributes:
+        num_inference_steps: Noise levels.
+        generator: One generator, a list with one for each image, or None.
+        output_type: One of ``OUTPUT_TYPES``.
+        latents: Unit noise to start from, or None to draw it.
+        callback_on_step_end: Called as ``f(pipe, index, timestep, {"latents": x})`` after every network call, or None.
+        return_dict: Whether an ``ImagePipelineOutput`` is returned instead of a tuple.
+        method: One of ``METHODS``, the way to integrate.
+        rtol: Relative tolerance of ``ode`` and ``sde``.
+        atol: Absolute tolerance of ``ode`` and ``sde``.
 
     Raises:
-        ValueError: An unknown output type, a callback for an adaptive method, or a foreign scheduler.
+        ValueError: An unknown output type or method, a callback that does not fit, or no positive number of levels.
     """
-    check_choice("output_type", output_type, OUTPUT_TYPES)
-    check_callback(callback, sampler)
+
+    num_inference_steps: int
+    generator: Any
+    output_type: str
+    latents: Any
+    callback_on_step_end: Callback | None
+    return_dict: bool
+    method: str
+    rtol: float
+    atol: float
+
+    def __post_init__(self) -> None:
+        check_choice("output_type", self.output_type, OUTPUT_TYPES)
+        check_method(self.method)
+        check_callback(self.callback_on_step_end, self.method)
+        steps = check_integer("num_inference_steps", self.num_inference_steps, at_least=1)
+        object.__setattr__(self, "num_inference_steps", steps)
+        if isinstance(self.generator, tuple):
+            object.__setattr__(self, "generator", list(self.generator))
+
+
+def check_method(method: str) -> None:
+    """Raise a ValueError unless this is a way to integrate."""
+    if isinstance(method, str) and method in (*POSTERIOR_METHODS, *REPLACEMENT_METHODS):
+        raise ValueError(
+            f"method must be one of {', '.join(METHODS)}, got {method!r}, which says how to condition and not how to "
+            f"integrate: pass posterior={method!r} to RestorationSDEPipeline or InpaintSDEPipeline."
+        )
+    check_choice("method", method, METHODS)
+
+
+def own_scheduler(pipe: SharedPipeline) -> SDEScheduler:
+    """Return the pipeline's scheduler, which must be one of this package.
+
+    Raises:
+        ValueError: It is a foreign one.
+    """
     if not isinstance(pipe.scheduler, SDEScheduler):
         raise ValueError(
             f"scheduler must be one of this package's, got {type(pipe.scheduler).__name__}: convert it by "
@@ -45,7 +101,7 @@ def check_run(pipe: SharedPipeline, output_type: str, sampler: str, callback: Ca
 
 
 def arguments_of_step(scheduler: Any, generator: Generators) -> dict[str, Any]:
-    """What ``scheduler.step`` takes beside output, timestep and sample; stock schedulers differ in it.
+    """Return what ``scheduler.step`` takes beside output, timestep and sample; stock schedulers differ in it.
 
     Raises:
         ValueError: A scheduler that steps in another way, or needs what this pipeline does not have.
@@ -63,7 +119,7 @@ def arguments_of_step(scheduler: Any, generator: Generators) -> dict[str, Any]:
 
 
 def check_callback(callback: Callback | None, method: str) -> None:
-    """Raise a ValueError unless the callback can be called, by a method that has common steps."""
+    """Raise a ValueError unless the callback can be called, and the method has steps that all images share."""
     if callback is not None and not callable(callback):
         raise ValueError(f"callback_on_step_end must be a function or None, got {callback!r}.")
     if callback is not None and method != "scheduler":
@@ -71,7 +127,7 @@ def check_callback(callback: Callback | None, method: str) -> None:
 
 
 def after_step(callback: Callback | None, pipe: SharedPipeline, index: int, timestep: Tensor, x: Tensor) -> Tensor:
-    """The sample, or what the callback puts in its place.
+    """Call the callback, and return the sample or what the callback puts in its place.
 
     Raises:
         ValueError: A replacement of another shape.
@@ -86,7 +142,7 @@ def after_step(callback: Callback | None, pipe: SharedPipeline, index: int, time
 
 
 def latents_shape(pipe: SharedPipeline, latents: Any) -> tuple[int, ...]:
-    """Shape of latents that say themselves how many and how large the images are.
+    """Return the shape of latents, which say how many and how large the images are.
 
     Raises:
         ValueError: No tensor, or one of another number of axes or channels.
@@ -94,44 +150,43 @@ def latents_shape(pipe: SharedPipeline, latents: Any) -> tuple[int, ...]:
     return tuple(check_tensor("latents", latents, (None, pipe.unet.config.get("in_channels"), None, None)).shape)
 
 
-def starting_noise(pipe: SharedPipeline, shape: tuple[int, ...], generator: Any, latents: Tensor | None) -> Tensor:
-    """The latents, or unit noise where they are None: float32, on the pipeline's device.
+def starting_noise(pipe: SharedPipeline, run: RunOptions, shape: tuple[int, ...]) -> Tensor:
+    """Return the run's latents, or unit noise where they are None: float32, on the pipeline's device.
 
     Args:
         pipe: The pipeline.
+        run: The latents and the generators.
         shape: (B, C, H, W).
-        generator: One generator, or one for each image.
-        latents: Of that shape.
 
     Raises:
         ValueError: Something does not fit; nothing has been drawn then.
     """
-    generator = check_generators(generator, shape[0])
+    generator = check_generators(run.generator, shape[0])
     check_sides(pipe.unet, shape, "latents")
-    if latents is None:
+    if run.latents is None:
         return randn_tensor(shape, generator=generator, device=pipe._execution_device)
-    return check_tensor("latents", latents, shape).to(device=pipe._execution_device, dtype=torch.float32)
+    return check_tensor("latents", run.latents, shape).to(device=pipe._execution_device, dtype=torch.float32)
 
 
-def data_tensor(pipe: SharedPipeline, images: Any, name: str) -> Tensor:
-    """Images in the network's range, float32, shape (B, C, H, W), on the pipeline's device.
+def image_data(pipe: SharedPipeline, images: Any, name: str) -> Tensor:
+    """Return images in the network's range, float32, shape (B, C, H, W), on the pipeline's device.
 
-    PIL images and uint8 data are scaled, floating-point data are in the network's range already.
+    Args:
+        pipe: The pipeline.
+        images: PIL images, arrays or tensors: integers 0..255, or floating-point data in the network's range.
+        name: Name of the argument, for messages.
+
+    Raises:
+        ValueError: Something else.
     """
-    x = as_tensor(images, name)
-    if x.ndim == 3:
-        x = x[None]
-    check_tensor(name, x, (None,) * 4, finite=False)
-    if not x.is_floating_point():
-        if x.dtype != torch.uint8:
-            raise ValueError(f"{name} must be uint8 or floating-point, got {x.dtype}.")
-        low, high = pipe.config.data_min, pipe.config.data_max
-        x = low + (high - low) * (x.to(torch.float64) / 255.0)
+    x = as_batch(images, name)
+    x = check_tensor(name, x[None] if x.ndim == 3 else x, (None,) * 4, finite=False)
+    x = in_network_range(x, pipe.config.data_min, pipe.config.data_max, name)
     return x.to(device=pipe._execution_device, dtype=torch.float32)
 
 
 def network_output(pipe: SharedPipeline, scheduler: SDEScheduler) -> Model:
-    """The network as ``SDEPipeline`` calls it."""
+    """Return a function that calls the network as ``SDEPipeline`` does."""
 
     def model(x: Tensor, index: int, timestep: Tensor) -> Tensor:
         fed = scheduler.scale_model_input(x, timestep).to(pipe.unet.dtype)
@@ -142,7 +197,7 @@ def network_output(pipe: SharedPipeline, scheduler: SDEScheduler) -> Model:
 
 
 def unet_denoiser(pipe: SharedPipeline, scheduler: SDEScheduler, **arguments: Any) -> Denoiser:
-    """(x_t, SDE time) -> x0_hat of the network, in the precision of x_t; unconditional without ``arguments``."""
+    """Return (x_t, SDE time) -> x0_hat of the network, in x_t's precision, unconditional without ``arguments``."""
 
     def network(x: Tensor, timestep: Tensor, **arguments: Any) -> Tensor:
         arguments = arguments or pipe.unconditional(len(x))
@@ -152,7 +207,7 @@ def unet_denoiser(pipe: SharedPipeline, scheduler: SDEScheduler, **arguments: An
 
 
 def guided_output(scheduler: SDEScheduler, denoiser: Denoiser) -> Model:
-    """The network output for which x0_hat is what the denoiser returns."""
+    """Return a function that gives the network output for which x0_hat is what the denoiser returns."""
 
     def model(x: Tensor, index: int, timestep: Tensor) -> Tensor:
         precise = torch.float32 if x.device.type == "mps" else torch.float64
@@ -165,11 +220,8 @@ def guided_output(scheduler: SDEScheduler, denoiser: Denoiser) -> Model:
 
 def execute_adaptive(
     pipe: SharedPipeline,
-    method: str,
+    run: RunOptions,
     latents: Tensor,
-    rtol: float,
-    atol: float,
-    generator: Generators = None,
     denoiser: Denoiser | None = None,
     conditioning: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
@@ -177,12 +229,9 @@ def execute_adaptive(
 
     Args:
         pipe: The pipeline; its ``calls`` tell what each image cost.
-        method: ``ode`` or ``sde``, the latter with the scheduler's ``stochasticity`` (None is 1) and
-            ``sampling_eps``.
+        run: The method, ``ode`` or ``sde``, its tolerances and the noise. ``sde`` takes the scheduler's
+            ``stochasticity`` (None is 1) and ``sampling_eps``.
         latents: Unit noise, shape (B, C, H, W).
-        rtol: Relative tolerance.
-        atol: Absolute tolerance; of ``ode`` in standard deviations of the state, of ``sde`` in units of the data.
-        generator: Noise of ``sde``.
         denoiser: (x_t, t, **conditioning) -> x0_hat, instead of the network.
         conditioning: Its arguments with one row per image.
 
@@ -193,12 +242,12 @@ def execute_adaptive(
         SolverError: The solver gives up; the message says what to do.
     """
     flow = ProbabilityFlow(pipe, denoiser=denoiser)
-    latents, config = latents.to(device=pipe._execution_device, dtype=torch.float32), flow.scheduler.config
+    config = flow.scheduler.config
     try:
-        if method == "ode":
+        if run.method == "ode":
             solution = flow.sample(
                 latents,
-                options=flow.options(rtol, atol),
+                options=flow.options(run.rtol, run.atol),
                 denoise_final=config.denoise_final,
                 conditioning=conditioning,
                 progress_bar=pipe._shows_progress,
@@ -210,17 +259,18 @@ def execute_adaptive(
                     flow.denoiser,
                     flow.sde,
                     latents * flow.sde.prior_std,
-                    SDEOptions(rtol, atol, stochasticity=stochasticity),
+                    SDEOptions(run.rtol, run.atol, stochasticity=stochasticity),
                     t_min=flow.scheduler.last_time(),
                     denoise_final=config.denoise_final,
                     conditioning=conditioning,
-                    generator=generator,
+                    generator=run.generator,
                     progress=progress,
                 )
     except SolverError as error:
         raise SolverError(
-            f"{error} If the network itself is sound, take larger tolerances than rtol={rtol:g} and atol={atol:g}, or "
-            "the scheduler's own steps, which always end. A network that is hardly trained may need either."
+            f"{error} If the network itself is sound, take larger tolerances than rtol={run.rtol:g} and "
+            f"atol={run.atol:g}, or the scheduler's own steps, which always end. A network that is hardly trained may "
+            "need either."
         ) from error
     pipe._calls, pipe._num_timesteps = solution.calls, int(solution.calls.max())
     return solution.sample
@@ -228,34 +278,30 @@ def execute_adaptive(
 
 def execute(
     pipe: SharedPipeline,
+    run: RunOptions,
     scheduler: SDEScheduler,
     model: Model,
     latents: Tensor,
-    num_inference_steps: int,
-    generator: torch.Generator | list[torch.Generator] | None,
     replacement: Replacement | None = None,
     resamplings: int = 1,
     jump_length: int = 1,
-    callback: Callback | None = None,
 ) -> Tensor:
     """Run the scheduler's rows from unit noise, as ``SDEPipeline`` does.
 
     Args:
-        pipe: For its progress bar, and the callback's first argument.
-        scheduler: Whose rows to run.
-        model: Called once for each row.
+        pipe: The pipeline, for its progress bar and as the callback's first argument.
+        run: The noise levels, the noise of the rows, and the callback.
+        scheduler: The scheduler whose rows are run.
+        model: The function that is called once for each row.
         latents: Unit noise, shape (B, C, H, W).
-        num_inference_steps: Noise levels.
-        generator: Noise of the rows.
-        replacement: Known entries, put in after each row.
+        replacement: Known entries, which are put in after each row.
         resamplings: See ``guidance.resampled``; needs ``replacement``.
-        jump_length: Likewise.
-        callback: As in ``SDEPipeline``.
+        jump_length: See ``guidance.resampled``.
 
     Returns:
         The sample in the data's range.
     """
-    scheduler.set_timesteps(num_inference_steps, device=latents.device)
+    scheduler.set_timesteps(run.num_inference_steps, device=latents.device)
     scheduler.set_begin_index(0)
     rows, timesteps = scheduler.rows, scheduler.timesteps
     order = list(resampled(rows, resamplings, jump_length))
@@ -268,12 +314,116 @@ def execute(
             if call and i != order[call - 1][0] + 1:
                 scheduler.jump_to(i)
             output = model(x, i, timesteps[i])
-            x = scheduler.step(output, timesteps[i], x, generator=generator, return_dict=False)[0]
-            s = rows[i].s
+            x = scheduler.step(output, timesteps[i], x, generator=run.generator, return_dict=False)[0]
             if replacement is not None:
-                x = replacement(x, s)
-                if back_to is not None and s is not None:
-                    x = renoise(scheduler.sde, x, s, back_to, replacement.generator)
-            x = after_step(callback, pipe, call, timesteps[i], x)
+                x = replacement.after(x, rows[i].s, back_to)
+            x = after_step(run.callback_on_step_end, pipe, call, timesteps[i], x)
             progress_bar.update()
     return x
+
+
+def execute_guided(
+    pipe: SharedPipeline, run: RunOptions, latents: Tensor, denoiser_of: Callable[[Tensor], Denoiser]
+) -> Tensor:
+    """Draw with guided denoisers by the run's method: the scheduler's rows, or adaptive steps.
+
+    Args:
+        pipe: The pipeline.
+        run: The method and its arguments.
+        latents: Unit noise, shape (B, C, H, W).
+        denoiser_of: It maps an index of images, int64 (n,), to their denoiser. Adaptive steps call the network for some
+            of the images only.
+
+    Returns:
+        The sample in the data's range.
+    """
+    everything = torch.arange(len(latents), device=latents.device)
+    if run.method == "scheduler":
+        scheduler = own_scheduler(pipe)
+        return execute(pipe, run, scheduler, guided_output(scheduler, denoiser_of(everything)), latents)
+
+    def denoiser(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
+        return denoiser_of(index)(x, t)
+
+    return execute_adaptive(pipe, run, latents, denoiser, {"index": everything})
+
+
+@dataclass(frozen=True)
+class PipelineRun:
+    """A pipeline with the arguments of a run implements ``PosteriorRun``, which posterior methods draw with."""
+
+    pipe: Any
+    options: RunOptions
+    shape: tuple[int, ...]
+
+    @property
+    def generator(self) -> Generators:
+        """Source of all noise."""
+        generator: Generators = self.options.generator
+        return generator
+
+    def guided(self, denoiser_of: Callable[[Tensor], Denoiser]) -> Tensor:
+        """Draw images of ``shape`` by the method that the user has chosen."""
+        latents = starting_noise(self.pipe, self.options, self.shape)
+        return execute_guided(self.pipe, self.options, latents, denoiser_of)
+
+    def own_plan(self) -> Plan:
+        """Lay out first-order exponential steps of the reverse SDE, on the scheduler's grid, ending with the data."""
+        options, scheduler = self.options, own_scheduler(self.pipe)
+        refused = {
+            "latents": options.latents is not None,
+            "callback_on_step_end": options.callback_on_step_end is not None,
+            "list of generators": isinstance(options.generator, (list, tuple)),
+            f"method {options.method!r}": options.method != "scheduler",
+        }
+        if any(refused.values()):
+            given = ", no ".join(name for name, is_given in refused.items() if is_given)
+            raise ValueError(f"this posterior moves its samples by itself, so that it takes no {given}.")
+        times = scheduler.level_times(options.num_inference_steps)
+        plan = make_plan(scheduler.sde, times, Exponential(1))
+        self.pipe._num_timesteps = len(plan.rows)
+        return plan
+
+
+def draw_posterior(
+    pipe: SharedPipeline,
+    run: RunOptions,
+    method: PosteriorMethod,
+    operator: LinearOperator,
+    y: Tensor,
+    noise_std: float,
+) -> Tensor:
+    """Draw one image for each measurement, shape (B, C, H, W), in the data's range.
+
+    Args:
+        pipe: The pipeline, whose network without a condition is the prior.
+        run: The sampler and its arguments.
+        method: The posterior method.
+        operator: A, for all B measurements.
+        y: Measurements, shape (B, *operator.measurement_shape).
+        noise_std: Standard deviation of their noise.
+
+    Raises:
+        ValueError: Something does not fit; nothing has been drawn then.
+    """
+    check_generators(run.generator, len(y))
+    scheduler = own_scheduler(pipe)
+    problem = PosteriorProblem(unet_denoiser(pipe, scheduler), scheduler.sde, operator, y, noise_std)
+    return method.draw(problem, PipelineRun(pipe, run, (len(y), *operator.data_shape)))
+
+
+def posterior_of(pipe: SharedPipeline, posterior: str, options: Mapping[str, Any] | None) -> PosteriorMethod:
+    """Return the posterior method of this name, for data whose standard deviation is a quarter of their range.
+
+    Raises:
+        ValueError: An unknown name or option, or a value out of range.
+    """
+    std = 0.25 * (pipe.config.data_max - pipe.config.data_min)
+    return posterior_method(posterior, options, std, "posterior_options")
+
+
+def finished(pipe: SharedPipeline, run: RunOptions, x: Tensor) -> ImagePipelineOutput | tuple[Any]:
+    """Return what a call returns for a sample in the data's range, and move models back that the run has moved."""
+    images = pipe.postprocess(x, run.output_type)
+    pipe.maybe_free_model_hooks()
+    return ImagePipelineOutput(images=images) if run.return_dict else (images,)

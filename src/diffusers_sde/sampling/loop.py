@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -21,7 +21,8 @@ def sample(
     x: Tensor,
     generator: Generators = None,
     batch_norms: bool = False,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callable[[int, Tensor], Tensor | None] | None = None,
+    visits: Sequence[int] | None = None,
 ) -> Tensor:
     """Execute a plan, in which all samples take the same steps.
 
@@ -33,7 +34,9 @@ def sample(
         x: Start, drawn from the prior, shape (B, ...).
         generator: One generator, or a list with one for each sample.
         batch_norms: See ``advance``.
-        callback: Called with the row's index and the sample after each row.
+        callback: Called as f(k, x) with the sample after the k-th visit to a row, which is row k unless ``visits`` say
+            otherwise. A tensor that it returns takes the sample's place.
+        visits: Indices of the rows in the order in which they are executed; None for each once, in their own order.
 
     Returns:
         The sample, shape of ``x``.
@@ -44,7 +47,7 @@ def sample(
     check_tensor("x", x, finite=False)
     check_generators(generator, len(x))
     stored: list[Tensor] = []
-    for i, row in enumerate(plan.rows):
+    for k, row in enumerate(plan.rows if visits is None else [plan.rows[i] for i in visits]):
         output = denoiser(x, torch.tensor(row.t, dtype=torch.float64, device=x.device))
         if output.shape != x.shape:
             raise ValueError(f"the denoiser returned shape {tuple(output.shape)} for a state of {tuple(x.shape)}.")
@@ -54,5 +57,6 @@ def sample(
         if kept is not None:
             stored = [kept, *stored][: plan.memory]
         if callback is not None:
-            callback(i, x)
+            replaced = callback(k, x)
+            x = x if replaced is None else replaced
     return x
