@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -76,6 +77,11 @@ def _array_as_pil(pixels: np.ndarray, white: int | None) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def to_network(images: Tensor, data_min: float) -> Tensor:
-    """Bytes as float32 in [data_min, 1], same shape."""
-    return images.float() * ((1.0 - data_min) / 255.0) + data_min
+def to_network(images: Tensor, data_min: float, data_max: float = 1.0) -> Tensor:
+    """Bytes as float32 in [data_min, data_max], the same shape."""
+    return images.float() * ((data_max - data_min) / 255.0) + data_min
+
+
+def to_bytes(x: Tensor, data_min: float, data_max: float = 1.0) -> Tensor:
+    """Values in [data_min, data_max] as bytes on the CPU, the same shape; values outside are clamped."""
+    return ((x - data_min) / (data_max - data_min)).clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8).cpu()

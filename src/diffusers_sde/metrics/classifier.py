@@ -117,7 +117,7 @@ def load_classifier(
     return ClassifierFeatures(network.to(device), accuracy, data)
 
 
-def train_classifier(
+def train_feature_classifier(
     images: Tensor,
     labels: Tensor,
     steps: int = STEPS,
