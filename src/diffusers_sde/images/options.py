@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-from ..basics.options import check_options, option
+from ..basics.options import CheckedOptions, option
 
 EMBEDDED_DATASETS = ("digits",)
 LARGEST_SEED_OF_NUMPY = 2**32 - 2**16  # its seeds are below 2**32, and every process adds its number
@@ -19,7 +19,7 @@ def is_local(name: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageOptions:
+class ImageOptions(CheckedOptions):
     """Where images come from, and how they become square byte images of one size.
 
     Raises:
@@ -85,7 +85,7 @@ class ImageOptions:
     seed: int = option(0, "Seed of the order of a stream.", least=0, most=LARGEST_SEED_OF_NUMPY)
 
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise ValueError(
                 f"dataset_name={self.dataset_name!r} and train_data_dir={self.train_data_dir!r} exclude each other."
