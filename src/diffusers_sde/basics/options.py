@@ -22,7 +22,7 @@ def option(
     default: Any,
     help: str,
     *,
-    choices: Sequence[str] | None = None,
+    choices: Collection[str] | None = None,
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
@@ -32,8 +32,9 @@ def option(
 ) -> Any:
     """A field that knows its help text, its command-line aliases and which values it accepts.
 
-    A ``default`` of ``dataclasses.MISSING`` makes it required. A ``secret`` one is left out of ``repr``. A list that
-    ``adds`` grows where it is given again on a command line; otherwise the last one counts, as for any option.
+    A ``default`` of ``dataclasses.MISSING`` makes it required. ``choices`` may grow, as a registry does: they are
+    read when a value is checked. A ``secret`` one is left out of ``repr``. A list that ``adds`` grows where it is given
+    again on a command line; otherwise the last one counts, as for any option.
     """
     metadata = {"help": help, "choices": choices, "least": least, "above": above, "most": most, "aliases": aliases}
     metadata["adds"] = adds

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import schedulers
 from ..basics.checks import check_integer
+from ..basics.networks import denoises_images
 from ..basics.options import one_line
 from ..images.arrays import to_bytes
 from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
@@ -101,16 +102,19 @@ def load_pipeline(model: str) -> DiffusionPipeline:
 
 
 def as_sde_pipeline(pipe: DiffusionPipeline) -> SDEPipeline:
-    """Return a pipeline of this package as it is, and any other one with a ``UNet2DModel`` as an ``SDEPipeline``.
+    """Return a pipeline of this package as it is, and any other one that denoises images as an ``SDEPipeline``.
 
     Raises:
-        ValueError: It has no such network.
+        ValueError: Its network is not called as ``unet(images, timestep)``, with nothing else.
     """
     if isinstance(pipe, SDEPipeline):
         return pipe
     unet = getattr(pipe, "unet", None)
-    if not isinstance(unet, UNet2DModel):
-        raise ValueError(f"model is a {type(pipe).__name__}: a pipeline with a UNet2DModel is needed.")
+    if not denoises_images(unet):
+        raise ValueError(
+            f"model is a {type(pipe).__name__}: a pipeline is needed whose network, unet, is called as (images, "
+            "timestep) with nothing else, such as one with a UNet2DModel."
+        )
     return SDEPipeline(unet, pipe.scheduler)
 
 

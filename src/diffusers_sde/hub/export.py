@@ -114,5 +114,7 @@ def _training_command(recorded: Mapping[str, Any]) -> str | None:
         from ..training import TrainingConfig
     except ImportError:  # the extra that training needs is not installed, so the card does without the command
         return None
+    if recorded.get("scheduler") is not None:
+        return None  # it was given in Python, and no command line has it
     names = {f.name for f in fields(TrainingConfig)}
     return TrainingConfig(**{key: value for key, value in recorded.items() if key in names}).command()

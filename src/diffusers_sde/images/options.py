@@ -56,9 +56,6 @@ class ImageOptions(CheckedOptions):
         "Number of classes, where the class column holds plain integers. Default: the largest one plus 1.",
         least=1,
     )
-    class_conditional: bool = option(
-        False, "Train a network that is told the class of each image, for generation by class."
-    )
     cache_dir: str | None = option(None, "Where datasets keeps downloads. Default: its own cache.")
     resolution: int | None = option(
         None, "Side of the training images in pixels. Default: the data's own size, if it is one.", least=2, most=16384
@@ -83,6 +80,11 @@ class ImageOptions(CheckedOptions):
         None, "Keep all prepared images in memory as bytes. Default: where they need less than 1 GiB."
     )
     seed: int = option(0, "Seed of the order of a stream.", least=0, most=LARGEST_SEED_OF_NUMPY)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether whoever reads the images asks for their classes."""
+        return False
 
     def __post_init__(self) -> None:
         super().__post_init__()
