@@ -76,7 +76,7 @@ def convert_repository(name: str, token: str | None = None) -> SDEPipeline:
 
     Args:
         name: ``user/name``, or the folder.
-        token: For private repositories.
+        token: Access token, which private repositories need.
 
     Raises:
         ValueError: Another kind of model, and what to do with it.
@@ -123,11 +123,11 @@ def convert_checkpoint(
     Args:
         path: The ``.pth`` file.
         image_size: Side of the images in pixels, which the file does not say.
-        sde: ``vp`` or ``sub_vp``.
+        sde: The SDE that it was trained on, ``vp`` or ``sub_vp``.
         discrete: Whether it was trained on DDPM's table instead of continuous time.
         use_ema: Take the averaged weights.
-        beta_min: Of the SDE, for 1000 noise scales.
-        beta_max: Likewise.
+        beta_min: beta(0) of the SDE, for 1000 noise scales.
+        beta_max: beta(1) of the SDE.
 
     Raises:
         ValueError: Not such a file, or another network; the message says what was found.

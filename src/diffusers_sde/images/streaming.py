@@ -39,7 +39,7 @@ class StreamSource:
     Args:
         dataset: Its rows are those of ``ImageSource``. It is to be whole: not split among processes.
         config: Resolution, cropping, columns, seed and buffer.
-        show_progress: As in ``ImageSource``.
+        show_progress: Whether to show a progress bar; see ``ImageSource``.
 
     Attributes:
         first: The first images.

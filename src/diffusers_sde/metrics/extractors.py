@@ -29,9 +29,9 @@ def make_extractor(
         images: The data, bytes (N, C, H, W).
         labels: Their classes, shape (N,), or None.
         path: File of the classifier, which is trained and written there if it does not exist.
-        steps: Of training the classifier.
-        seed: Of training the classifier.
-        device: Where to compute.
+        steps: Optimiser steps with which a classifier is trained.
+        seed: Seed of its weights and of the order of the images.
+        device: The device that computes.
 
     Raises:
         ValueError: A classifier without labels, or of other data; or Inception cannot be had.

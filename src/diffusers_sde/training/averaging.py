@@ -66,7 +66,7 @@ def averaged_weights(
         accelerator: Has prepared the network.
         model: The network as it was prepared.
         ema: The average; None for the weights as they are.
-        whole_network: Where the network is sharded, one of its architecture that is not, on the host.
+        whole_network: A network of the same architecture on the host, which is not sharded; None where no network is.
         is_compiled: Whether the network was compiled.
     """
     if whole_network is not None:

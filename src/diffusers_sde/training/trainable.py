@@ -120,7 +120,8 @@ def by_sde(value_of: Callable[[TrainableSDE], Any]) -> str:
     names: dict[str, list[str]] = {}
     for name, family in TRAINABLE.items():
         names.setdefault(str(value_of(family)), []).append(name)
-    return ", ".join(f"{value} for {' and '.join(those)}" for value, those in names.items())
+    words = {value: ", ".join(those[:-1]) + " and " * (len(those) > 1) + those[-1] for value, those in names.items()}
+    return ", ".join(f"{value} for {those}" for value, those in words.items())
 
 
 @dataclass(frozen=True, kw_only=True)
