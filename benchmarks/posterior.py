@@ -41,7 +41,7 @@ from diffusers_sde import (
 from diffusers_sde.guidance.operators import Mask
 from diffusers_sde.guidance.particles import smc_sample
 from diffusers_sde.guidance.posteriors import POSTERIOR_METHODS, posterior_denoiser
-from diffusers_sde.sampling.predictors import PredictorOptions
+from diffusers_sde.sampling.exponential import Exponential
 
 METHODS = [
     ("gaussian", {"covariance": COVARIANCE}),
@@ -64,7 +64,7 @@ def show(name, options, measured, seconds):
 def closed_form(args):
     assert {name for name, _ in METHODS} == set(POSTERIOR_METHODS)
     sde, n = VPSDE(), args.samples
-    plan, particle_plan = log_snr_plan(sde, args.steps, options=PredictorOptions(2)), log_snr_plan(sde, 3 * args.steps)
+    plan, particle_plan = log_snr_plan(sde, args.steps, predictor=Exponential(2)), log_snr_plan(sde, 3 * args.steps)
     for label, data in {"Gaussian": GAUSSIAN, "mixture": MIXTURE}.items():
         truth, evidence = posterior(data, A, Y, NOISE_STD)
         print(f"\n{label} data, {args.steps} steps, {n} samples: {'mean':>10}{'covariance':>12}{'weights':>12}")

@@ -14,7 +14,7 @@ from statistics import NormalDist
 import numpy as np
 import torch
 
-from diffusers_sde.sampling.plans import Plan
+from diffusers_sde.sampling.rows import Plan
 from diffusers_sde.sdes import SDE
 
 
@@ -138,10 +138,9 @@ def exact_reverse_gain(sde: SDE, t, s, std0, stochasticity):
 def push_gaussian(plan: Plan, sde: SDE, mean0, std0, mean, variance, memory_gains=()):
     """Mean and variance after a plan, exactly, for one-dimensional data N(mean0, std0^2).
 
-    The denoiser is affine, D = mean0 + k (x - alpha mean0), so each row is an affine map of the state (x, remembered
-    D's)
-    plus noise, and a Gaussian stays one. A plan treats the dimensions of a Gaussian with any covariance independently
-    along its principal axes, so the scalar case is the general one.
+    The denoiser is affine, D = mean0 + k (x - alpha mean0), so each row is an affine map of the state (x, what is
+    stored) plus noise, and a Gaussian stays one. A plan treats the dimensions of a Gaussian with any covariance
+    independently along its principal axes, so the scalar case is the general one.
 
     Args:
         plan: A plan on x0_hat (not folded), without Langevin rows.
@@ -173,13 +172,16 @@ def push_gaussian(plan: Plan, sde: SDE, mean0, std0, mean, variance, memory_gain
         step[0, 0], shift[0] = row.x + row.model * gain, row.model * offset
         for k, weight in enumerate(row.history):
             step[0, 1 + k] = weight
-        if row.remember and size > 1:
+        noise = np.zeros(size)
+        noise[0] = row.noise
+        if row.keep is not None and size > 1:
             step[1:] = np.eye(size)[np.arange(size - 1)]
-            of_x, of_x0 = row.memo or (0.0, 1.0)
             step[1] = 0.0
-            step[1, 0], shift[1] = of_x + of_x0 * gain, of_x0 * offset
-        mu, covariance = step @ mu + shift, step @ covariance @ step.T
-        covariance[0, 0] += row.noise**2
+            step[1, 0], shift[1] = row.keep.x + row.keep.model * gain, row.keep.model * offset
+            for k, weight in enumerate(row.keep.history):
+                step[1, 1 + k] = weight
+            noise[1] = row.keep.noise
+        mu, covariance = step @ mu + shift, step @ covariance @ step.T + np.outer(noise, noise)
     return mu[0], covariance[0, 0]
 
 

@@ -7,11 +7,8 @@ from analytic import GaussianMixture
 
 from diffusers_sde import make_plan
 from diffusers_sde.guidance.operators import LinearMap
-from diffusers_sde.sampling.predictors import PredictorOptions
 from diffusers_sde.sampling.time_grids import get_time_grid
 from diffusers_sde.sdes import VESDE
-
-FIRST_ORDER = PredictorOptions(1, solver_correction=False)
 
 
 def posterior(data: GaussianMixture, a, y, noise_std) -> tuple[GaussianMixture, float]:
@@ -54,11 +51,11 @@ def errors(samples, truth: GaussianMixture, weights=None):
     }
 
 
-def log_snr_plan(sde, n, stochasticity=1.0, predictor="exponential", options=FIRST_ORDER, **corrector):
+def log_snr_plan(sde, n, stochasticity=1.0, predictor="exponential", **corrector):
     """A plan on a grid uniform in log-SNR; by default of first order and without memory."""
     end = 1e-5 if isinstance(sde, VESDE) else 1e-3
     times = get_time_grid("log_snr", sde, n, sde.t_max, end)
-    return make_plan(sde, times, predictor, stochasticity=stochasticity, options=options, **corrector)
+    return make_plan(sde, times, predictor, stochasticity=stochasticity, **corrector)
 
 
 def _float64(value):

@@ -82,7 +82,7 @@ def test_imports_go_down(path, module, is_package):
     "line",
     [
         "from ..schedulers import VESDEScheduler",
-        "from ..sampling.plans import Plan",
+        "from ..sampling.rows import Plan",
         "import diffusers_sde.hub.export",
         "from diffusers_sde import VESDEScheduler",
         "from .. import training",

@@ -21,7 +21,7 @@ from .pipelines import (
 )
 from .pipelines.diagnostics import Diagnosis, diagnose
 from .registration import register_with_diffusers
-from .sampling import Plan, Row, make_plan, restart_plan, sample, sample_adaptive
+from .sampling import Plan, Row, SDEOptions, make_plan, restart_plan, sample, sample_adaptive
 from .schedulers import FlowSDEScheduler, SDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
 from .schedulers.arguments import sampler_arguments
 from .sdes import (
@@ -59,6 +59,7 @@ __all__ = [
     "RectifiedFlowSDE",
     "RestorationSDEPipeline",
     "Row",
+    "SDEOptions",
     "SDEPipeline",
     "SDEScheduler",
     "SubVPSDE",

@@ -31,7 +31,7 @@ from diffusers_sde.guidance.operators import Mask
 from diffusers_sde.guidance.particles import smc_sample
 from diffusers_sde.guidance.posteriors import POSTERIOR_METHODS, denoise_with_vjp, posterior_denoiser
 from diffusers_sde.guidance.replacement import Replacement, renoise, resampled, sample_inpainting
-from diffusers_sde.sampling.predictors import PredictorOptions
+from diffusers_sde.sampling.exponential import Exponential
 
 EXACT = {"gaussian": {"covariance": COVARIANCE}, "mmps": {"iterations": 4, "rtol": 1e-12}}
 TRUTH, EVIDENCE = posterior(GAUSSIAN, A, Y, NOISE_STD)
@@ -115,9 +115,9 @@ def test_mmps_through_multistep_and_corrector(sampler):
     denoiser = guided(sde, "mmps", n=n, iterations=2, rtol=1e-6)
     generator = torch.Generator().manual_seed(0)
     if sampler == "ode":
-        plan = log_snr_plan(sde, 60, 0.0, options=PredictorOptions(3))
+        plan = log_snr_plan(sde, 60, 0.0, predictor=Exponential(3))
     else:
-        plan = log_snr_plan(sde, 80, options=PredictorOptions(2), corrector="ornstein_uhlenbeck", snr=0.1)
+        plan = log_snr_plan(sde, 80, predictor=Exponential(2), corrector="ornstein_uhlenbeck", snr=0.1)
     x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
     measured = errors(sample(plan, denoiser, x, generator), TRUTH)
     # 4000 exact samples: 0.03 +- 0.01 and 0.06 +- 0.015.
@@ -173,7 +173,7 @@ def test_error_of_approximate_methods_on_the_mixture(method):
     options, *bounds = BOUNDS[method]
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
-    plan = log_snr_plan(sde, 80, options=PredictorOptions(2))
+    plan = log_snr_plan(sde, 80, predictor=Exponential(2))
     unguided = errors(sample(plan, MIXTURE.denoiser(sde), x, generator), MIXTURE_TRUTH)
     measured = errors(sample(plan, guided(sde, method, MIXTURE, n, **options), x, generator), MIXTURE_TRUTH)
     assert all(measured[k] < bound for k, bound in zip(("mean", "covariance", "weights"), bounds, strict=True)), (
@@ -249,7 +249,7 @@ def test_classifier_guidance_draws_the_class(stochasticity):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(n, 4, generator=generator, dtype=torch.float64)
     denoiser = classifier_guidance(MIXTURE.denoiser(sde), sde, log_classifier(sde))
-    plan = log_snr_plan(sde, 100, stochasticity, options=PredictorOptions(3))
+    plan = log_snr_plan(sde, 100, stochasticity, predictor=Exponential(3))
     measured = errors(sample(plan, denoiser, x, generator), COMPONENT)
     assert measured["mean"] < 0.08 and measured["covariance"] < 0.12, measured
 
@@ -330,7 +330,7 @@ def test_replacement_is_exact_for_independent_entries(name):
     data = GaussianMixture.gaussian([0.3, -0.2, 0.5, 0.1], [0.1, 0.2, 0.3, 0.15])
     known = torch.ones(6, 4, dtype=torch.float64)
     times = torch.linspace(1.0, 1e-3, 12, dtype=torch.float64)
-    plan = make_plan(sde, times, corrector="langevin" if name == "vp" else None, options=PredictorOptions(2))
+    plan = make_plan(sde, times, corrector="langevin" if name == "vp" else None, predictor=Exponential(2))
     x = torch.randn(6, 4, dtype=torch.float64) * sde.prior_std
     own, other = (torch.Generator().manual_seed(s) for s in (1, 2))
     a = sample_inpainting(plan, data.denoiser(sde), x, Replacement(sde, known, mask, own), torch.manual_seed(0))
@@ -374,7 +374,7 @@ def test_renoising_leads_from_marginal_to_marginal(name):
 def test_order_of_resampling():
     sde = SDES["vp"]
     times = torch.linspace(1.0, 0.1, 4, dtype=torch.float64)
-    rows = make_plan(sde, times, corrector="langevin", options=PredictorOptions(1, solver_correction=False)).rows
+    rows = make_plan(sde, times, corrector="langevin").rows
     t = times.tolist()
     assert [i for i, _ in resampled(rows, 1)] == list(range(8))
     assert list(resampled(rows, 2)) == [
@@ -468,7 +468,7 @@ def test_errors():
         smc_sample(plan, prior, sde, OPERATOR, y, 0.0)
     with pytest.raises(ValueError, match="particles"):
         smc_sample(plan, prior, sde, OPERATOR, y, 0.1, particles=0)
-    for bad in (log_snr_plan(sde, 4, 0.0), log_snr_plan(sde, 4, options=PredictorOptions(2))):
+    for bad in (log_snr_plan(sde, 4, 0.0), log_snr_plan(sde, 4, predictor=Exponential(2))):
         with pytest.raises(ValueError, match="stochasticity 1"):
             smc_sample(bad, prior, sde, OPERATOR, y, 0.1)
 

@@ -105,6 +105,15 @@ def test_pure_noise_has_a_finite_estimate(sde, prediction_type):
     assert math.isfinite(float(skip)) and math.isfinite(float(out)) and float(out) != 0
 
 
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_the_noise_and_the_score_in_pure_noise_say_nothing_of_the_data(prediction_type):
+    parametrization, sde = get_parametrization(prediction_type, 0.5), RectifiedFlowSDE()
+    for times, signal in ((0.5, True), ([0.5, 0.999], True), (1.0, False), ([0.5, 1.0], False)):
+        alpha, sigma = sde.alpha(torch.tensor(times)), sde.sigma(torch.tensor(times))
+        known = signal or prediction_type not in ("epsilon", "score")
+        assert parametrization.determines_data(alpha, sigma) is known
+
+
 @pytest.mark.parametrize("prediction_type", ["eps", "velocity", "", None])
 def test_unknown_prediction_type(prediction_type):
     with pytest.raises(ValueError, match="prediction_type must be one of epsilon, sample, v_prediction"):

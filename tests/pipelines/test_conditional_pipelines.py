@@ -22,7 +22,7 @@ from diffusers_sde.pipelines import (
     RestorationSDEPipeline,
     runs,
 )
-from diffusers_sde.sampling.adaptive import sample_adaptive
+from diffusers_sde.sampling.adaptive import SDEOptions
 
 METHODS = ("replacement", "repaint", "mmps", "pigdm", "dps")
 
@@ -445,7 +445,7 @@ def test_posterior_by_the_adaptive_ode():
 @pytest.mark.parametrize("sampler", ["ode", "sde"])
 def test_adaptive_steps_that_do_not_end_say_what_to_do(monkeypatch, sampler):
     monkeypatch.setattr(ProbabilityFlow, "options", lambda flow, rtol, atol: ODEOptions(rtol, atol, max_calls=5))
-    monkeypatch.setattr(runs, "sample_adaptive", functools.partial(sample_adaptive, max_calls=5))
+    monkeypatch.setattr(runs, "SDEOptions", functools.partial(SDEOptions, max_calls=5))
     pipe = inpainter(cls=RestorationSDEPipeline)
     operator = Downsampling(2, pipe.sample_shape)
     with pytest.raises(RuntimeError, match="max_calls.*rtol=0.01 and atol=0.02, or the scheduler's own"):

@@ -23,6 +23,7 @@ from diffusers_sde import FlowSDEScheduler, SDEPipeline, SubVPSDEScheduler, VESD
 from diffusers_sde.flow.likelihood import log_prob
 from diffusers_sde.flow.solver import ODEOptions
 from diffusers_sde.flow.trace import TraceOptions
+from diffusers_sde.networks.parametrizations import Parametrization
 from diffusers_sde.pipelines import ProbabilityFlow
 
 
@@ -245,6 +246,23 @@ def test_a_latent_model_has_a_density_of_latents_only():
 def test_pipelines_that_do_not_fit_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         ProbabilityFlow(make())
+
+
+def test_a_parametrisation_of_the_users_own_is_asked_for_the_data():
+    """Half the noise, which determines the data only where there is a signal."""
+
+    class HalfNoise(Parametrization):
+        def coefficients(self, alpha, sigma):
+            return 1.0 / alpha, -2.0 * sigma / alpha
+
+    for scheduler, fits in ((VPSDEScheduler(), True), (FlowSDEScheduler(), False)):
+        scheduler.parametrization = HalfNoise()
+        pipe = pipeline(DDPMPipeline, scheduler)
+        if fits:
+            ProbabilityFlow(pipe)
+        else:
+            with pytest.raises(ValueError, match="HalfNoise.* does not determine the data at t = 1"):
+                ProbabilityFlow(pipe)
 
 
 def test_a_network_in_training_mode_with_dropout_is_refused():

@@ -15,8 +15,8 @@ import torch
 from analytic import push_gaussian
 
 from diffusers_sde import FlowSDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
-from diffusers_sde.sampling.plans import make_plan
-from diffusers_sde.sampling.predictors import PredictorOptions
+from diffusers_sde.sampling.exponential import Exponential
+from diffusers_sde.sampling.planning import make_plan
 
 STABLE_DIFFUSION = {
     "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -57,10 +57,10 @@ GRIDS = {
 }
 
 
-def spread(scheduler, times, c, stochasticity, options):
+def spread(scheduler, times, c, stochasticity, predictor):
     """Standard deviation of the samples over the true one, minus 1."""
     sde, start = scheduler.sde, times[0]
-    plan = make_plan(sde, times, stochasticity=stochasticity, options=options, final_time=end_of(scheduler))
+    plan = make_plan(sde, times, predictor, stochasticity=stochasticity, final_time=end_of(scheduler))
     variance = float(sde.alpha(start)) ** 2 * c**2 + float(sde.sigma(start)) ** 2
     return math.sqrt(push_gaussian(plan, sde, 0.0, c, 0.0, variance)[1]) / c - 1.0
 
@@ -71,10 +71,7 @@ def end_of(scheduler):
 
 
 def defaults(scheduler):
-    config = scheduler.config
-    return PredictorOptions(
-        config.solver_order, False, config.solver_type, config.solver_correction, config.gaussian_std
-    )
+    return Exponential.from_config(scheduler.config)
 
 
 @functools.cache
@@ -87,10 +84,10 @@ def table(noise):
             times = scheduler.level_times(n)
             for c in STDS:
                 eta = NOISES[noise]
-                peers = (PredictorOptions(1), PredictorOptions(2, solver_type="midpoint"))
+                peers = (Exponential(1), Exponential(2, solver_type="midpoint"))
                 result[name, n, c] = (
                     spread(scheduler, times, c, eta, defaults(scheduler)),
-                    *(spread(scheduler, times, c, 1.0 if eta is None else eta, options) for options in peers),
+                    *(spread(scheduler, times, c, 1.0 if eta is None else eta, peer) for peer in peers),
                 )
     return result
 
@@ -122,7 +119,7 @@ def test_the_table_would_see_the_classical_third_order():
     """The fault that this page guards against: order 3 on every interval, whatever its length."""
     scheduler = GRIDS["Stable Diffusion, leading"]()
     times = scheduler.level_times(20)
-    assert spread(scheduler, times, 0.5, None, PredictorOptions(3, False, "heun", True, 0.05)) > 0.5
+    assert spread(scheduler, times, 0.5, None, Exponential(3, "heun", True, 0.05)) > 0.5
     assert abs(spread(scheduler, times, 0.5, None, defaults(scheduler))) < 0.1
 
 
@@ -135,13 +132,13 @@ def test_predictor_corrector_is_no_worse_than_its_predictor_is_allowed_to_be(gri
         times = scheduler.level_times(n)
         for c in (0.2, 0.5, 1.0):
             plan = make_plan(
-                scheduler.sde, times, "exponential", corrector, snr=0.1, stochasticity=None,
-                options=defaults(scheduler), final_time=end_of(scheduler),
+                scheduler.sde, times, defaults(scheduler), corrector, snr=0.1, stochasticity=None,
+                final_time=end_of(scheduler),
             )  # fmt: skip
             sde, start = scheduler.sde, times[0]
             variance = float(sde.alpha(start)) ** 2 * c**2 + float(sde.sigma(start)) ** 2
             std = math.sqrt(push_gaussian(plan, sde, 0.0, c, 0.0, variance)[1]) / c
-            first = spread(scheduler, times, c, 1.0, PredictorOptions(1))
+            first = spread(scheduler, times, c, 1.0, Exponential(1))
             assert abs(std - 1.0) < max(0.3, abs(first)), (n, c, std)
 
 

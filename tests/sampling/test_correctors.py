@@ -8,7 +8,8 @@ from analytic import PointwiseGaussian, marginal_moments, push_gaussian, z_thres
 
 from diffusers_sde.basics.noise import standard_normal_like
 from diffusers_sde.sampling.correctors import CORRECTORS, get_corrector
-from diffusers_sde.sampling.plans import Plan, Row, advance, make_plan
+from diffusers_sde.sampling.planning import make_plan
+from diffusers_sde.sampling.rows import Plan, Row, advance
 from diffusers_sde.sdes import SDES, VESDE, VPSDE, DiscreteVPSDE, ddpm_betas
 
 INSTANCES = {name: cls() for name, cls in SDES.items()}
@@ -30,14 +31,14 @@ def test_langevin_is_the_papers_update(sde, snr):
     t, s = 0.6 * sde.t_max, 0.5 * sde.t_max
     x, x0_hat, z = torch.randn(3, 4, 2, 3, dtype=torch.float64)
     row = corrector_row(sde, "langevin", t, s, snr)
-    ours = advance(row, x, x0_hat, [], lambda: z)
+    ours = advance(row, x, x0_hat, [], lambda: z)[0]
     alpha_i = float(sde.alpha(t) / sde.alpha(s)) ** 2
     for i in range(4):
         score = (float(sde.alpha(t)) * x0_hat[i] - x[i]) / float(sde.sigma(t)) ** 2
         step = 2 * alpha_i * (snr * z[i].norm() / score.norm()) ** 2
         torch.testing.assert_close(ours[i], x[i] + step * score + (2 * step).sqrt() * z[i])
 
-    together = advance(row, x, x0_hat, [], lambda: z, batch_norms=True)
+    together = advance(row, x, x0_hat, [], lambda: z, batch_norms=True)[0]
     score = (float(sde.alpha(t)) * x0_hat - x) / float(sde.sigma(t)) ** 2
     noise_norm, score_norm = (v.flatten(1).norm(dim=1).mean() for v in (z, score))
     step = 2 * alpha_i * (snr * noise_norm / score_norm) ** 2
@@ -50,7 +51,7 @@ def test_annealed_langevin_is_the_official_update(sde):
     """step = 2 alpha (snr sigma_t)^2, x + step g + sqrt(2 step) z."""
     t, s, snr = 0.6 * sde.t_max, 0.5 * sde.t_max, 0.16
     x, x0_hat, z = torch.randn(3, 4, 2, 3, dtype=torch.float64)
-    ours = advance(corrector_row(sde, "annealed_langevin", t, s, snr), x, x0_hat, [], lambda: z)
+    ours = advance(corrector_row(sde, "annealed_langevin", t, s, snr), x, x0_hat, [], lambda: z)[0]
     sigma = float(sde.sigma(t))
     step = 2 * float(sde.alpha(t) / sde.alpha(s)) ** 2 * (snr * sigma) ** 2
     score = (float(sde.alpha(t)) * x0_hat - x) / sigma**2
@@ -80,7 +81,7 @@ def test_every_affine_corrector_leaves_p_t_invariant_to_second_order(sde, name):
     exact_mean, exact_variance = marginal_moments(sde, t, mean0, std0)
     changes = []
     for snr in (0.2, 0.1):
-        plan = Plan((corrector_row(sde, name, t, 0.98 * t, snr),), 1, 0)
+        plan = Plan.from_rows([corrector_row(sde, name, t, 0.98 * t, snr)])
         mean, variance = push_gaussian(plan, sde, mean0, std0, exact_mean, exact_variance)
         assert mean == pytest.approx(exact_mean, rel=1e-9, abs=1e-12)
         changes.append(variance / exact_variance - 1)
@@ -94,7 +95,7 @@ def test_every_affine_corrector_leaves_p_t_invariant_to_second_order(sde, name):
 def test_ornstein_uhlenbeck_is_exact_on_point_data_and_as_good_as_it_says(sde):
     """With w = 1 - exp(-2 snr^2) the variance changes by -w^2 sigma^2 alpha^2 c^2 / (alpha^2 c^2 + sigma^2)."""
     t, snr = 0.3 * sde.t_max, 0.4
-    plan = Plan((corrector_row(sde, "ornstein_uhlenbeck", t, 0.98 * t, snr),), 1, 0)
+    plan = Plan.from_rows([corrector_row(sde, "ornstein_uhlenbeck", t, 0.98 * t, snr)])
     alpha, sigma = float(sde.alpha(t)), float(sde.sigma(t))
     for c in (0.0, 0.6):
         mean, variance = marginal_moments(sde, t, 0.7, c)
@@ -119,7 +120,7 @@ def test_annealed_langevin_leaves_p_t_invariant_up_to_its_step(sde, fraction):
         step = 2 * float(sde.alpha(t) / sde.alpha(0.98 * t)) ** 2 * (snr * float(sde.sigma(t))) ** 2
         u = step / exact_variance
         count = min(int(60 / u) + 1, 3000)
-        plan = Plan((row,) * count, 1, 0)
+        plan = Plan.from_rows([row] * count)
         stationary = exact_variance / (1 - u / 2)
         mean, variance = push_gaussian(plan, sde, mean0, std0, exact_mean, stationary)
         assert mean == pytest.approx(exact_mean, rel=1e-9, abs=1e-12)
@@ -151,7 +152,7 @@ def test_langevin_leaves_p_t_invariant_up_to_its_step(sde, start):
     v, u = start * variance, row.langevin
     assert u == pytest.approx(2 * float(sde.alpha(t) / sde.alpha(0.98 * t)) ** 2 * snr**2)
     for _ in range(15):
-        x = advance(row, x, model.denoiser(sde)(x, t), [], lambda: standard_normal_like(x, generator))  # noqa: B023
+        x = advance(row, x, model.denoiser(sde)(x, t), [], lambda: standard_normal_like(x, generator))[0]  # noqa: B023
         v = v * (1 - u * variance / v) ** 2 + 2 * u * variance**2 / v
     standard_error, z = math.sqrt(2 / x.numel()), z_threshold(1e-6)
     measured = float((x - mean).square().mean())
@@ -169,7 +170,7 @@ def test_a_vanishing_score_moves_nothing(batch_norms):
     x = x0_hat * float(sde.alpha(t)) * 0  # the score of sample 0 vanishes where alpha x0_hat = x
     x0_hat = x0_hat * 0
     x0_hat[1] = 0.0 if batch_norms else 1.0
-    out = advance(row, x, x0_hat, [], lambda: torch.randn(2, 3, 4), batch_norms)
+    out = advance(row, x, x0_hat, [], lambda: torch.randn(2, 3, 4), batch_norms)[0]
     assert torch.isfinite(out).all() and torch.equal(out[0], x[0])
     assert batch_norms or not torch.equal(out[1], x[1])
 
@@ -180,7 +181,7 @@ def test_where_there_is_no_signal_the_corrector_rests():
     for name in ("langevin", "annealed_langevin"):
         plan = make_plan(sde, torch.tensor([1.0, 0.5], dtype=torch.float64), "ancestral", name)
         x, x0_hat = torch.randn(2, 2, 3)
-        torch.testing.assert_close(advance(plan.rows[0], x, x0_hat, [], lambda: torch.randn(2, 3)), x)
+        torch.testing.assert_close(advance(plan.rows[0], x, x0_hat, [], lambda: torch.randn(2, 3))[0], x)
 
 
 def test_one_dimensional_samples_have_norms():
@@ -188,7 +189,7 @@ def test_one_dimensional_samples_have_norms():
     row = Row(0.5, 0.5, -1.0, 0.0, langevin=0.02)
     x, z = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0])
     step = 0.02 * (z.abs() / x.abs()) ** 2
-    torch.testing.assert_close(advance(row, x, x, [], lambda: z), x - step * x + (2 * step).sqrt() * z)
+    torch.testing.assert_close(advance(row, x, x, [], lambda: z)[0], x - step * x + (2 * step).sqrt() * z)
 
 
 def test_unknown_corrector():

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from diffusers_sde.networks.parametrizations import get_parametrization
-from diffusers_sde.sampling.plans import advance, make_plan
-from diffusers_sde.sampling.predictors import PredictorOptions
+from diffusers_sde.sampling.classical import Ancestral
+from diffusers_sde.sampling.planning import make_plan
+from diffusers_sde.sampling.rows import advance
 from diffusers_sde.sdes import VESDE, VPSDE, DiscreteVPSDE, SubVPSDE
 
 GOLDEN = {
@@ -47,7 +48,7 @@ def updates(rows, samples, noise=True):
     draw = NOISE if noise else torch.zeros_like(NOISE)
     return torch.cat(
         [
-            advance(row, X[i, None], SCORE[i, None], [], lambda: draw[i, None])  # noqa: B023
+            advance(row, X[i, None], SCORE[i, None], [], lambda: draw[i, None])[0]  # noqa: B023
             for row, i in zip(rows, samples, strict=True)
         ]
     )
@@ -91,13 +92,18 @@ TABLE_PREDICTORS = {
 }
 
 
+def of_the_table(official):
+    """On DDPM's table the official ancestral noise is sqrt(beta): fixed_large in diffusers' words."""
+    ours, kwargs = TABLE_PREDICTORS[official]
+    return (Ancestral("fixed_large") if ours == "ancestral" else ours), kwargs
+
+
 @pytest.mark.parametrize("official", TABLE_PREDICTORS)
 def test_vp_predictors_on_ddpms_table(official):
-    """Entry i at t = (i + 1)/N. The official ancestral noise is sqrt(beta): fixed_large in diffusers' words."""
-    ours, kwargs = TABLE_PREDICTORS[official]
-    options = PredictorOptions(large_variance=True)
+    """Entry i at t = (i + 1)/N."""
+    ours, kwargs = of_the_table(official)
     pairs = [((i + 1) / N, i / N) for i in INDEX]
-    got = rows(TABLE, pairs, ours, options=options, denoise_final=False, **kwargs)
+    got = rows(TABLE, pairs, ours, denoise_final=False, **kwargs)
     close(updates(got, range(6)), f"vp/N1000/{official}/x")
     close(updates(got, range(6), noise=False), f"vp/N1000/{official}/x_mean")
 
@@ -144,11 +150,10 @@ def test_sub_vp_reverse_diffusion_is_euler_maruyama_there(suffix, eta):
 def test_the_continuous_vp_path_differs_from_the_table_by_its_beta(official):
     """On VPSDE the same step [i/N, (i + 1)/N] has 1 - exp(-int beta) for beta_i: beta_i/2 + 1/(2 i) relative, at most
     1.5 % here, and the update changes by that share of its length."""
-    ours, kwargs = TABLE_PREDICTORS[official]
+    ours, kwargs = of_the_table(official)
     samples = range(5)
     pairs = [((i + 1) / N, i / N) for i in INDEX[:-1]]
-    options = PredictorOptions(large_variance=True)
-    got = updates(rows(SDES["vp"], pairs, ours, options=options, denoise_final=False, **kwargs), samples)
+    got = updates(rows(SDES["vp"], pairs, ours, denoise_final=False, **kwargs), samples)
     theirs = GOLDEN[f"vp/N1000/{official}/x"][:5]
     length = (theirs - X[:5]).flatten(1).norm(dim=1)
     difference = (got - theirs).flatten(1).norm(dim=1)
@@ -181,7 +186,7 @@ def test_langevin_with_the_batch_mean_of_the_norms(name):
     """The official code for a batch. alpha_i is each sample's own (they have their own times), the norms are shared."""
     snr = float(GOLDEN[f"{name}/N1000/langevin/snr"])
     got = corrector_rows(name, "langevin", snr)
-    ours = [advance(row, X, SCORE, [], lambda: NOISE, batch_norms=True)[i] for i, row in enumerate(got)]
+    ours = [advance(row, X, SCORE, [], lambda: NOISE, batch_norms=True)[0][i] for i, row in enumerate(got)]
     close(torch.stack(ours), f"{name}/N1000/langevin_batch/x")
     assert not torch.allclose(torch.stack(ours), GOLDEN[f"{name}/N1000/langevin/x"], rtol=1e-3)
 

@@ -11,9 +11,10 @@ from states import start
 
 from diffusers_sde import FlowSDEScheduler, VPSDEScheduler
 from diffusers_sde.sampling.correctors import CORRECTORS
+from diffusers_sde.sampling.exponential import Exponential
 from diffusers_sde.sampling.loop import sample
-from diffusers_sde.sampling.plans import advance, make_plan, memorise
-from diffusers_sde.sampling.predictors import PREDICTORS, PredictorOptions
+from diffusers_sde.sampling.planning import make_plan
+from diffusers_sde.sampling.rows import advance
 from diffusers_sde.sdes import VPSDE, RectifiedFlowSDE
 
 every_sde = pytest.mark.parametrize("sde", INSTANCES.values(), ids=INSTANCES.keys())
@@ -21,8 +22,7 @@ every_sde = pytest.mark.parametrize("sde", INSTANCES.values(), ids=INSTANCES.key
 
 def order_of(sde, eta, **options):
     def make(times):
-        chosen = PredictorOptions(**options)
-        return make_plan(sde, times, "exponential", stochasticity=eta, options=chosen, denoise_final=False), eta
+        return make_plan(sde, times, Exponential(**options), stochasticity=eta, denoise_final=False), eta
 
     return measured_order(sde, make)
 
@@ -65,8 +65,7 @@ def test_the_correction_is_weakly_of_order_two(sde, eta):
 def test_data_of_the_gaussian_std_are_sampled_exactly_in_any_number_of_steps(sde, std, eta):
     start_time, end = interval(sde)
     times = torch.tensor([start_time, 0.5 * (start_time + end), end], dtype=torch.float64)
-    options = PredictorOptions(gaussian_std=std)
-    plan = make_plan(sde, times, "exponential", stochasticity=eta, options=options, denoise_final=False)
+    plan = make_plan(sde, times, Exponential(gaussian_std=std), stochasticity=eta, denoise_final=False)
     alpha, sigma = sde.alpha(times), sde.sigma(times)
     variance = alpha**2 * std**2 + sigma**2
     got_mean, got_variance = push_gaussian(plan, sde, MEAN0, std, float(alpha[0]) * MEAN0, float(variance[0]))
@@ -78,15 +77,15 @@ def test_a_large_gaussian_std_is_noise_prediction():
     """For eta = 0 and order 1, DDIM, both are the same; at order 2 the slope is that of the noise."""
     sde = RectifiedFlowSDE()
     times = torch.tensor([0.9, 0.6, 0.4], dtype=torch.float64)
-    plan = make_plan(sde, times, stochasticity=0.0, options=PredictorOptions(2, gaussian_std=1e4), denoise_final=False)
+    plan = make_plan(sde, times, Exponential(2, gaussian_std=1e4), stochasticity=0.0, denoise_final=False)
     eps = torch.tensor([0.3, 0.5], dtype=torch.float64)  # any two estimates of the noise
     x, memory = torch.tensor([1.3], dtype=torch.float64), []
     y = [float(x) / 0.1]  # x/alpha, dy = eps d(sigma/alpha); the polynomial is one in (sigma/alpha)^2
     rho = (sde.sigma(times) / sde.alpha(times)).tolist()
     for i, row in enumerate(plan.rows):
         d = (x - sde.sigma(row.t) * eps[i]) / sde.alpha(row.t)
-        kept = memorise(row, x, d)
-        x, memory = advance(row, x, d, memory, lambda: torch.zeros(0)), [kept]
+        x, kept = advance(row, x, d, memory, lambda: torch.zeros(0))
+        memory = [kept]
         slope = 0.0 if i == 0 else float(eps[1] / rho[1] - eps[0] / rho[0]) / (rho[1] ** 2 - rho[0] ** 2)
         # eps/rho is what is extrapolated: dy = (eps/rho) d(rho^2)/2.
         d2 = rho[i + 1] ** 2 - rho[i] ** 2
@@ -102,8 +101,8 @@ def test_every_option_is_finite_from_end_to_end(sde, eta, solver_order):
     for n in (1, 2, 3, 4, 12):
         times = torch.linspace(sde.t_max, 1e-5, n + 1, dtype=torch.float64)
         for gaussian_std in (0.0, 0.1, 10.0):
-            options = PredictorOptions(solver_order, False, "heun", True, gaussian_std)
-            plan = make_plan(sde, times, stochasticity=eta, options=options)
+            predictor = Exponential(solver_order, "heun", True, gaussian_std)
+            plan = make_plan(sde, times, predictor, stochasticity=eta)
             mean, variance = push_gaussian(plan, sde, MEAN0, STD0, 0.0, sde.prior_std**2)
             assert math.isfinite(mean) and math.isfinite(variance) and variance >= 0
 
@@ -169,27 +168,27 @@ def test_the_default_stochasticity_is_what_each_step_allows(scheduler_class, n):
 
 @pytest.mark.parametrize("gaussian_std", [0.0, 0.3])
 def test_each_interval_has_its_own_stochasticity(gaussian_std):
-    """Its coefficients are those of a run with that stochasticity; what is late is of the interval before."""
+    """Its coefficients are those of a run with that stochasticity; what completes a step is of the interval before."""
     times = torch.linspace(0.9, 0.1, 6, dtype=torch.float64)
-    options = PredictorOptions(3, False, "heun", True, gaussian_std)
+    predictor = Exponential(3, "heun", True, gaussian_std)
     etas = torch.tensor([0.0, 0.4, 1.0, 1.4, 0.7], dtype=torch.float64)
-    (mixed,) = PREDICTORS["exponential"].stages(VPSDE(), times, etas, options)
+    (mixed,) = predictor.stages(VPSDE(), times, etas)
     for i, eta in enumerate(etas.tolist()):
-        (alone,) = PREDICTORS["exponential"].stages(VPSDE(), times, eta, options)
+        (alone,) = predictor.stages(VPSDE(), times, eta)
         own = [(mixed.x, alone.x), (mixed.x0, alone.x0), (mixed.noise, alone.noise)]
         for a, b in own + list(zip(mixed.history, alone.history, strict=True)):
             torch.testing.assert_close(a[i], b[i], rtol=1e-12, atol=1e-14)
-        for a, b in zip(mixed.late, alone.late, strict=True):
+        for a, b in zip(mixed.completion, alone.completion, strict=True):
             torch.testing.assert_close(a[i + 1 : i + 2], b[i + 1 : i + 2], rtol=1e-12, atol=1e-14)
-    assert len(mixed.late) == 4 and all(bool(late[1:].abs().sum() > 0) for late in mixed.late)
+    assert len(mixed.completion) == 4 and all(bool(weights[1:].abs().sum() > 0) for weights in mixed.completion)
 
 
 # ---------------------------------------------------------------------- orders chosen by interval
 
 
 def rows_of(times, order, stochasticity=None, correction=True, gaussian_std=0.05, sde=None):
-    options = PredictorOptions(order, False, "heun", correction, gaussian_std)
-    return make_plan(sde or VPSDE(), times, stochasticity=stochasticity, options=options).rows
+    predictor = Exponential(order, "heun", correction, gaussian_std)
+    return make_plan(sde or VPSDE(), times, predictor, stochasticity=stochasticity).rows
 
 
 def lambda_grid(lengths, start=-3.0, sde=None):
@@ -263,9 +262,7 @@ def test_a_scheduler_remembers_what_its_plan_says(clip):
     for t in scheduler.timesteps:
         output = model(x, scheduler.sde_time(t.double()))
         x = scheduler.step(output, t, x, generator=generator).prev_sample
-    plan = make_plan(
-        scheduler.sde, scheduler._level_times, stochasticity=1.0, options=PredictorOptions(2, False, "heun", True, 0.2)
-    )
+    plan = make_plan(scheduler.sde, scheduler._level_times, Exponential(2, "heun", True, 0.2), stochasticity=1.0)
     limit = (lambda d: d.clamp(-0.8, 0.8)) if clip else (lambda d: d)
     expected = sample(plan, lambda x, t: limit(model(x, t)), start(torch.float64), torch.Generator().manual_seed(1))
     torch.testing.assert_close(x, limit(expected), rtol=1e-4, atol=1e-4)
@@ -280,11 +277,11 @@ def test_slopes_are_taken_along_the_path_and_not_across_the_corrector(corrector,
     times = torch.linspace(0.9, 0.1, n, dtype=torch.float64)
     data = GaussianMixture([0.5, 0.5], [[1.0, -1.0], [-1.0, 0.3]], [[0.3, 0.2], [0.1, 0.4]])
     denoise, x = data.denoiser(sde), torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    options = PredictorOptions(2, solver_correction=True, gaussian_std=gaussian_std)
-    plan = make_plan(sde, times, "exponential", corrector, correct_steps, snr, options=options)
+    predictor = Exponential(2, solver_correction=True, gaussian_std=gaussian_std)
+    plan = make_plan(sde, times, predictor, corrector, correct_steps, snr)
     got = sample(plan, denoise, x, torch.Generator().manual_seed(1))
 
-    (stage,) = PREDICTORS["exponential"].stages(sde, times, 1.0, options)
+    (stage,) = predictor.stages(sde, times, 1.0)
     generator = torch.Generator().manual_seed(1)
     noise = lambda: torch.randn(4, 2, dtype=torch.float64, generator=generator)  # noqa: E731
     ratio = gaussian_std**2 * sde.log_snr(times).exp()
@@ -302,7 +299,7 @@ def test_slopes_are_taken_along_the_path_and_not_across_the_corrector(corrector,
                 if after is not None:
                     differences.insert(0, before - after)
                     if c.langevin is None:
-                        late = [float(v[i]) for v in stage.late]
+                        late = [float(v[i]) for v in stage.completion]
                         base = x + late[0] * differences[0]
                         if len(differences) > 1:
                             base = base - late[2] * differences[1]
@@ -327,4 +324,4 @@ def test_slopes_are_taken_along_the_path_and_not_across_the_corrector(corrector,
 @pytest.mark.parametrize("name, value", [("solver_type", "rk4"), ("gaussian_std", -0.1), ("gaussian_std", math.nan)])
 def test_bad_options_are_named(name, value):
     with pytest.raises(ValueError, match=name):
-        PredictorOptions(**{name: value})
+        Exponential(**{name: value})

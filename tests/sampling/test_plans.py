@@ -1,7 +1,6 @@
 """Plans: their order of calls, folding, and that they are the paper's algorithms."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +10,11 @@ from paths import UserSDE
 from diffusers_sde.basics.noise import standard_normal_like
 from diffusers_sde.networks.parametrizations import PREDICTION_TYPES, get_parametrization
 from diffusers_sde.sampling.correctors import CORRECTORS
+from diffusers_sde.sampling.exponential import Exponential
 from diffusers_sde.sampling.loop import sample
-from diffusers_sde.sampling.plans import advance, make_plan
-from diffusers_sde.sampling.predictors import PREDICTORS, PredictorOptions
+from diffusers_sde.sampling.planning import make_plan
+from diffusers_sde.sampling.predictors import PREDICTORS
+from diffusers_sde.sampling.rows import advance
 from diffusers_sde.sdes import SDES, VESDE, VPSDE, CosineSDE, DiscreteVPSDE, RectifiedFlowSDE
 
 INSTANCES = {name: cls() for name, cls in SDES.items()} | {"user": UserSDE()}
@@ -29,7 +30,7 @@ def grid(sde, n=8):
 
 
 def plan_of(sde, predictor, corrector, correct_steps=1, times=None, **kwargs):
-    if PREDICTORS[predictor].deterministic:
+    if isinstance(predictor, str) and PREDICTORS[predictor].deterministic:
         kwargs["stochasticity"] = 0.0
     return make_plan(sde, grid(sde) if times is None else times, predictor, corrector, correct_steps, **kwargs)
 
@@ -109,7 +110,7 @@ def test_a_plan_is_its_loop(sde, predictor, corrector):
 
     generator, eta = torch.Generator().manual_seed(3), 0.0 if PREDICTORS[predictor].deterministic else 1.0
     noise = lambda: torch.randn(3, 4, dtype=torch.float64, generator=generator)  # noqa: E731
-    stages = PREDICTORS[predictor].stages(sde, times, eta, PredictorOptions())
+    stages = PREDICTORS[predictor]().stages(sde, times, eta)
     for i, t in enumerate(times.tolist()):
         s = times[i + 1] if i + 1 < len(times) else torch.tensor(math.nan, dtype=torch.float64)
         for _ in range(steps if corrector else 0):
@@ -127,7 +128,7 @@ def test_a_plan_is_its_loop(sde, predictor, corrector):
             break
         earlier = []
         for stage in stages:
-            at = float(s) if stage.at_target else t
+            at = t if stage.t is None else float(stage.t[i])
             d = model.denoise(x, sde.alpha(at), sde.sigma(at))
             x = float(stage.x[i]) * x + float(stage.x0[i]) * d
             for weight, e in zip(stage.history, earlier, strict=False):
@@ -159,8 +160,13 @@ def test_rows_levels_and_order(predictor, corrector, correct_steps, denoise_fina
         t, s = float(times[level]), float(times[level + 1])
         assert [row.is_corrector for row in rows] == [True] * corrections + [False] * calls
         assert all((row.t, row.s) == (t, t) for row in rows[:corrections])
-        assert all(row.s == s and row.t in (t, s) for row in rows[corrections:])
-        assert calls == 0 or rows[corrections].t == t
+        predictions = rows[corrections:]
+        assert [row.continues for row in predictions] == [False] + [True] * (calls - 1) if calls else not predictions
+        if calls:
+            # Each call is made where the one before has led, from the level's time to that of the next.
+            assert predictions[0].t == t and predictions[-1].s == s
+            assert [row.t for row in predictions[1:]] == [row.s for row in predictions[:-1]]
+            assert all(t >= row.t >= row.s >= s for row in predictions)
     last = plan.rows[-1]
     assert not last.is_corrector or predictor == "none"  # the final sample is never corrected
     if denoise_final:
@@ -176,7 +182,7 @@ def test_folding_changes_what_the_model_returns_and_nothing_else(predictor, corr
     if predictor == "none" and corrector is None:
         return
     sde, parametrization, model = VPSDE(), get_parametrization(prediction_type, 0.6), PointwiseGaussian()
-    plan = plan_of(sde, predictor, corrector, options=PredictorOptions(solver_order=3))
+    plan = plan_of(sde, Exponential(3) if predictor == "exponential" else predictor, corrector)
 
     def network(x, t):
         return parametrization.from_x0(model.denoiser(sde)(x, t), x, sde.alpha(t), sde.sigma(t))
@@ -186,7 +192,7 @@ def test_folding_changes_what_the_model_returns_and_nothing_else(predictor, corr
     folded = plan.fold(parametrization, sde)
     torch.testing.assert_close(sample(folded, network, x, torch.Generator().manual_seed(3)), expected)
     assert (folded.order, folded.memory, len(folded.rows)) == (plan.order, plan.memory, len(plan.rows))
-    half = plan.fold(parametrization, sde, predictors=False)
+    half = plan.fold(parametrization, sde, bounds_estimate=True)
     for before, after, full in zip(plan.rows, half.rows, folded.rows, strict=True):
         assert after.x == (full.x if before.is_corrector else before.x)
         assert (after.skip, after.out) == (full.skip, full.out)
@@ -211,7 +217,7 @@ def test_noise_is_drawn_only_where_a_row_has_some():
         x, memory = torch.randn(2, 3), []
         for row in plan.rows:
             memory = [x, *memory][:3]
-            x = advance(row, x, 0.5 * x, memory, draw)
+            x, _ = advance(row, x, 0.5 * x, memory, draw)
         assert len(draws) == expected == sum(row.draws_noise for row in plan.rows)
 
 
@@ -230,7 +236,7 @@ def test_final_time_ends_with_a_ddim_step():
     x, x0 = torch.randn(2, 3, 4, dtype=torch.float64)
     eps = (x - sde.alpha(last) * x0) / sde.sigma(last)
     expected = sde.alpha(final) * x0 + sde.sigma(final) * eps
-    torch.testing.assert_close(advance(plan.rows[-1], x, x0, [], lambda: torch.zeros(0)), expected)
+    torch.testing.assert_close(advance(plan.rows[-1], x, x0, [], lambda: torch.zeros(0))[0], expected)
     with pytest.raises(ValueError, match="final_time"):
         make_plan(sde, grid(sde), final_time=0.06)
 
@@ -292,4 +298,4 @@ def test_pure_noise_does_not_determine_the_data_from_its_noise(prediction_type):
 
 def test_rows_are_values():
     (row, *_), (same, *_) = (plan_of(VPSDE(), "ancestral", None).rows for _ in range(2))
-    assert row == same and replace(row, x=0.0) != row
+    assert row == same and row._replace(x=0.0) != row

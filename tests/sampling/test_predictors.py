@@ -5,7 +5,6 @@ of the reverse SDE, started off the marginal's mean so that the mean has somethi
 """
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,33 +12,31 @@ import torch
 from analytic import convergence_order, exact_reverse_gain, marginal_moments, push_gaussian
 from paths import INSTANCES, MEAN0, STD0, interval, measured_order
 
-from diffusers_sde.sampling.plans import make_plan
-from diffusers_sde.sampling.predictors import PREDICTORS, PredictorOptions, get_predictor
+from diffusers_sde.sampling.exponential import Exponential, Singlestep
+from diffusers_sde.sampling.planning import make_plan
+from diffusers_sde.sampling.predictors import PREDICTORS, get_predictor
+from diffusers_sde.sampling.rows import Plan
+from diffusers_sde.sampling.stages import ESTIMATE
 from diffusers_sde.sdes import SDES, VESDE, VPSDE, CosineSDE, DiscreteVPSDE, RectifiedFlowSDE, ddpm_betas
 
 every_sde = pytest.mark.parametrize("sde", INSTANCES.values(), ids=INSTANCES.keys())
 
-# A predictor that is not listed here is held to order 1.
-ORDERS = {"heun": 2}
-CASES = [
-    (name, eta, 1, ORDERS.get(name, 1))
-    for name, rule in PREDICTORS.items()
-    if rule.calls
-    for eta in ((0.0,) if rule.deterministic else (0.0, 0.5, 1.0))
-] + [("exponential", eta, 2, 2) for eta in (0.0, 0.5, 1.0)]
+RULES = [cls() for cls in PREDICTORS.values() if cls.calls] + [Exponential(2), Singlestep(0.3)]
+CASES = [(rule, eta) for rule in RULES for eta in ((0.0,) if rule.deterministic else (0.0, 0.5, 1.0))]
 
 
-@pytest.mark.parametrize("name, eta, solver_order, order", CASES)
+@pytest.mark.parametrize("predictor, eta", CASES, ids=str)
 @every_sde
-def test_convergence_order(sde, name, eta, solver_order, order):
+def test_convergence_order(sde, predictor, eta):
+    """The order that every predictor declares."""
+
     def make(times):
-        options = PredictorOptions(solver_order=solver_order)
-        plan = make_plan(sde, times, name, stochasticity=eta, options=options, denoise_final=False)
+        plan = make_plan(sde, times, predictor, stochasticity=eta, denoise_final=False)
         return plan, eta
 
     measured, error = measured_order(sde, make)
-    assert measured == pytest.approx(order, abs=0.1)
-    assert error < {1: 0.1, 2: 0.01}[order]
+    assert measured == pytest.approx(predictor.order, abs=0.1)
+    assert error < {1: 0.1, 2: 0.01}[predictor.order]
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5])
@@ -55,9 +52,8 @@ def test_exponential_reaches_order_three_from_an_exact_start(name, eta):
     errors, ns = [], [160, 320, 640]
     for n in ns:
         times = torch.linspace(start, end, n + 1, dtype=torch.float64)
-        options = PredictorOptions(solver_order=3)
-        plan = make_plan(sde, times, "exponential", stochasticity=eta, options=options, denoise_final=False)
-        plan = replace(plan, rows=plan.rows[2:])
+        plan = make_plan(sde, times, Exponential(3), stochasticity=eta, denoise_final=False)
+        plan = Plan.from_rows(plan.rows[2:])
         t0, t1, t2 = times[:3].tolist()
 
         def gain(t):  # of the denoiser
@@ -80,16 +76,15 @@ def test_a_wrong_coefficient_is_seen(slip):
     sde = VPSDE()
 
     def make(times):
-        options = PredictorOptions(solver_order=2)
-        plan = make_plan(sde, times, "exponential", stochasticity=1.0, options=options, denoise_final=False)
+        plan = make_plan(sde, times, Exponential(2), stochasticity=1.0, denoise_final=False)
         if slip == "history":
-            rows = [replace(row, history=tuple(1.02 * h for h in row.history)) for row in plan.rows]
+            rows = [row._replace(history=tuple(1.02 * h for h in row.history)) for row in plan.rows]
         elif slip == "noise":
             # sigma_t for sigma_s in the noise
-            rows = [replace(r, noise=r.noise * float(sde.sigma(r.t) / sde.sigma(r.s))) for r in plan.rows]
+            rows = [r._replace(noise=r.noise * float(sde.sigma(r.t) / sde.sigma(r.s))) for r in plan.rows]
         else:
-            rows = [replace(row, **{slip: getattr(row, slip) * (1 + 0.02 / len(plan.rows))}) for row in plan.rows]
-        return replace(plan, rows=tuple(rows)), 1.0
+            rows = [row._replace(**{slip: getattr(row, slip) * (1 + 0.02 / len(plan.rows))}) for row in plan.rows]
+        return Plan.from_rows(rows), 1.0
 
     measured, _ = measured_order(sde, make)
     assert measured < 1.5
@@ -100,7 +95,7 @@ def test_denoise_final_returns_the_estimate_of_the_last_time(sde):
     """Law of x0_hat at the last time: mean of the data, variance k^2 Var(x_t)."""
     start, end = interval(sde)
     times = torch.linspace(start, end, 400, dtype=torch.float64)
-    plan = make_plan(sde, times, "exponential", options=PredictorOptions(solver_order=2), denoise_final=True)
+    plan = make_plan(sde, times, Exponential(2), denoise_final=True)
     mean, variance = push_gaussian(plan, sde, MEAN0, STD0, *marginal_moments(sde, start, MEAN0, STD0))
     alpha, noisy = float(sde.alpha(end)), marginal_moments(sde, end, MEAN0, STD0)[1]
     assert mean == pytest.approx(MEAN0, rel=1e-3)
@@ -111,7 +106,7 @@ def test_denoise_final_returns_the_estimate_of_the_last_time(sde):
 
 
 def stages(name, sde, times, eta=1.0, **options):
-    return PREDICTORS[name].stages(sde, torch.as_tensor(times, dtype=torch.float64), eta, PredictorOptions(**options))
+    return PREDICTORS[name](**options).stages(sde, torch.as_tensor(times, dtype=torch.float64), eta)
 
 
 def grid(sde, n=9):
@@ -189,7 +184,7 @@ def test_multistep_starts_with_lower_orders():
     assert float(stage.x0[0]) == float(first.x0[0]) and float(stage.history[0][0]) == float(stage.history[1][0]) == 0
     assert float(stage.x0[1]) == pytest.approx(float(second.x0[1]))
     assert float(stage.history[0][1]) == pytest.approx(float(second.history[0][1])) and float(stage.history[1][1]) == 0
-    assert stage.remember and not first.remember
+    assert stage.keep == ESTIMATE and first.keep is None
 
 
 @every_sde
@@ -222,7 +217,7 @@ def test_ancestral_is_ddpm_on_its_own_table():
     before, now, beta = alpha_bar[:-1], alpha_bar[1:], betas[1:]
     sde, times = DiscreteVPSDE.from_betas(betas), torch.arange(40, 0, -1, dtype=torch.float64) / 40
     (small,) = stages("ancestral", sde, times)
-    (large,) = stages("ancestral", sde, times, large_variance=True)
+    (large,) = stages("ancestral", sde, times, variance_type="fixed_large")
     flip = lambda v: v.flip(0)  # noqa: E731 - the table runs the other way
     torch.testing.assert_close(flip(small.x), (1 - beta).sqrt() * (1 - before) / (1 - now), rtol=1e-9, atol=0)
     torch.testing.assert_close(flip(small.x0), before.sqrt() * beta / (1 - now), rtol=1e-9, atol=0)
@@ -257,7 +252,7 @@ def test_heun_is_karras_algorithm_1_on_ve():
         torch.testing.assert_close(x, euler)
         x = second.x[i] * x + second.x0[i] * denoise(x, sigma[i + 1]) + second.history[0][i] * at_t
         torch.testing.assert_close(x, expected)
-    assert second.at_target and first.remember and not first.at_target
+    assert torch.equal(second.t, times[1:]) and first.keep == ESTIMATE and first.t is None
 
 
 def test_flow_euler_is_ddim_and_heun_is_heun_on_the_velocity():
@@ -290,8 +285,9 @@ def test_a_start_from_pure_noise_is_finite(sde, name):
     """alpha(t_max) = 0: lambda = -infinity, and yet every coefficient is finite and the first step is exact."""
     times = torch.linspace(1.0, 0.01, 20, dtype=torch.float64)
     eta = 0.0 if PREDICTORS[name].deterministic else 1.0
-    for order in (1, 2, 3):
-        plan = make_plan(sde, times, name, stochasticity=eta, options=PredictorOptions(order), denoise_final=False)
+    rules = [PREDICTORS[name]()] + ([Exponential(order) for order in (2, 3)] if name == "exponential" else [])
+    for rule in rules:
+        plan = make_plan(sde, times, rule, stochasticity=eta, denoise_final=False)
         mean, variance = push_gaussian(plan, sde, MEAN0, STD0, 0.0, 1.0)
         assert math.isfinite(mean) and variance > 0
     if name in ("ancestral", "exponential"):
@@ -323,4 +319,4 @@ def test_unknown_predictor():
 @pytest.mark.parametrize("order", [0, 4, -1, "2", 1.5])
 def test_solver_order(order):
     with pytest.raises(ValueError, match=r"solver_order must be an integer in \[1, 3\]"):
-        PredictorOptions(solver_order=order)
+        Exponential(solver_order=order)

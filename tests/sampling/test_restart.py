@@ -5,12 +5,13 @@ import torch
 from analytic import push_gaussian
 from paths import INSTANCES, MEAN0, interval
 
-from diffusers_sde.sampling.plans import make_plan, restart_plan
-from diffusers_sde.sampling.predictors import PredictorOptions
+from diffusers_sde.sampling.exponential import Exponential
+from diffusers_sde.sampling.planning import make_plan
+from diffusers_sde.sampling.restart import restart_plan
 from diffusers_sde.sdes import VPSDE
 
 every_sde = pytest.mark.parametrize("sde", INSTANCES.values(), ids=INSTANCES.keys())
-OPTIONS = PredictorOptions(3, solver_correction=True, gaussian_std=0.6)
+PREDICTOR = Exponential(3, solver_correction=True, gaussian_std=0.6)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -19,7 +20,7 @@ def test_restarts_keep_the_marginals(sde, eta):
     """Steps that are exact for this Gaussian and an exact way up: the law at the end is exact."""
     first, last = interval(sde)
     times = torch.linspace(first, last, 7, dtype=torch.float64)
-    arguments = {"stochasticity": eta, "options": OPTIONS, "denoise_final": False}
+    arguments = {"stochasticity": eta, "predictor": PREDICTOR, "denoise_final": False}
     plan = restart_plan(sde, times, float(times[5]), float(times[2]), 3, **arguments)
     alpha, sigma = (v.tolist() for v in (sde.alpha(times), sde.sigma(times)))
     start = (alpha[0] * MEAN0, alpha[0] ** 2 * 0.36 + sigma[0] ** 2)
@@ -35,13 +36,13 @@ def test_restarts_keep_the_marginals(sde, eta):
 
 def test_a_restart_costs_its_levels_and_nothing_else():
     times = torch.linspace(0.9, 0.1, 9, dtype=torch.float64)
-    plan = restart_plan(VPSDE(), times, 0.3, 0.7, 2, options=OPTIONS, stochasticity=0.0)
+    plan = restart_plan(VPSDE(), times, 0.3, 0.7, 2, predictor=PREDICTOR, stochasticity=0.0)
     visited = [row.t for row in plan.rows]
     expected = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.7, 0.6, 0.5, 0.4, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
     assert visited == pytest.approx(expected)
     assert [i for i, row in enumerate(plan.rows) if row.noise] == [5, 9]
     assert plan.rows[6].history == () and len(plan.rows[7].history) == 1  # nothing from before the restart
-    assert restart_plan(VPSDE(), times, 0.3, 0.7, 0) == make_plan(VPSDE(), times)
+    assert restart_plan(VPSDE(), times, 0.3, 0.7, 0).rows == make_plan(VPSDE(), times).rows
 
 
 @pytest.mark.parametrize(

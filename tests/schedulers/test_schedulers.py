@@ -16,8 +16,8 @@ from paths import UserSDE
 from diffusers_sde.networks.parametrizations import PREDICTION_TYPES
 from diffusers_sde.sampling.correctors import CORRECTORS
 from diffusers_sde.sampling.loop import sample
-from diffusers_sde.sampling.plans import make_plan
-from diffusers_sde.sampling.predictors import PREDICTORS, PredictorOptions
+from diffusers_sde.sampling.planning import make_plan
+from diffusers_sde.sampling.predictors import PREDICTORS, get_predictor
 from diffusers_sde.sampling.time_grids import TIME_GRIDS, get_time_grid
 from diffusers_sde.schedulers import (
     FlowSDEScheduler,
@@ -128,7 +128,13 @@ def test_bit_for_bit_the_reference_loop(name, prediction_type):
         else:
             times = get_time_grid("uniform", sde, n, sde.t_max, scheduler.config.sampling_eps)
         plan = make_plan(
-            sde, times, predictor, corrector, 2, 0.1, scheduler.stochasticity, PredictorOptions(solver_order=order)
+            sde,
+            times,
+            get_predictor(predictor).from_config(scheduler.config),
+            corrector,
+            2,
+            0.1,
+            scheduler.stochasticity,
         ).fold(scheduler.parametrization, sde)
         t = torch.tensor([row.t for row in plan.rows], dtype=torch.float64)
         scales = scheduler.parametrization.input_scale(sde.alpha(t), sde.sigma(t)).tolist()
@@ -366,11 +372,9 @@ def test_sde_time_inverts_the_timesteps(name, conditioning):
 def plan_from(scheduler, times):
     """The reference loop over the given levels with this scheduler's options."""
     config = scheduler.config
-    options = PredictorOptions(config.solver_order)
+    predictor = get_predictor(config.predictor).from_config(config)
     eta = scheduler.stochasticity
-    plan = make_plan(
-        scheduler.sde, times, config.predictor, config.corrector, config.correct_steps, config.snr, eta, options
-    )
+    plan = make_plan(scheduler.sde, times, predictor, config.corrector, config.correct_steps, config.snr, eta)
     return plan.fold(scheduler.parametrization, scheduler.sde)
 
 

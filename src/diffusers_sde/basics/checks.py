@@ -92,9 +92,12 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_numbers(name: str, values: Any, at_least: int = 1) -> Tensor:
-    """A sequence of numbers as float64, shape (n,), on the CPU; ``at_least`` is the smallest n. Infinity passes."""
+    """A sequence of numbers as float64, shape (n,), on the CPU; ``at_least`` is the smallest n. Infinity passes.
+
+    The result of a tensor carries its gradients.
+    """
     try:
-        tensor = values.detach().cpu() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+        tensor = values.cpu() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
         fits = tensor.ndim == 1 and len(tensor) >= at_least and tensor.dtype != torch.bool and not tensor.is_complex()
     except (TypeError, ValueError):  # words, or rows of different lengths
         tensor, fits = torch.empty(0), False

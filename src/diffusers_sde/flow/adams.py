@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-ORDER = 5  # the predictor uses at most this many earlier points; 4 and 6 need no fewer calls for the same error
+HIGHEST_ORDER = 5  # most earlier points that a predictor uses; 4 and 6 need no fewer calls for the same error
 
 
 def adams_weights(nodes: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -27,15 +27,3 @@ def adams_weights(nodes: np.ndarray, count: np.ndarray) -> np.ndarray:
     table = np.where(used[:, :, None], table * used[:, None, :], np.eye(points)[None])
     moments = np.where(used, scale ** -power[None, :] / (power[None, :] + 1.0), 0.0)
     return np.linalg.solve(table, moments[:, :, None])[:, :, 0]
-
-
-def _best_order(sizes: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """The order, 1 .. count, that promises the longest next step.
-
-    High orders are best where the flow is smooth. A network's output is rough in time below some scale (a sinusoidal
-    embedding of 1000 t oscillates). There low orders are best, because high differences multiply the roughness.
-    """
-    orders = np.arange(1, sizes.shape[1] + 1)
-    usable = orders[None, :] <= np.maximum(count, 1)[:, None]
-    bounded = np.where(usable & np.isfinite(sizes), np.maximum(sizes, 1e-8), 1e30)
-    return orders[np.argmax(bounded ** (-1.0 / (orders[None, :] + 1.0)), 1)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..basics.checks import check_integer, check_number, check_state
 from ..networks.denoisers import Denoiser
-from ..sampling.solution import FlowSolution
+from ..sampling.solution import Solution
 from ..sdes import SDE
 from .solver import ODEOptions, integrate
 
@@ -24,10 +24,10 @@ def solve_flow(
     options: ODEOptions | None = None,
     conditioning: Mapping[str, Tensor] | None = None,
     progress: Callable[[int], object] | None = None,
-) -> FlowSolution:
+) -> Solution:
     """Carry samples along the probability-flow ODE from ``t_start`` to ``t_end``, in either direction.
 
-    dx/dt = f x - g^2/2 score (Song et al. 2021, eq. 13), integrated as this module's head says.
+    dx/dt = f x - g^2/2 score (Song et al. 2021, eq. 13), integrated in the variables of ``coordinates``.
 
     Args:
         denoiser: (x_t, t, **conditioning) -> x0_hat; it gets t of shape (B,), since every sample has its own time.
@@ -44,35 +44,39 @@ def solve_flow(
 
     Raises:
         ValueError: Bad arguments.
-        RuntimeError: The solver gives up; see ``integrate``.
+        SolverError: The solver gives up; see ``integrate``.
     """
     options = ODEOptions() if options is None else options
-    return integrate(denoiser, sde, x, t_start, t_end, options, None, conditioning, progress).solution
+    result = integrate(denoiser, sde, x, t_start, t_end, options=options, conditioning=conditioning, progress=progress)
+    return result.solution
 
 
 def sample_flow(
     denoiser: Denoiser,
     sde: SDE,
-    latents: Tensor,
+    x: Tensor,
     options: ODEOptions | None = None,
     t_min: float | None = None,
-    denoise_final: bool = False,
-    temperature: float = 1.0,
+    denoise_final: bool = True,
     conditioning: Mapping[str, Tensor] | None = None,
     progress: Callable[[int], object] | None = None,
-) -> FlowSolution:
-    """Samples by the probability-flow ODE from unit noise.
+) -> Solution:
+    """Sample by the probability-flow ODE with steps that each sample chooses by its own error.
+
+    It takes the same start as ``sample`` and as ``sample_adaptive``, a state drawn from the prior, and like them it
+    ends with x0_hat. ``sample`` executes a plan, in which all samples take the same steps; ``sample_adaptive`` has the
+    same arguments as this function and integrates the reverse SDE. ``decode`` starts from unit noise instead.
 
     Args:
-        denoiser: (x_t, t, **conditioning) -> x0_hat.
+        denoiser: (x_t of shape (B, ...), t of shape (B,), **conditioning) -> x0_hat. It is called on the samples that
+            are on their way.
         sde: The SDE.
-        latents: Unit noise, shape (B, ...); it is scaled to the prior here.
+        x: Start at t_max, drawn from the prior, shape (B, ...).
         options: Settings of the solver.
-        t_min: SDE time at which to stop; the SDE's own t_min if None.
-        denoise_final: Whether to return x0_hat at the end, for one more call (Tweedie's formula).
-        temperature: Factor on the latents. Below 1 the samples are more typical and less diverse (Song et al. 2021,
-            section 4.3).
-        conditioning: Arguments of the denoiser with one row per sample.
+        t_min: Last time; the SDE's own t_min if None.
+        denoise_final: Whether to end with x0_hat at ``t_min``, for one more call (Tweedie's formula), instead of the
+            state there.
+        conditioning: Arguments of the denoiser with one row per sample, such as ``class_labels``.
         progress: Called with the number of samples that have just arrived.
 
     Returns:
@@ -80,13 +84,11 @@ def sample_flow(
 
     Raises:
         ValueError: Bad arguments.
-        RuntimeError: The solver gives up; see ``integrate``.
+        SolverError: The solver gives up; see ``integrate``.
     """
-    temperature = check_number("temperature", temperature, above=0.0, at_most=1e6)
     options = ODEOptions() if options is None else options
     t_min = sde.t_min if t_min is None else t_min
-    start = check_state(latents, "latents") * (temperature * sde.prior_std)
-    solution = solve_flow(denoiser, sde, start, sde.t_max, t_min, options, conditioning, progress)
+    solution = solve_flow(denoiser, sde, x, sde.t_max, t_min, options, conditioning, progress)
     if not denoise_final:
         return solution
     x, parts = solution.sample, []
@@ -106,7 +108,7 @@ def encode(
     t_min: float | None = None,
     conditioning: Mapping[str, Tensor] | None = None,
     progress: Callable[[int], object] | None = None,
-) -> FlowSolution:
+) -> Solution:
     """The latent codes of data: the flow from the data to the prior, scaled to unit noise.
 
     The data are taken as the state at ``t_min``, as in Song et al. 2021, section 4.3. ``decode`` is the inverse.
@@ -125,7 +127,7 @@ def encode(
 
     Raises:
         ValueError: Bad arguments.
-        RuntimeError: The solver gives up; see ``integrate``.
+        SolverError: The solver gives up; see ``integrate``.
     """
     t_min = sde.t_min if t_min is None else t_min
     solution = solve_flow(denoiser, sde, x0, t_min, sde.t_max, options, conditioning, progress)
@@ -141,9 +143,48 @@ def decode(
     temperature: float = 1.0,
     conditioning: Mapping[str, Tensor] | None = None,
     progress: Callable[[int], object] | None = None,
-) -> FlowSolution:
-    """The data of latent codes, the inverse of ``encode``: ``sample_flow`` without a final denoising."""
-    return sample_flow(denoiser, sde, latents, options, t_min, False, temperature, conditioning, progress)
+) -> Solution:
+    """The data of latent codes, the inverse of ``encode``: the flow from the prior to the state at ``t_min``.
+
+    Args:
+        denoiser: (x_t, t, **conditioning) -> x0_hat.
+        sde: The SDE.
+        latents: Codes, which are unit noise, shape (B, ...).
+        options: Settings of the solver.
+        t_min: SDE time of the data; the SDE's own t_min if None.
+        temperature: See ``state_of_codes``.
+        conditioning: Arguments of the denoiser with one row per sample.
+        progress: Called with the number of samples that have just arrived.
+
+    Returns:
+        The data, and calls.
+
+    Raises:
+        ValueError: Bad arguments.
+        SolverError: The solver gives up; see ``integrate``.
+    """
+    t_min = sde.t_min if t_min is None else t_min
+    start = state_of_codes(sde, latents, temperature)
+    return solve_flow(denoiser, sde, start, sde.t_max, t_min, options, conditioning, progress)
+
+
+def state_of_codes(sde: SDE, latents: Tensor, temperature: float = 1.0) -> Tensor:
+    """The state at t_max of latent codes: the codes times the standard deviation of the prior.
+
+    Args:
+        sde: The SDE.
+        latents: Codes, which are unit noise, shape (B, ...).
+        temperature: Factor on the codes. Below 1 the samples are more typical and less diverse (Song et al. 2021,
+            section 4.3).
+
+    Returns:
+        The state, shape of ``latents``, float32 or float64.
+
+    Raises:
+        ValueError: ``latents`` are no batch of finite numbers, or ``temperature`` is not in (0, 1e6].
+    """
+    temperature = check_number("temperature", temperature, above=0.0, at_most=1e6)
+    return check_state(latents, "latents") * (temperature * sde.prior_std)
 
 
 def slerp(a: Tensor, b: Tensor, weights: Tensor | Sequence[float]) -> Tensor:
@@ -186,7 +227,7 @@ def interpolate(
     options: ODEOptions | None = None,
     t_min: float | None = None,
     progress: Callable[[int], object] | None = None,
-) -> FlowSolution:
+) -> Solution:
     """Interpolate data: encode both ends, interpolate the codes spherically, decode (Song et al. 2021, section 4.3).
 
     Args:
@@ -204,16 +245,16 @@ def interpolate(
 
     Raises:
         ValueError: Bad arguments.
-        RuntimeError: The solver gives up; see ``integrate``.
+        SolverError: The solver gives up; see ``integrate``.
     """
     num = check_integer("num", num, at_least=2)
     x_a, x_b = check_state(x_a, "x_a"), check_state(x_b, "x_b")
     if x_a.shape != x_b.shape:
         raise ValueError(f"x_a and x_b must have the same shape, got {tuple(x_a.shape)} and {tuple(x_b.shape)}.")
-    codes = encode(denoiser, sde, torch.cat([x_a, x_b]), options, t_min, None, progress).sample
+    codes = encode(denoiser, sde, torch.cat([x_a, x_b]), options, t_min, progress=progress).sample
     path = slerp(codes[: len(x_a)], codes[len(x_a) :], torch.linspace(0.0, 1.0, num, dtype=torch.float64))
-    solution = decode(denoiser, sde, path.flatten(0, 1), options, t_min, 1.0, None, progress)
+    solution = decode(denoiser, sde, path.flatten(0, 1), options, t_min, progress=progress)
     shape = (len(x_a), num)
-    return FlowSolution(
+    return Solution(
         solution.sample.reshape(*shape, *x_a.shape[1:]), solution.calls.reshape(shape), solution.rejected.reshape(shape)
     )

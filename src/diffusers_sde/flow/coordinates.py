@@ -1,4 +1,23 @@
-"""The variables in which the probability flow is integrated."""
+r"""The variables in which the probability flow is integrated.
+
+Every Gaussian path has a deterministic flow with its marginals (Song et al. 2021, eq. 13). It is integrated here in
+
+    z = (x - alpha m) / s,   s^2 = alpha^2 c^2 + sigma^2,      tau = asinh(c alpha / sigma),
+
+with m and c the mean and standard deviation of the data, in which it becomes, for every SDE alike,
+
+    dz / dtau = (x0_hat - m) / c - tanh(tau) z.
+
+z keeps unit variance along the whole path, and the linear part is exact: for Gaussian data with this mean and variance
+the right-hand side is zero. Where noise dominates, tau is proportional to alpha/sigma, so that alpha = 0 (rectified
+flow and cosine at t = 1) is an ordinary point. Where the data dominate, tau is half the log-SNR plus a constant, which
+spreads out the fine structure evenly. m and c need not be right, because they only decide how straight the flow is. The
+density follows from
+
+    d log p(z) / dtau = d tanh(tau) - (s / c) tr(d x0_hat / d x),
+
+where the d before tanh is the number of dimensions.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +34,15 @@ from ..sdes import SDE
 
 @dataclass(frozen=True)
 class FlowCoordinates:
-    """The map between (x, t) and (z, tau); see the head of this module. Times and scales are float64 on the host."""
+    """The map between (x, t) and (z, tau); see the head of this module. Times and scales are float64 on the host.
+
+    Args:
+        sde: The SDE.
+        t_low: Smallest time of the flow.
+        t_high: Largest time of the flow.
+        mean: m, the approximate mean of the data.
+        std: c, the approximate standard deviation of the data.
+    """
 
     sde: SDE
     t_low: float

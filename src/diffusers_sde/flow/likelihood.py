@@ -5,15 +5,7 @@ By the instantaneous change of variables (Song et al. 2021, section 4.3 and appe
     log p(x_0) = log prior(x_T) + int div(velocity) dt;
 
 ``coordinates`` writes the flow in variables whose linear part leaves the integral in closed form, and what remains is
-tr(d x0_hat / dx) along the path. There are three ways to get the trace, and all are unbiased:
-
-* ``exact`` takes one derivative per dimension. It is for small dimensions and for tests.
-* ``hutchinson`` takes v^T J v with probes v that are fixed for the whole solve (Skilling 1989; Hutchinson 1990;
-  Grathwohl et al. 2019), as in the paper. The errors at successive points have the same sign and add up.
-* ``resampled`` (the default) takes a fresh probe at every point. The errors at successive points are independent and
-  average out, which divides the scatter by about the square root of the number of points, at the same cost. Inside a
-  Runge-Kutta method fresh probes would destroy the error estimate; here the path, its error and its step sizes are
-  those of the state alone, and the trace is a quadrature along it.
+tr(d x0_hat / dx) along the path, which ``trace`` finds.
 """
 
 from __future__ import annotations
@@ -31,7 +23,7 @@ from ..networks.denoisers import Denoiser
 from ..sdes import SDE
 from .coordinates import FlowCoordinates
 from .solver import ODEOptions, integrate
-from .trace import TraceOptions, _Trace
+from .trace import TraceEstimator, TraceOptions
 
 
 @dataclass(frozen=True)
@@ -95,14 +87,24 @@ def log_prob(
 
     Raises:
         ValueError: Bad arguments.
-        RuntimeError: The solver gives up; see ``flow.integrate``.
+        SolverError: The solver gives up; see ``integrate``.
     """
     trace = TraceOptions() if trace is None else trace
     options = ODEOptions() if options is None else options
     t_min = sde.t_min if t_min is None else t_min
     x = check_state(x)
     generators = [] if trace.method == "exact" else sample_generators(x, generator, "probes")
-    result = integrate(denoiser, sde, x, t_min, sde.t_max, options, _Trace(trace, generators), conditioning, progress)
+    result = integrate(
+        denoiser,
+        sde,
+        x,
+        t_start=t_min,
+        t_end=sde.t_max,
+        options=options,
+        trace=TraceEstimator(trace, generators),
+        conditioning=conditioning,
+        progress=progress,
+    )
     coordinates = FlowCoordinates(sde, t_min, sde.t_max, options.data_mean, options.data_std)
     end = result.solution.sample
     scales = x[0].numel() * (coordinates.log_scale(sde.t_max) - coordinates.log_scale(t_min))

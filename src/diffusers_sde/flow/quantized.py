@@ -189,13 +189,12 @@ def bits_per_dim(
 
     Raises:
         ValueError: Bad arguments, such as images on the grid with ``dequantization="none"``.
-        RuntimeError: The solver gives up; see ``flow.integrate``.
+        SolverError: The solver gives up; see ``integrate``.
     """
     quantization = Quantization() if quantization is None else quantization
     value_range = check_pair(
         "value_range", (quantization.low, quantization.high) if value_range is None else value_range
     )
-    options = ODEOptions() if options is None else options
     t_min = sde.t_min if t_min is None else t_min
     check_choice("dequantization", dequantization, DEQUANTIZATIONS)
     importance_samples = check_integer("importance_samples", importance_samples, at_least=1)
@@ -207,32 +206,33 @@ def bits_per_dim(
     alpha, sigma = float(sde.alpha(t_min)), float(sde.sigma(t_min))
 
     if dequantization == "none":
-        x, log_q = _already_continuous(images, quantization, importance_samples), torch.zeros(count, 1).double()
-        log_q -= dims * math.log(width)
-        noise_generators = sample_generators(images, generator, "probes")
+        x = _already_continuous(images, quantization, importance_samples)
+        log_q = torch.full((count, 1), -dims * math.log(width), dtype=torch.float64)
+        generators = sample_generators(images, generator, "probes")
     else:
         levels = quantization.levels_of(images, value_range)
         centers = quantization.centers(levels).to(images.device)
-        noise_generators = sample_generators(levels.double(), generator, "dequantisation")
-        noise, densities = [], []
-        for row, source in zip(centers, noise_generators, strict=True):
-            shape = (importance_samples, *row.shape)
-            if dequantization == "uniform":
-                u = (torch.rand(shape, generator=source, dtype=torch.float64, device=source.device) - 0.5) * width
-                log_density = torch.full_like(u, -math.log(width))
-            else:
-                u, log_density = truncated_normal(shape, sigma / alpha, 0.5 * width, source)
-            noise.append(u.float())
-            densities.append(log_density.flatten(1).sum(1))
-        x = centers[:, None] + torch.stack(noise).to(centers.device)
-        x, log_q = x.flatten(0, 1), torch.stack(densities).cpu()
+        generators = sample_generators(levels.double(), generator, "dequantisation")
+        std = None if dequantization == "uniform" else sigma / alpha
+        noise, log_q = _noise_in_bins(centers, importance_samples, width, std, generators)
+        x = (centers[:, None] + noise).flatten(0, 1)
 
-    repeated = [source for source in noise_generators for _ in range(importance_samples)]
+    repeated = [source for source in generators for _ in range(importance_samples)]
     if importance_samples > 1:
         # The draws of one image run side by side, so each needs a generator of its own, whatever the order.
         repeated = [_child(source) for source in repeated]
     spread = {name: value.repeat_interleave(importance_samples, 0) for name, value in (conditioning or {}).items()}
-    result = log_prob(denoiser, sde, alpha * x, trace, options, t_min, spread, repeated, progress)
+    result = log_prob(
+        denoiser,
+        sde,
+        alpha * x,
+        trace=trace,
+        options=options,
+        t_min=t_min,
+        conditioning=spread,
+        generator=repeated,
+        progress=progress,
+    )
     shape = (count, importance_samples)
     log_weights = result.value.reshape(shape) + dims * math.log(alpha) - log_q
     value = torch.logsumexp(log_weights, 1) - math.log(importance_samples)
@@ -251,6 +251,35 @@ def bits_per_dim(
         dequantization=dequantization,
         importance_samples=importance_samples,
     )
+
+
+def _noise_in_bins(
+    centers: Tensor, draws: int, width: float, std: float | None, generators: Sequence[torch.Generator]
+) -> tuple[Tensor, Tensor]:
+    """Noise that fills the bins around ``centers``, and its log-density.
+
+    Args:
+        centers: Middles of the bins, shape (B, ...).
+        draws: K, the number of draws per image.
+        width: Width of a bin.
+        std: Standard deviation of truncated normal noise; None for uniform noise.
+        generators: One for each image.
+
+    Returns:
+        The noise, shape (B, K, ...), float32 on the device of ``centers``, and log q in nats of each draw, shape (B,
+        K), float64 on the host.
+    """
+    noise, densities = [], []
+    for row, source in zip(centers, generators, strict=True):
+        shape = (draws, *row.shape)
+        if std is None:
+            u = (torch.rand(shape, generator=source, dtype=torch.float64, device=source.device) - 0.5) * width
+            log_density = torch.full_like(u, -math.log(width))
+        else:
+            u, log_density = truncated_normal(shape, std, 0.5 * width, source)
+        noise.append(u.float())
+        densities.append(log_density.flatten(1).sum(1))
+    return torch.stack(noise).to(centers.device), torch.stack(densities).cpu()
 
 
 def _child(generator: torch.Generator) -> torch.Generator:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..basics.checks import check_integer, check_number
 from ..basics.noise import Generators, standard_normal_like
 from ..networks.denoisers import Denoiser
-from ..sampling.plans import Plan
+from ..sampling.rows import Plan, mean
 from ..sdes import SDE, expand_like
 from .common import bounded_path, check_chunk_size, check_scale, isotropic_variance
 from .operators import LinearOperator, check_noise_std
@@ -148,7 +148,7 @@ def smc_sample(
         offset = (row.model / row.noise) * shift
         ratio = -0.5 * ((z + offset).square() - z.square()).double().flatten(1).sum(1)
         log_weights = log_weights + ratio.reshape(problems, k)
-        x = row.x * x + row.model * (x0_hat + shift) + row.noise * z
+        x = mean(row, x, x0_hat + shift, ()) + row.noise * z
         previous = log_twist
     total = torch.logsumexp(log_weights, 1)
     log_weights = log_weights - total[:, None]

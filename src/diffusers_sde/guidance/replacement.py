@@ -11,7 +11,7 @@ from torch import Tensor
 from ..basics.checks import check_integer
 from ..basics.noise import Generators, standard_normal_like
 from ..networks.denoisers import Denoiser
-from ..sampling.plans import Plan, Row, advance, memorise
+from ..sampling.rows import Plan, Row, advance, estimate_of
 from ..sdes import SDE
 
 
@@ -72,7 +72,7 @@ def resampled(rows: Sequence[Row], resamplings: int, jump_length: int = 1) -> It
     """
     resamplings = check_integer("resamplings", resamplings, at_least=1)
     jump_length = check_integer("jump_length", jump_length, at_least=1)
-    if resamplings > 1 and any(row.history or row.remember for row in rows):
+    if resamplings > 1 and any(row.history or row.keep for row in rows):
         raise ValueError(
             "resampling needs a sampler without memory: set solver_order=1 and solver_correction=False, or another "
             "predictor."
@@ -81,7 +81,7 @@ def resampled(rows: Sequence[Row], resamplings: int, jump_length: int = 1) -> It
     # is the time it leads to; it does not begin that level.
     starts = [0]
     for i, row in enumerate(rows):
-        if row.t < rows[starts[-1]].t and (row.is_corrector or row.s != row.t):
+        if row.t < rows[starts[-1]].t and not row.continues:
             starts.append(i)
     # The last stretch, which ends with the data, is made once.
     for k in range(0, len(starts), jump_length):
@@ -128,10 +128,10 @@ def sample_inpainting(
     for i, back_to in resampled(plan.rows, resamplings, jump_length):
         row = plan.rows[i]
         output = denoiser(x, torch.tensor(row.t, dtype=torch.float64, device=x.device))
-        estimate = memorise(row, x, (x * row.skip).add_(output, alpha=row.out)) if row.remember else None
-        x = advance(row, x, output, memory, lambda: standard_normal_like(output, generator))  # noqa: B023
-        if estimate is not None:
-            memory = [estimate, *memory][: plan.memory]
+        estimate = estimate_of(row, x, output) if row.needs_estimate else None
+        x, kept = advance(row, x, output, memory, lambda: standard_normal_like(output, generator), estimate)  # noqa: B023
+        if kept is not None:
+            memory = [kept, *memory][: plan.memory]
         x = replacement(x, row.s)
         if back_to is not None and row.s is not None:
             x = renoise(replacement.sde, x, row.s, back_to, replacement.generator)

@@ -28,6 +28,13 @@ class Parametrization(ABC):
         """Factor on x_t before it enters the network; 1 unless the parametrisation preconditions its input."""
         return torch.ones_like(sigma)
 
+    def determines_data(self, alpha: Tensor, sigma: Tensor) -> bool:
+        """Whether the output gives x0_hat at all of these noise levels: whether the coefficients are finite there.
+
+        Where alpha = 0, the state is noise alone, and neither the noise nor the score in it says anything of the data.
+        """
+        return all(bool(torch.isfinite(c).all()) for c in self.coefficients(alpha, sigma))
+
     def to_x0(self, output: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """x0_hat from the network output, shape (B, ...); ``alpha`` and ``sigma`` of shape () or (B,)."""
         skip, out = (expand_like(c, x).to(x) for c in self.coefficients(alpha, sigma))

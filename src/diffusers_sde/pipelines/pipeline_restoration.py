@@ -23,8 +23,9 @@ from ..guidance.operators import (
 )
 from ..guidance.particles import smc_sample
 from ..guidance.posteriors import POSTERIOR_METHODS, posterior_denoiser
-from ..sampling.plans import Plan, make_plan
-from ..sampling.predictors import PredictorOptions
+from ..sampling.exponential import Exponential
+from ..sampling.planning import make_plan
+from ..sampling.rows import Plan
 from ..schedulers import SDEScheduler
 from .pipeline_sde import METHODS, SDEPipeline
 from .runs import (
@@ -203,4 +204,4 @@ class RestorationSDEPipeline(SDEPipeline):
 def _particle_plan(scheduler: SDEScheduler, num_inference_steps: int) -> Plan:
     """The reverse SDE by first-order exponential steps, on the scheduler's grid and ending with the data."""
     times = scheduler.level_times(num_inference_steps)
-    return make_plan(scheduler.sde, times, options=PredictorOptions(1, solver_correction=False))
+    return make_plan(scheduler.sde, times, Exponential(1))

@@ -241,7 +241,7 @@ class SDEPipeline(SharedPipeline):
             atol: Absolute tolerance, in standard deviations of the state.
         """
         flow = ProbabilityFlow(self)
-        return flow.encode(images, flow.options(rtol, atol), progress_bar=self._shows_progress).sample
+        return flow.encode(images, options=flow.options(rtol, atol), progress_bar=self._shows_progress).sample
 
     def decode(
         self,
@@ -254,9 +254,10 @@ class SDEPipeline(SharedPipeline):
         """Images of latent codes, the inverse of ``encode``; ``temperature`` below 1 gives typical images."""
         check_choice("output_type", output_type, OUTPUT_TYPES)
         flow = ProbabilityFlow(self)
-        options = flow.options(rtol, atol)
-        x = flow.decode(latents, options, temperature, progress_bar=self._shows_progress).sample
-        return self.postprocess(x, output_type)
+        solution = flow.decode(
+            latents, options=flow.options(rtol, atol), temperature=temperature, progress_bar=self._shows_progress
+        )
+        return self.postprocess(solution.sample, output_type)
 
     def interpolate(
         self, a: Any, b: Any, num: int = 8, rtol: float = 1e-3, atol: float = 1e-3, output_type: str = "pil"
@@ -268,8 +269,8 @@ class SDEPipeline(SharedPipeline):
         """
         check_choice("output_type", output_type, OUTPUT_TYPES)
         flow = ProbabilityFlow(self)
-        strips = flow.interpolate(a, b, num, flow.options(rtol, atol), self._shows_progress).sample
-        return [self.postprocess(strip, output_type) for strip in strips]
+        solution = flow.interpolate(a, b, num=num, options=flow.options(rtol, atol), progress_bar=self._shows_progress)
+        return [self.postprocess(strip, output_type) for strip in solution.sample]
 
     def log_prob(
         self,
@@ -280,11 +281,17 @@ class SDEPipeline(SharedPipeline):
         trace: str = "resampled",
         generator: Generators = None,
     ) -> LogProb:
-        """Log-density in nats of continuous data in the network's range; see ``ProbabilityFlow.log_prob``."""
+        """Log-density in nats of continuous data in the network's range; see ``ProbabilityFlow.log_prob``.
+
+        ``trace`` and ``num_probes`` are those of ``TraceOptions``.
+        """
         flow = ProbabilityFlow(self)
-        options = TraceOptions(trace, num_probes)
         return flow.log_prob(
-            x, options, flow.options(rtol, atol), generator=generator, progress_bar=self._shows_progress
+            x,
+            trace=TraceOptions(trace, num_probes),
+            options=flow.options(rtol, atol),
+            generator=generator,
+            progress_bar=self._shows_progress,
         )
 
     def bits_per_dim(
@@ -303,9 +310,9 @@ class SDEPipeline(SharedPipeline):
         flow = ProbabilityFlow(self)
         return flow.bits_per_dim(
             images,
-            value_range,
-            dequantization,
-            importance_samples,
+            value_range=value_range,
+            dequantization=dequantization,
+            importance_samples=importance_samples,
             trace=TraceOptions(trace, num_probes),
             options=flow.options(rtol, atol),
             generator=generator,

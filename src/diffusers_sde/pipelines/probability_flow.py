@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,15 +14,14 @@ from tqdm.auto import tqdm
 
 from ..basics.checks import check_integer, check_number, check_ordered, check_tensor
 from ..basics.noise import Generators
-from ..flow.codes import decode, encode, interpolate, sample_flow
+from ..flow.codes import decode, encode, interpolate, sample_flow, state_of_codes
 from ..flow.likelihood import LogProb, log_prob
 from ..flow.quantized import BitsPerDim, Quantization, bits_per_dim
 from ..flow.solver import ODEOptions
 from ..flow.trace import TraceOptions
 from ..networks.denoisers import Denoiser
-from ..networks.parametrizations import Epsilon, Score
 from ..sampling.editing import edit
-from ..sampling.solution import FlowSolution
+from ..sampling.solution import Solution
 from ..schedulers import SCHEDULERS, SDEScheduler
 from ..schedulers.conversion import config_of, fitting_class
 
@@ -33,9 +31,9 @@ logger = logging.get_logger(__name__)
 class ProbabilityFlow:
     """The normalising flow that a diffusers pipeline's network and scheduler define.
 
-    For pipelines of this package and for stock ones: ``DDPMPipeline``, ``DDIMPipeline``, ``LDMPipeline`` and whatever
+    It takes pipelines of this package and stock ones: ``DDPMPipeline``, ``DDIMPipeline``, ``LDMPipeline`` and whatever
     else has a ``unet`` or ``transformer`` that predicts one value per channel, and a scheduler whose config names an
-    SDE. The pipeline is not changed: a stock scheduler is converted, never replaced.
+    SDE. The pipeline is not changed: what its stock scheduler says is read into a new scheduler of this package.
 
     Args:
         pipe: The pipeline.
@@ -92,12 +90,13 @@ class ProbabilityFlow:
             if self.scheduler.conditioning.name == "discrete":
                 t_min = max(t_min, 1.0 / self.scheduler.conditioning.num_train_timesteps)
         self.t_min = check_number("t_min", t_min, above=0.0, below=self.sde.t_max)
-        if math.isinf(float(self.sde.log_snr(self.sde.t_max))) and isinstance(
-            self.scheduler.parametrization, (Epsilon, Score)
-        ):
+        alpha, sigma = self.sde.alpha(self.sde.t_max), self.sde.sigma(self.sde.t_max)
+        parametrization = self.scheduler.parametrization
+        if not parametrization.determines_data(alpha, sigma):
             raise ValueError(
-                f"prediction_type {self.scheduler.config.prediction_type!r} does not determine the data at t = "
-                f"{self.sde.t_max:g}, where this SDE has no signal left: its probability flow has no beginning."
+                f"prediction_type {self.scheduler.config.prediction_type!r} ({type(parametrization).__name__}) does "
+                f"not determine the data at t = {self.sde.t_max:g}, where this SDE has no signal left: its "
+                "probability flow has no beginning."
             )
         self.device = getattr(pipe, "_execution_device", getattr(pipe, "device", torch.device("cpu")))
 
@@ -143,7 +142,7 @@ class ProbabilityFlow:
         generator: Generators = None,
         progress_bar: bool = False,
     ) -> LogProb:
-        """Log-density in nats of continuous data in the network's range, or of latents; see ``likelihood.log_prob``.
+        """Log-density in nats of continuous data in the network's range, or of latents; see ``flow.log_prob``.
 
         Args:
             x: Floating-point tensor, shape (B, C, H, W). For a latent model these are latents, scaled as the network
@@ -159,7 +158,7 @@ class ProbabilityFlow:
 
         Raises:
             ValueError: Bad arguments.
-            RuntimeError: The solver gives up.
+            SolverError: The solver gives up.
         """
         x = self._state(x, "x")
         with Progress(progress_bar, len(x), "log-density") as progress:
@@ -167,12 +166,12 @@ class ProbabilityFlow:
                 self.denoiser,
                 self.sde,
                 x,
-                trace,
-                self._or_default(options),
-                self.t_min,
-                self._conditioning(conditioning),
-                generator,
-                progress,
+                trace=trace,
+                options=self._or_default(options),
+                t_min=self.t_min,
+                conditioning=self._conditioning(conditioning),
+                generator=generator,
+                progress=progress,
             )
 
     def bits_per_dim(
@@ -189,7 +188,7 @@ class ProbabilityFlow:
         generator: Generators = None,
         progress_bar: bool = False,
     ) -> BitsPerDim:
-        """Bits per dimension of images; see ``likelihood.bits_per_dim``.
+        """Bits per dimension of images; see ``flow.bits_per_dim``.
 
         Args:
             images: PIL images; uint8 arrays (B, H, W, C) or (B, H, W); integer tensors (B, C, H, W); or
@@ -210,7 +209,7 @@ class ProbabilityFlow:
 
         Raises:
             ValueError: Bad arguments, or a latent model.
-            RuntimeError: The solver gives up.
+            SolverError: The solver gives up.
         """
         if self.is_latent:
             raise ValueError(
@@ -225,16 +224,16 @@ class ProbabilityFlow:
                 self.denoiser,
                 self.sde,
                 images,
-                quantization,
-                value_range,
-                dequantization,
-                importance_samples,
-                trace,
-                self._or_default(options),
-                self.t_min,
-                self._conditioning(conditioning),
-                generator,
-                progress,
+                quantization=quantization,
+                value_range=value_range,
+                dequantization=dequantization,
+                importance_samples=importance_samples,
+                trace=trace,
+                options=self._or_default(options),
+                t_min=self.t_min,
+                conditioning=self._conditioning(conditioning),
+                generator=generator,
+                progress=progress,
             )
 
     # ------------------------------------------------------------------ codes
@@ -245,7 +244,7 @@ class ProbabilityFlow:
         options: ODEOptions | None = None,
         conditioning: Mapping[str, Tensor] | None = None,
         progress_bar: bool = False,
-    ) -> FlowSolution:
+    ) -> Solution:
         """Latent codes of images or latents, unit noise of shape (B, C, H, W); see ``flow.encode``."""
         x = self._state(x)
         with Progress(progress_bar, len(x), "encode") as progress:
@@ -253,10 +252,10 @@ class ProbabilityFlow:
                 self.denoiser,
                 self.sde,
                 x,
-                self._or_default(options),
-                self.t_min,
-                self._conditioning(conditioning),
-                progress,
+                options=self._or_default(options),
+                t_min=self.t_min,
+                conditioning=self._conditioning(conditioning),
+                progress=progress,
             )
 
     def decode(
@@ -266,7 +265,7 @@ class ProbabilityFlow:
         temperature: float = 1.0,
         conditioning: Mapping[str, Tensor] | None = None,
         progress_bar: bool = False,
-    ) -> FlowSolution:
+    ) -> Solution:
         """Data of latent codes, in the network's range; see ``flow.decode``."""
         latents = self._shaped(latents, "latents")
         with Progress(progress_bar, len(latents), "decode") as progress:
@@ -274,11 +273,11 @@ class ProbabilityFlow:
                 self.denoiser,
                 self.sde,
                 latents.to(self.device),
-                self._or_default(options),
-                self.t_min,
-                temperature,
-                self._conditioning(conditioning),
-                progress,
+                options=self._or_default(options),
+                t_min=self.t_min,
+                temperature=temperature,
+                conditioning=self._conditioning(conditioning),
+                progress=progress,
             )
 
     def sample(
@@ -290,10 +289,11 @@ class ProbabilityFlow:
         temperature: float = 1.0,
         conditioning: Mapping[str, Tensor] | None = None,
         progress_bar: bool = False,
-    ) -> FlowSolution:
+    ) -> Solution:
         """Samples from unit noise by the adaptive solver; see ``flow.sample_flow``.
 
-        Stops at the scheduler's ``sampling_eps`` unless ``t_min`` is given.
+        The flow stops at the scheduler's ``sampling_eps`` unless ``t_min`` is given. ``temperature`` is a factor on the
+        latents, below 1 for samples that are more typical and less diverse.
         """
         t_min = max(float(self.scheduler.config.sampling_eps), self.t_min) if t_min is None else t_min
         latents = self._shaped(latents, "latents")
@@ -301,23 +301,31 @@ class ProbabilityFlow:
             return sample_flow(
                 self.denoiser,
                 self.sde,
-                latents.to(self.device),
-                self._or_default(options),
-                t_min,
-                denoise_final,
-                temperature,
-                self._conditioning(conditioning),
-                progress,
+                state_of_codes(self.sde, latents.to(self.device), temperature),
+                options=self._or_default(options),
+                t_min=t_min,
+                denoise_final=denoise_final,
+                conditioning=self._conditioning(conditioning),
+                progress=progress,
             )
 
     def interpolate(
         self, a: Any, b: Any, num: int = 8, options: ODEOptions | None = None, progress_bar: bool = False
-    ) -> FlowSolution:
+    ) -> Solution:
         """Between images or latents ``a`` and ``b``, shape (B, num, C, H, W); see ``flow.interpolate``."""
         num = check_integer("num", num, at_least=2)
         a, b = self._state(a, "a"), self._state(b, "b")
         with Progress(progress_bar, len(a) * (2 + num), "interpolate") as progress:
-            return interpolate(self.denoiser, self.sde, a, b, num, self._or_default(options), self.t_min, progress)
+            return interpolate(
+                self.denoiser,
+                self.sde,
+                a,
+                b,
+                num=num,
+                options=self._or_default(options),
+                t_min=self.t_min,
+                progress=progress,
+            )
 
     def edit(
         self,
@@ -326,10 +334,18 @@ class ProbabilityFlow:
         num_steps: int = 50,
         generator: Generators = None,
     ) -> Tensor:
-        """Variations of images or latents by the reverse SDE; see ``flow.edit``."""
+        """Variations of images or latents by the reverse SDE; see ``sampling.edit``."""
         t_min = max(float(self.scheduler.config.sampling_eps), self.t_min)
         with torch.no_grad():
-            return edit(self.denoiser, self.sde, self._state(x), strength, num_steps, t_min, generator)
+            return edit(
+                self.denoiser,
+                self.sde,
+                self._state(x),
+                strength=strength,
+                num_steps=num_steps,
+                t_min=t_min,
+                generator=generator,
+            )
 
     # ------------------------------------------------------------------ inputs
 
@@ -346,7 +362,7 @@ class ProbabilityFlow:
         return x
 
     def _state(self, x: Any, name: str = "images") -> Tensor:
-        """Data in the network's range on its device: integer images are scaled, floating-point data are left alone."""
+        """Data in the network's range on its device. Integer images are scaled, floating-point data are left alone."""
         x = self._shaped(as_tensor(x, name), name).to(self.device)
         if x.is_floating_point():
             self._warn_about_range(x, name)
@@ -357,7 +373,7 @@ class ProbabilityFlow:
         return quantization.centers(quantization.levels_of(x, (0.0, 1.0)))
 
     def _warn_about_range(self, x: Tensor, name: str) -> None:
-        """Say so where data are as far from the network's range as bytes are."""
+        """Warn where data are as far from the network's range as bytes are."""
         low, high, width = float(x.min()), float(x.max()), self.data_max - self.data_min
         if not self.is_latent and (low < self.data_min - 4.0 * width or high > self.data_max + 4.0 * width):
             logger.warning(
@@ -409,7 +425,7 @@ def as_tensor(images: Any, name: str = "images") -> Tensor:
 
 
 def _check_deterministic(network: Any) -> None:
-    """A flow needs a function: dropout and batch norm in training mode are not one."""
+    """Refuse dropout and batch norm in training mode, with which the network is not a function of its input."""
     if not isinstance(network, torch.nn.Module):
         return
     random = (torch.nn.modules.dropout._DropoutNd, torch.nn.modules.batchnorm._BatchNorm)

@@ -14,7 +14,7 @@ from ..basics.checks import check_choice, check_generators, check_tensor
 from ..basics.noise import Generators
 from ..guidance.replacement import Replacement, renoise, resampled
 from ..networks.denoisers import Denoiser, call_network
-from ..sampling.adaptive import sample_adaptive
+from ..sampling.adaptive import SDEOptions, sample_adaptive
 from ..sampling.solution import SolverError
 from ..schedulers import SDEScheduler
 from ..schedulers.conversion import config_of, fitting_class
@@ -195,21 +195,25 @@ def execute_adaptive(
     latents, config = latents.to(device=pipe._execution_device, dtype=torch.float32), flow.scheduler.config
     try:
         if method == "ode":
-            options, end = flow.options(rtol, atol), config.denoise_final
-            solution = flow.sample(latents, options, end, conditioning=conditioning, progress_bar=pipe._shows_progress)
+            solution = flow.sample(
+                latents,
+                options=flow.options(rtol, atol),
+                denoise_final=config.denoise_final,
+                conditioning=conditioning,
+                progress_bar=pipe._shows_progress,
+            )
         else:
             with Progress(pipe._shows_progress, len(latents), "reverse SDE") as progress:
+                stochasticity = 1.0 if config.stochasticity is None else config.stochasticity
                 solution = sample_adaptive(
-                    flow.sde,
                     flow.denoiser,
+                    flow.sde,
                     latents * flow.sde.prior_std,
-                    rtol,
-                    atol,
-                    generator,
-                    1.0 if config.stochasticity is None else config.stochasticity,
-                    flow.scheduler.last_time(),
-                    config.denoise_final,
+                    SDEOptions(rtol, atol, stochasticity=stochasticity),
+                    t_min=flow.scheduler.last_time(),
+                    denoise_final=config.denoise_final,
                     conditioning=conditioning,
+                    generator=generator,
                     progress=progress,
                 )
     except SolverError as error:

@@ -1,25 +1,43 @@
 """Samplers: time grids, predictors, correctors, and the plans that they make."""
 
-from .adaptive import sample_adaptive
+from .adaptive import SDEOptions, sample_adaptive
+from .classical import Ancestral, EulerMaruyama, Heun, NoPredictor, ReverseDiffusion
 from .correctors import CORRECTORS
 from .editing import edit
+from .exponential import Exponential, Singlestep
 from .loop import sample
-from .plans import Plan, Row, make_plan, restart_plan
+from .planning import make_plan
 from .predictors import PREDICTORS
-from .solution import FlowSolution, SolverError
+from .restart import restart_plan
+from .rows import Form, Plan, Row, advance, mean
+from .solution import Solution, SolverError
+from .stages import Predictor, Stage
 from .time_grids import TIME_GRIDS, get_time_grid
 
 __all__ = [
     "CORRECTORS",
     "PREDICTORS",
     "TIME_GRIDS",
-    "FlowSolution",
+    "Ancestral",
+    "EulerMaruyama",
+    "Exponential",
+    "Form",
+    "Heun",
+    "NoPredictor",
     "Plan",
+    "Predictor",
+    "ReverseDiffusion",
     "Row",
+    "SDEOptions",
+    "Singlestep",
+    "Solution",
     "SolverError",
+    "Stage",
+    "advance",
     "edit",
     "get_time_grid",
     "make_plan",
+    "mean",
     "restart_plan",
     "sample",
     "sample_adaptive",

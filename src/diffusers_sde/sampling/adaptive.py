@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,17 +33,19 @@ from ..basics.checks import (
 from ..basics.noise import Generators, standard_normal_like
 from ..networks.denoisers import Denoiser
 from ..sdes import SDE, expand_like
-from .solution import FlowSolution, SolverError
+from .exponential import kernel_moment
+from .solution import Solution, SolverError
 from .time_grids import MIN_LOG_SNR
 
-MAX_STEP = 1.0  # in lambda; a rise of x0_hat is about two wide, and a longer step may jump over it unseen
+LONGEST_LAMBDA_STEP = 1.0  # a rise of x0_hat is about two wide, and a longer step may jump over it unseen
 
 
 class _BrownianPath:
     """Increments of Brownian motion from the current point of each sample, with known points in its future.
 
-    Known points form a stack, the nearest on top: a step may end on the top or before it, in which case a bridge to
-    it is drawn and pushed; where there is none, a fresh increment. Accepting a step moves the current point.
+    Known points form a stack, with the nearest on top. A step may end on the top. If it ends before the top, a point of
+    the bridge to the top is drawn and pushed; if there is no known point, a fresh increment is drawn and pushed.
+    Accepting a step moves the current point.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
@@ -92,60 +95,90 @@ class _BrownianPath:
         self.value = [value - shift for value in self.value]
 
 
-@torch.no_grad()
-def sample_adaptive(
-    sde: SDE,
-    denoiser: Denoiser,
-    x: Tensor,
-    rtol: float = 0.02,
-    atol: float = 0.01,
-    generator: Generators = None,
-    stochasticity: float = 1.0,
-    t_end: float | None = None,
-    denoise_final: bool = True,
-    max_calls: int = 10_000,
-    conditioning: Mapping[str, Tensor] | None = None,
-    progress: Callable[[int], object] | None = None,
-) -> FlowSolution:
-    """Sample the reverse SDE with steps that each sample chooses by its own error.
+@dataclass(frozen=True)
+class SDEOptions:
+    """Settings of ``sample_adaptive``.
 
-    One call a step: x0_hat is extrapolated in lambda from the last two estimates, evaluated at the point reached, and
-    the step redone with it (the solver of ``exponential`` with ``solver_order=2, solver_correction=True``, weakly of
-    order two). The change that this makes, an error in the data, is to have a root mean square of at most 1 in units of
-    atol + rtol |x0_hat|. (Relative to the state it would not say anything: that is nearly all noise.) After
-    Jolicoeur-Martineau et al. 2021 (arXiv:2105.14080), whose solver takes two calls a step and draws new noise after
-    a rejection, and Rackauckas & Nie 2017 (Discrete Contin. Dyn. Syst. B 22), for the path.
+    A step is accepted when the root mean square over a sample's entries of error / (atol + rtol |x0_hat|) is at most 1,
+    where the error is one of the data.
 
     Args:
-        sde: The SDE.
-        denoiser: (x_t of shape (B, ...), t of shape (B,), **conditioning) -> x0_hat. It is called on the samples
-            that are not finished.
-        x: Start at t_max, drawn from the prior, shape (B, ...).
         rtol: Relative tolerance.
         atol: Absolute tolerance, in units of the data.
+        max_calls: Network calls per sample after which the sampler gives up.
+        stochasticity: 1 for the reverse SDE, 0 for the probability-flow ODE; every value has the same marginals.
+    """
+
+    rtol: float = 0.02
+    atol: float = 0.01
+    max_calls: int = 10_000
+    stochasticity: float = 1.0
+
+    def __post_init__(self) -> None:
+        rtol, atol = check_tolerances(self.rtol, self.atol)
+        object.__setattr__(self, "rtol", rtol)
+        object.__setattr__(self, "atol", atol)
+        object.__setattr__(self, "max_calls", check_integer("max_calls", self.max_calls, at_least=1))
+        stochasticity = check_number("stochasticity", self.stochasticity, at_least=0.0)
+        object.__setattr__(self, "stochasticity", stochasticity)
+
+
+@torch.no_grad()
+def sample_adaptive(
+    denoiser: Denoiser,
+    sde: SDE,
+    x: Tensor,
+    options: SDEOptions | None = None,
+    t_min: float | None = None,
+    denoise_final: bool = True,
+    conditioning: Mapping[str, Tensor] | None = None,
+    generator: Generators = None,
+    progress: Callable[[int], object] | None = None,
+) -> Solution:
+    """Sample the reverse SDE with steps that each sample chooses by its own error.
+
+    It takes the same start as ``sample`` and ends with x0_hat like it. ``sample`` executes a plan, in which all samples
+    take the same steps. ``flow.sample_flow`` has the same arguments as this function, the generator left out, and
+    integrates the probability-flow ODE.
+
+    A step costs one call. x0_hat is extrapolated in lambda from the last two estimates, it is evaluated at the point
+    reached, and the step is done again with this value. (This is the solver of ``exponential`` with ``solver_order=2,
+    solver_correction=True``; it is weakly of order two.) The error is the change that the second version makes. It is
+    measured against x0_hat, since the state is nearly all noise. The judgement of each sample by its own error follows
+    Jolicoeur-Martineau et al. 2021 (arXiv:2105.14080), whose solver takes two calls a step and draws new noise after a
+    rejection; the Brownian path follows Rackauckas & Nie 2017 (Discrete Contin. Dyn. Syst. B 22).
+
+    Args:
+        denoiser: (x_t of shape (B, ...), t of shape (B,), **conditioning) -> x0_hat. It is called on the samples
+            that are on their way.
+        sde: The SDE.
+        x: Start at t_max, drawn from the prior, shape (B, ...).
+        options: Tolerances, limit of calls and stochasticity.
+        t_min: Last time; the SDE's own t_min if None.
+        denoise_final: Whether to end with x0_hat at ``t_min`` (Tweedie's formula) instead of the state there. The last
+            step has evaluated it already.
+        conditioning: Arguments of the denoiser with one row per sample, such as ``class_labels``.
         generator: One generator, or a list with one for each sample, with which a sample depends on nothing but its
             own.
-        stochasticity: 1 for the reverse SDE, 0 for the probability-flow ODE, and others.
-        t_end: Last time, the SDE's ``t_min`` if None.
-        denoise_final: End with x0_hat at ``t_end``.
-        max_calls: Limit of calls for one sample.
-        conditioning: Arguments of the denoiser with one row per sample, such as ``class_labels``.
         progress: Called with the number of samples that have just arrived.
 
+    Returns:
+        Samples and calls.
+
     Raises:
-        ValueError: A tolerance without meaning, another argument out of range, or a start that is not finite.
-        SolverError: An estimate is not finite, the step size vanishes, or a sample is not finished after ``max_calls``.
+        ValueError: An argument is out of range, or a start is not finite.
+        SolverError: An estimate is not finite, the step size vanishes, or a sample is not finished after
+            ``options.max_calls`` calls.
     """
-    rtol, atol = check_tolerances(rtol, atol)
-    stochasticity = check_number("stochasticity", stochasticity, at_least=0.0)
-    t_end = check_number("t_end", sde.t_min if t_end is None else t_end, above=0.0, below=sde.t_max)
-    max_calls = check_integer("max_calls", max_calls, at_least=1)
+    options = SDEOptions() if options is None else options
+    rtol, atol, max_calls, stochasticity = options.rtol, options.atol, options.max_calls, options.stochasticity
+    t_min = check_number("t_min", sde.t_min if t_min is None else t_min, above=0.0, below=sde.t_max)
     x = check_state(x)
     check_generators(generator, len(x))
     conditioning = check_conditioning(conditioning, len(x))
     eta2, q, batch, device = stochasticity**2, 1.0 + stochasticity**2, len(x), x.device
     start_lam = 0.5 * max(float(sde.log_snr(sde.t_max)), MIN_LOG_SNR)
-    end_lam = 0.5 * float(sde.log_snr(t_end))
+    end_lam = 0.5 * float(sde.log_snr(t_min))
 
     def evaluate(y: Tensor, lam: Tensor, active: Tensor, before: Tensor | None) -> Tensor:
         t = sde.time_of(2.0 * lam[active]).clamp(max=sde.t_max)
@@ -187,7 +220,7 @@ def sample_adaptive(
     while bool(active.any()):
         if int(calls.max()) >= max_calls:
             raise SolverError(f"{int(active.sum())} samples are not finished after max_calls={max_calls} calls.")
-        target = torch.minimum(lam + step.clamp(max=MAX_STEP), torch.full_like(lam, end_lam))
+        target = torch.minimum(lam + step.clamp(max=LONGEST_LAMBDA_STEP), torch.full_like(lam, end_lam))
         target = torch.where(end_lam - target < 1e-3 * step, torch.full_like(lam, end_lam), target)
         if eta2 > 0:
             now, top = torch.exp(2 * eta2 * lam), path.top()
@@ -200,8 +233,7 @@ def sample_adaptive(
             noise = torch.zeros_like(y)
         h = target - lam
         # Exact weights of a constant and of a slope: q int_0^h exp(q (w - h)) (1, w) dw.
-        constant = -torch.expm1(-q * h)
-        slope = torch.where(q * h > 1e-3, h - constant / q, q * h**2 * (0.5 - q * h / 6))
+        constant, slope = (kernel_moment(h, torch.full_like(h, q), power) for power in (0, 1))
         c0, c1, ahead = (expand_like(v, y).to(y) for v in (constant, slope / back, slope / h))
         base = y * (1 - c0) + noise + c0 * estimate
         predicted = base + c1 * (estimate - previous)
@@ -232,5 +264,5 @@ def sample_adaptive(
         if progress is not None:
             progress(int(done.sum()))
 
-    alpha = float(sde.alpha(t_end))
-    return FlowSolution(estimate if denoise_final else y * alpha, calls, rejected)
+    alpha = float(sde.alpha(t_min))
+    return Solution(estimate if denoise_final else y * alpha, calls, rejected)

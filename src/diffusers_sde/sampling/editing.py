@@ -11,7 +11,7 @@ from ..basics.noise import Generators, standard_normal_like
 from ..networks.denoisers import Denoiser
 from ..sdes import SDE
 from .loop import sample
-from .plans import make_plan
+from .planning import make_plan
 from .time_grids import get_time_grid
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..basics.checks import check_generators, check_tensor
 from ..basics.noise import Generators, standard_normal_like
 from ..networks.denoisers import Denoiser
-from .plans import Plan, advance, memorise
+from .rows import Plan, advance, estimate_of
 
 
 @torch.no_grad()
@@ -22,7 +23,9 @@ def sample(
     batch_norms: bool = False,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Execute a plan.
+    """Execute a plan, in which all samples take the same steps.
+
+    ``sample_adaptive`` and ``flow.sample_flow`` take the same start and let each sample choose its own steps.
 
     Args:
         plan: From ``make_plan``.
@@ -40,15 +43,16 @@ def sample(
     """
     check_tensor("x", x, finite=False)
     check_generators(generator, len(x))
-    memory: list[Tensor] = []
+    stored: list[Tensor] = []
     for i, row in enumerate(plan.rows):
         output = denoiser(x, torch.tensor(row.t, dtype=torch.float64, device=x.device))
         if output.shape != x.shape:
             raise ValueError(f"the denoiser returned shape {tuple(output.shape)} for a state of {tuple(x.shape)}.")
-        estimate = memorise(row, x, (x * row.skip).add_(output, alpha=row.out)) if row.remember else None
-        x = advance(row, x, output, memory, lambda: standard_normal_like(output, generator), batch_norms)  # noqa: B023
-        if estimate is not None:
-            memory = [estimate, *memory][: plan.memory]
+        draw = partial(standard_normal_like, output, generator)
+        estimate = estimate_of(row, x, output) if row.needs_estimate else None
+        x, kept = advance(row, x, output, stored, draw, estimate, batch_norms)
+        if kept is not None:
+            stored = [kept, *stored][: plan.memory]
         if callback is not None:
             callback(i, x)
     return x

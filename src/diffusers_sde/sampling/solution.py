@@ -1,4 +1,4 @@
-"""What the solvers that choose their own steps return, and how they give up."""
+"""What samplers that choose their own steps return, and how they give up."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class SolverError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class FlowSolution:
-    """What the solver returns.
+class Solution:
+    """The result of a sampler that chooses its own steps, for the probability-flow ODE or the reverse SDE.
 
     Attributes:
         sample: The state at the end, shape (B, ...).

@@ -18,8 +18,10 @@ from diffusers.configuration_utils import register_to_config
 
 from ..basics.checks import check_choice, check_flag, check_integer, check_number
 from ..networks.parametrizations import PREDICTION_TYPES, TIME_CONDITIONINGS
+from ..sampling.classical import VARIANCE_TYPES
 from ..sampling.correctors import CORRECTORS
-from ..sampling.predictors import PREDICTORS, SOLVER_TYPES
+from ..sampling.exponential import SOLVER_TYPES
+from ..sampling.predictors import PREDICTORS
 from ..sampling.time_grids import TIME_GRIDS, TIMESTEP_SPACINGS
 
 # A table is built and a time is listed for each: a config of a few hundred bytes must not cost gigabytes.
@@ -27,7 +29,6 @@ LONGEST_TABLE = 100_000
 MOST_CORRECTIONS = 1000
 SMALLEST_TIME = 1e-9  # nearer to the data coefficients leave the range of float32
 LANGEVIN_NORMS = ("sample", "batch")
-VARIANCE_TYPES = (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
@@ -82,7 +83,8 @@ SAMPLER_ARGUMENTS = (
         "str",
         "exponential",
         partial(check_choice, allowed=PREDICTORS),
-        "``exponential``, ``ancestral``, ``reverse_diffusion``, ``euler_maruyama``, ``heun`` or ``none``.",
+        "``exponential``, ``singlestep``, ``ancestral``, ``reverse_diffusion``, ``euler_maruyama``, ``heun`` or "
+        "``none``.",
     ),
     SamplerArgument(
         "corrector",

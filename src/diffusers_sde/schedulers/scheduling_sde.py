@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from ..basics.checks import check_number, check_numbers
 from ..basics.noise import standard_normal_like
 from ..networks.denoisers import network_denoiser
 from ..networks.parametrizations import Parametrization, TimeConditioning, get_parametrization
-from ..sampling.plans import Plan, Row, advance, make_plan, memorise, squared_norm_ratio
-from ..sampling.predictors import PredictorOptions, get_predictor
+from ..sampling.planning import make_plan
+from ..sampling.predictors import get_predictor
+from ..sampling.rows import Plan, Row, advance, concatenated, estimate_of, row_of
 from ..sampling.time_grids import MIN_LOG_SNR, discrete_timesteps, get_time_grid, whole_timesteps
 from ..sdes import SDE, expand_like
 from ..shipping.component import ShipsItsCode, refuse_newer, written_before
@@ -56,34 +58,6 @@ class SDESchedulerOutput(BaseOutput):
 
     prev_sample: Tensor
     pred_original_sample: Tensor
-
-
-class _StepResult(tuple):
-    """(prev_sample, pred_original_sample), the second computed when it is first looked at.
-
-    Most pipelines read the first only, and x0_hat costs as much as the step itself.
-    """
-
-    _compute: Callable[[], Tensor] | None
-
-    def __new__(cls, prev_sample: Tensor, compute: Callable[[], Tensor]) -> _StepResult:
-        self = super().__new__(cls, (prev_sample, None))
-        self._compute = compute
-        return self
-
-    def _resolve(self) -> tuple[Tensor, Tensor]:
-        if self._compute is not None:
-            self._x0_hat, self._compute = self._compute(), None
-        return (super().__getitem__(0), self._x0_hat)
-
-    def __getitem__(self, index: Any) -> Any:
-        return super().__getitem__(0) if index == 0 else self._resolve()[index]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._resolve())
-
-    def __reduce__(self) -> tuple[type, tuple[tuple[Tensor, Tensor]]]:
-        return tuple, (self._resolve(),)
 
 
 class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
@@ -232,29 +206,21 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
 
     def _make_plan(self, times: Tensor) -> Plan:
         config = self.config
-        options = PredictorOptions(
-            config.solver_order,
-            config.variance_type in ("fixed_large", "fixed_large_log"),
-            config.solver_type,
-            config.solver_correction,
-            config.gaussian_std,
-        )
         # Grids of ours end where final_sigmas_type="sigma_min" would lead: a step there would be a call for nothing.
         final_time = self._final_time if config.time_grid is None else None
         plan = make_plan(
             self.sde,
             times,
-            predictor=config.predictor,
+            predictor=get_predictor(config.predictor).from_config(config),
             corrector=config.corrector,
             correct_steps=config.correct_steps,
             snr=config.snr,
             stochasticity=self.stochasticity,
-            options=options,
             denoise_final=config.denoise_final or len(times) == 1,
             final_time=final_time,
         )
         # Where x0_hat is clipped it has to be formed; otherwise the parametrisation disappears in the coefficients.
-        return plan.fold(self.parametrization, self.sde, predictors=not self._clips)
+        return plan.fold(self.parametrization, self.sde, bounds_estimate=self._clips)
 
     # ------------------------------------------------------------------ the time grid
 
@@ -386,20 +352,17 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         return by_sigma.time(self.sde, values).clamp(0.0, self.sde.t_max)
 
     def _set_plan(self, times: Tensor, device: str | torch.device, fed: Tensor | None = None) -> None:
-        plan = self._make_plan(times)
+        self._table_device = torch.device(device)
+        self._lay_out(self._make_plan(times))
+        plan = self._plan
         self._level_times = times
-        self._rows: tuple[Row, ...] = plan.rows
-        self._order = plan.order
-        self._memory_length = plan.memory
-        self._memory: list[Tensor] = []
+        self._stored: list[Tensor] = []
         self._step_index: int | None = None
         self._begin_index: int | None = None
         self._first_row = 0
-        t = torch.tensor([row.t for row in plan.rows], dtype=torch.float64)
+        t = plan.column("t")
         scale = self.parametrization.input_scale(self.sde.alpha(t), self.sde.sigma(t))
         self._input_scale: list[float] | None = None if bool((scale == 1).all()) else scale.tolist()
-        self._table_device = torch.device(device)
-        self._tabulate()
         timesteps = self._fed(t) if fed is None else self._at_levels(t, times, fed)
         self._timestep_values: list[float] = timesteps.tolist()
         self.timesteps = timesteps.to(device)
@@ -409,30 +372,22 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     def _at_levels(t: Tensor, times: Tensor, fed: Tensor) -> Tensor:
         """What the network is fed in rows at times ``t``, each of them one of ``times``, where it is fed ``fed``."""
         of = dict(zip(times.tolist(), fed.tolist(), strict=True))
+        if not of.keys() >= set(t.tolist()):
+            raise ValueError(
+                "Pass timesteps or sigmas, not both: this predictor calls the network between the levels too, where "
+                "the two lists do not say what it is fed."
+            )
         return torch.tensor([of[time] for time in t.tolist()], dtype=torch.float32)
 
-    def _tabulate(self) -> None:
-        """The rows as a tensor on the device, which a compiled step indexes; see ``_traced_update``."""
-        width = self._memory_length
-        self._table = torch.tensor(
-            [
-                (
-                    *(r.x, r.model, r.noise, r.langevin or 0.0, r.skip, r.out),
-                    *(r.memo or (0.0, 1.0)),
-                    *r.history,
-                    *[0.0] * (width - len(r.history)),
-                )
-                for r in self._rows
-            ],
-            dtype=torch.float32,
-            device=self._table_device,
-        )
+    def _lay_out(self, plan: Plan) -> None:
+        """Take a plan: its rows for eager steps, its table on the device for compiled ones, see ``_traced_row``."""
+        self._plan, self._rows, self._order = plan, plan.rows, plan.order
+        self._table = plan.table.to(device=self._table_device, dtype=torch.float32)
         # The first level has every kind of row; whether a kind draws noise is what most of its rows do, and the others
         # (above all the last row) are listed.
-        self._kinds = [(r.is_corrector, r.langevin is not None, r.remember) for r in self._rows[: self._order]]
-        draws = [r.noise != 0.0 for r in self._rows]
-        self._draws = [2 * sum(draws[k :: self._order]) > len(draws[k :: self._order]) for k in range(self._order)]
-        self._otherwise = tuple(i for i, d in enumerate(draws) if d != self._draws[i % self._order])
+        draws = [row.draws_noise for row in plan.rows]
+        self._draws = [2 * sum(draws[k :: plan.order]) > len(draws[k :: plan.order]) for k in range(plan.order)]
+        self._otherwise = tuple(i for i, d in enumerate(draws) if d != self._draws[i % plan.order])
 
     def _fed(self, t: Tensor) -> Tensor:
         """Timesteps of SDE times: int64 where they are entries of a DDPM table, as in diffusers, float32 otherwise."""
@@ -466,7 +421,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         """Let ``step`` go on with row ``index``, forgetting earlier estimates: for samplers that go back and forth."""
         if not 0 <= index < len(self._rows):
             raise ValueError(f"index must lie in [0, {len(self._rows)}), the rows of the plan, got {index!r}.")
-        self._step_index, self._memory = index, []
+        self._step_index, self._stored = index, []
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
         """First index whose timestep is nearest to ``timestep`` and at which sampling can start.
@@ -484,7 +439,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         # Heun's second call has the timestep of the level that follows, and comes before it.
         return min(
             range(len(self._timestep_values)),
-            key=lambda i: (abs(self._timestep_values[i] - value), _is_second_call(self._rows[i])),
+            key=lambda i: (abs(self._timestep_values[i] - value), self._rows[i].continues),
         )
 
     def _start(self, timestep: float | Tensor) -> int:
@@ -496,7 +451,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         else:
             index = self.index_for_timestep(timestep)
         self._step_index = index
-        self._memory = []
+        self._stored = []
         # A level can be entered at any call that stands at its own time: a corrector or the predictor's first. At two
         # starts the sample stands at the next level already, and is passed through until that begins: Heun's second
         # call; and, where order is 2, an odd index given by set_begin_index, because the SDXL family then starts one
@@ -504,13 +459,13 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         level = min(index // self._order, len(self._level_times) - 1)
         self._first_row = index
         early = self._begin_index is not None and self.order == 2 and index % 2 == 1
-        if index < len(self._rows) and (early or _is_second_call(self._rows[index])):
+        if index < len(self._rows) and (early or self._rows[index].continues):
             level += 1
             self._first_row = level * self._order
-        if self._memory_length and 0 < level < len(self._level_times) - 1:
+        if self._plan.memory and 0 < level < len(self._level_times) - 1:
             # Multistep rows here look back on estimates that do not exist: lay the rest of the plan out anew.
-            self._rows = self._rows[: level * self._order] + self._make_plan(self._level_times[level:]).rows
-            self._tabulate()
+            begun, rest = self._plan.until(level * self._order), self._make_plan(self._level_times[level:])
+            self._lay_out(concatenated([begun, rest]))
         return index
 
     # ------------------------------------------------------------------ sampling
@@ -576,87 +531,44 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             index = self._start(timestep)
         if index >= len(self._rows):
             raise ValueError(f"All {len(self._rows)} steps are done: call set_timesteps to sample again.")
-        if torch.compiler.is_compiling():
-            traced = self._traced_update(index, model_output, sample, generator)
-            self._step_index = index + 1
-            return SDESchedulerOutput(*traced) if return_dict else traced
-        row = self._rows[index]
-
         dtype = sample.dtype
         if self._learns_variance and model_output.shape[1] == 2 * sample.shape[1]:
             model_output = model_output[:, : sample.shape[1]]
         if dtype in (torch.float16, torch.bfloat16):
             sample = sample.float()
         model_output = model_output.to(sample.dtype)
-        x0_hat = self._x0_hat(row, model_output, sample) if self._clips or row.remember else None
-
-        if index < self._first_row:
-            prev_sample = sample
+        if torch.compiler.is_compiling():
+            row = self._traced_row(index)
+            # The memory is as long from the first step on as it will be, so that its length makes no graph of its own.
+            # Rows that look back on nothing have weights of 0.
+            missing = self._plan.memory - len(self._stored)
+            self._stored = [*self._stored, *[torch.zeros_like(sample) for _ in range(missing)]]
         else:
-            # Clipped predictors are laid out for x0_hat; correctors always use the network's own score.
-            output = x0_hat if x0_hat is not None and self._clips and not row.is_corrector else model_output
-            prev_sample = advance(
-                row, sample, output, self._memory, lambda: standard_normal_like(sample, generator), self._batch_norms
-            )
-            if x0_hat is not None and row.remember:
-                self._memory = [memorise(row, sample, x0_hat), *self._memory][: self._memory_length]
+            row = self._rows[index]
+        x0_hat = self._clip(estimate_of(row, sample, model_output))
+        prev_sample = sample
+        if index >= self._first_row:
+            draw = partial(standard_normal_like, sample, generator)
+            prev_sample, kept = advance(row, sample, model_output, self._stored, draw, x0_hat, self._batch_norms)
+            if kept is not None:
+                self._stored = [kept, *self._stored][: self._plan.memory]
         self._step_index = index + 1
-
-        prev_sample = prev_sample.to(dtype)
-        if not return_dict and x0_hat is None:
-            return _StepResult(prev_sample, lambda: self._x0_hat(row, model_output, sample).to(dtype))
-        x0_hat = (self._x0_hat(row, model_output, sample) if x0_hat is None else x0_hat).to(dtype)
+        prev_sample, x0_hat = prev_sample.to(dtype), x0_hat.to(dtype)
         return SDESchedulerOutput(prev_sample, x0_hat) if return_dict else (prev_sample, x0_hat)
 
-    def _traced_update(
-        self,
-        index: int,
-        model_output: Tensor,
-        sample: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> tuple[Tensor, Tensor]:
-        """The update of ``advance`` with coefficients from a tensor, for ``torch.compile``; equal to float32 round-off.
-
-        It draws noise where ``advance`` does and nowhere else, so that the next draw is the same too.
+    def _traced_row(self, index: int) -> Row:
+        """A row with coefficients from a tensor, for ``torch.compile``.
 
         Python numbers, which the eager step uses, would be constants of the graph and cost a compilation per step. Here
-        the graph depends on the place in a level only.
+        the graph depends on the place in a level only. Noise is drawn where the eager step draws it and nowhere else,
+        so that the next draw is the same too.
         """
-        dtype = sample.dtype
-        sample = sample.float() if dtype in (torch.float16, torch.bfloat16) else sample
-        if self._learns_variance and model_output.shape[1] == 2 * sample.shape[1]:
-            model_output = model_output[:, : sample.shape[1]]
-        model_output = model_output.to(sample.dtype)
-        c = self._table[index].to(sample.dtype)
-        # As long from the first step on as it will be, so that its length makes no graph of its own: rows that look
-        # back on nothing have weights of 0.
-        missing = self._memory_length - len(self._memory)
-        self._memory = [*self._memory, *[torch.zeros_like(sample) for _ in range(missing)]]
-        is_corrector, is_langevin, remember = self._kinds[index % self._order]
-        x0_hat = self._clip(sample * c[4] + model_output * c[5])
-        if index < self._first_row:
-            return sample.to(dtype), x0_hat.to(dtype)
-        output = x0_hat if self._clips and not is_corrector else model_output
-        update = sample * c[0] + output * c[1]
-        if is_langevin:
-            z = standard_normal_like(sample, generator)
-            step = c[3] * squared_norm_ratio(z, update, self._batch_norms)
-            update = sample + step * update + torch.sqrt(2.0 * step) * z
-        else:
-            for k, estimate in enumerate(self._memory):
-                update = update + c[8 + k] * estimate
-            draws = self._draws[index % self._order]
-            for i in self._otherwise:  # compared one by one: ``in`` of a traced number is no guard
-                if index == i:
-                    draws = not draws
-            if draws:
-                update = update + c[2] * standard_normal_like(sample, generator)
-        if remember:
-            self._memory = [sample * c[6] + x0_hat * c[7], *self._memory][: self._memory_length]
-        return update.to(dtype), x0_hat.to(dtype)
-
-    def _x0_hat(self, row: Row, model_output: Tensor, sample: Tensor) -> Tensor:
-        return self._clip((sample * row.skip).add_(model_output, alpha=row.out))
+        place = index % self._order
+        draws = self._draws[place]
+        for i in self._otherwise:  # compared one by one: ``in`` of a traced number is no guard
+            if index == i:
+                draws = not draws
+        return row_of(self._table[index], self._plan.kinds[place], self._plan.memory, draws)
 
     def _clip(self, x0_hat: Tensor) -> Tensor:
         config = self.config
@@ -734,11 +646,6 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
-
-
-def _is_second_call(row: Row) -> bool:
-    """Whether a predictor calls the network at the time that it leads to, as the second stage of Heun's method does."""
-    return not row.is_corrector and row.t == row.s
 
 
 def _is_whole(number: Any) -> bool:
