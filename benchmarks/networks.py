@@ -18,7 +18,7 @@ from torch import Tensor
 from diffusers_sde import FlowSDEScheduler, SubVPSDEScheduler, VESDEScheduler
 from diffusers_sde.images.loading import load_images
 from diffusers_sde.images.source import ImageSource
-from diffusers_sde.metrics import ClassifierFeatures, load_classifier, train_classifier
+from diffusers_sde.metrics import ClassifierFeatures, load_classifier, train_feature_classifier
 from diffusers_sde.metrics.distances import frechet_distance
 from diffusers_sde.training import TrainingConfig
 
@@ -87,7 +87,7 @@ class NetworkJudge:
     def __init__(self, network: Network, reference: str, n: int, classifier: Path) -> None:
         images, labels = real_images(reference, network)
         if not classifier.exists():
-            train_classifier(images, labels, steps=600).save(classifier)
+            train_feature_classifier(images, labels, steps=600).save(classifier)
         self._classifier: ClassifierFeatures = load_classifier(classifier, images, labels)
         self._real = self._features(images)
         generator = torch.Generator().manual_seed(3)

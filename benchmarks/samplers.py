@@ -90,7 +90,7 @@ def run_scheduler(problem: Problem, scheduler: Any, x: Tensor) -> Tensor:
     """One of ours, through its own step()."""
     generator = problem.generator()
     for i, t in enumerate(scheduler.timesteps):
-        time = scheduler._rows[i].t
+        time = scheduler.rows[i].t
         x0_hat = problem.denoise(x, float(scheduler.sde.alpha(time)), float(scheduler.sde.sigma(time)))
         x = scheduler.step(x0_hat, t, x, generator=generator, return_dict=False)[0]
     return x

@@ -72,8 +72,8 @@ def ours(pipe: Connection, options: dict[str, Any], turn: int, threads: int) -> 
         return value
 
     trainer.loss = timed  # type: ignore[method-assign]
-    save = trainer._save_pipeline
-    trainer._save_pipeline = lambda: (turns.report(), save())[1]  # type: ignore[method-assign]
+    save = trainer._save_result
+    trainer._save_result = lambda: (turns.report(), save())[1]  # type: ignore[method-assign]
     trainer.run()
 
 

@@ -1,6 +1,6 @@
 """Evaluate a trained model: ``accelerate launch scripts/evaluate.py --model outputs/demo --bpd``."""
 
-from diffusers_sde.evaluation.cli import main
+from diffusers_sde.evaluation.cli import evaluate_main
 
 if __name__ == "__main__":
-    main()
+    evaluate_main()

@@ -1,6 +1,6 @@
 """Draw images from a trained model: ``accelerate launch scripts/sample.py --help``."""
 
-from diffusers_sde.evaluation.generate import main
+from diffusers_sde.evaluation.cli import sample_main
 
 if __name__ == "__main__":
-    main()
+    sample_main()

@@ -1,6 +1,6 @@
 """Train a classifier of noisy images for guidance: ``accelerate launch scripts/train_classifier.py --help``."""
 
-from diffusers_sde.training.classifier import main
+from diffusers_sde.training.cli import classifier_main
 
 if __name__ == "__main__":
-    main()
+    classifier_main()

@@ -21,7 +21,7 @@ from diffusers_sde import ODEOptions, SDEPipeline, TraceOptions, VPSDEScheduler,
 from diffusers_sde.schedulers import SCHEDULERS, families
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
-MODULE, TRAINING, LOADING, NETWORKS, SDE_FILE, SCHEDULER_FILE = re.findall(
+MODULE, TRAINING, TRAINER, LOADING, NETWORKS, NETWORK, NETWORK_TRAINING, SDE_FILE, SCHEDULER_FILE = re.findall(
     r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S
 )
 UNTOLD = "ignore:TutorialScheduler is saved without its code:UserWarning"
@@ -75,6 +75,36 @@ assert images.shape == (2, 1, 8, 8) and images.isfinite().all() and density.valu
     loaded = run(LOADING + checks, folder)
     assert "of an SDE of its own" in loaded.stdout and "t itself" in loaded.stdout
     assert "no scheduler here fits" not in loaded.stdout
+
+
+def test_the_package_trains_for_the_scheduler_of_the_page(folder):
+    checks = """
+import json
+from pathlib import Path
+assert type(pipe.scheduler) is TutorialScheduler and pipe.scheduler.config.sigma_data == 0.6
+options = json.loads(Path("tutorial-digits/training_config.json").read_text())
+assert options["scheduler"] == "TutorialScheduler"
+"""
+    run(TRAINER + checks, folder)
+    index = json.loads((folder / "tutorial-digits" / "model_index.json").read_text())
+    assert index["scheduler"] == ["tutorial_sde", "TutorialScheduler"]
+
+
+def test_the_package_trains_the_network_of_the_page(folder):
+    """It is trained, saved, loaded in a fresh process, and draws the same image there."""
+    (folder / "tutorial_network.py").write_text(NETWORK, encoding="utf-8")
+    image = "\nimport numpy as np; print(np.asarray(image).sum(), type(pipe.unet).__name__)"
+    drawn = run(NETWORK_TRAINING + image, folder).stdout
+    assert drawn.split()[1] == "TutorialNetwork"
+    load = """
+import torch, tutorial_network
+from diffusers_sde import SDEPipeline
+pipe = SDEPipeline.from_pretrained("tutorial-network")
+image = pipe(num_inference_steps=10, generator=torch.manual_seed(0)).images[0]
+"""
+    assert run(load + image, folder).stdout == drawn
+    state = json.loads((folder / "tutorial-network" / "checkpoint-2" / "training_state.json").read_text())
+    assert state["identity"]["network"] == "tutorial" and state["identity"]["architecture"]["width"] == 8
 
 
 def test_the_mathematics_is_the_tutorial_s(tutorial):

@@ -13,8 +13,9 @@ from PIL import Image
 from tiny_networks import tiny_unet
 
 from diffusers_sde import ClassConditionalSDEPipeline, FlowSDEScheduler, SDEPipeline
+from diffusers_sde.basics.options import parse_options
 from diffusers_sde.evaluation import EvaluationConfig, eval_results, evaluate, markdown_table
-from diffusers_sde.evaluation.cli import main, parse_args
+from diffusers_sde.evaluation.cli import evaluate_main
 
 SAMPLERS = ("sde: num_inference_steps=3", "pc/0.1: num_inference_steps=3, corrector=langevin, snr=0.1")
 
@@ -63,7 +64,7 @@ def test_one_process_and_two_give_the_same_numbers(model, data, tmp_path):
     assert (tmp_path / "one" / "results.md").read_text() == markdown_table(one) + "\n"
     for place in ("samples", "nearest"):
         assert sorted(p.name for p in (tmp_path / "one" / place).iterdir()) == ["pc_0.1.png", "sde.png"]
-    assert Image.open(tmp_path / "one" / "samples" / "sde.png").size == (3 * 80, 3 * 80)  # 10 samples make 3 x 3
+    assert Image.open(tmp_path / "one" / "samples" / "sde.png").size == (4 * 80, 3 * 80)  # 10 samples make rows of 4
 
     two = options(model, data, tmp_path / "two", classifier=classifier, batch_size=3, **likelihood)
     generation = {"model": model, "output_dir": str(tmp_path / "images"), "num_images": 5, "num_inference_steps": 2}
@@ -179,9 +180,11 @@ def test_a_folder_in_use_is_left_alone(model, data, tmp_path):
 
 
 def test_options_of_the_command_line():
-    config = parse_args(["--model", "m", "--data", "d", "--sampler", "a: snr=1", "--sampler", "b", "c"])
+    config = parse_options(
+        EvaluationConfig, ["--model", "m", "--data", "d", "--sampler", "a: snr=1", "--sampler", "b", "c"]
+    )
     assert config.sampler == ("a: snr=1", "b", "c") and config.data_dir == "d" and config.samples == 5000
-    assert parse_args(["--model", "m", "--bpd"]).samples == 0
+    assert parse_options(EvaluationConfig, ["--model", "m", "--bpd"]).samples == 0
 
 
 @pytest.mark.parametrize(
@@ -213,7 +216,7 @@ def test_mistakes_end_in_one_line(model, tmp_path, capsys, arguments, message):
     arguments = [str(tmp_path / word) if word in ("FILE", "EMPTY") else word for word in arguments]
     settings = ["--num_samples", "5", "--classifier_steps", "1", "--num_reference", "20"]
     with pytest.raises(SystemExit) as stopped:
-        main(["--model", model, *settings, *arguments])
+        evaluate_main(["--model", model, *settings, *arguments])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error and "evaluate.py: error:" in error.splitlines()[-1]

@@ -6,7 +6,7 @@ from tiny_networks import tiny_unet
 
 from diffusers_sde import FlowSDEScheduler, SDEPipeline
 from diffusers_sde.evaluation import EvaluationConfig, evaluate
-from diffusers_sde.evaluation.cli import main
+from diffusers_sde.evaluation.cli import evaluate_main
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_the_picture_has_images_and_their_reconstructions(model, tmp_path):
 )
 def test_mistakes_end_in_one_line(model, capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
-        main(["--model", model, *arguments])
+        evaluate_main(["--model", model, *arguments])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.splitlines()[-1].startswith("evaluate.py: error:")

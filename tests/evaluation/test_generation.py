@@ -14,7 +14,7 @@ from tiny_networks import tiny_unet
 
 from diffusers_sde import ClassConditionalSDEPipeline, SDEPipeline, VPSDEScheduler
 from diffusers_sde.evaluation import ImageSampler, Sampler, SamplingConfig, as_sde_pipeline, generate
-from diffusers_sde.evaluation.generate import main
+from diffusers_sde.evaluation.cli import sample_main
 
 
 @pytest.fixture(scope="module")
@@ -148,16 +148,16 @@ def pngs(folder):
 
 def test_a_folder_is_completed(model, tmp_path):
     arguments = ["--model", model, "--num_inference_steps", "3", "--corrector", "langevin", "--snr", "0.2"]
-    main([*arguments, "--num_images", "5", "--output_dir", str(tmp_path / "whole")])
+    sample_main([*arguments, "--num_images", "5", "--output_dir", str(tmp_path / "whole")])
     names, whole = pngs(tmp_path / "whole")
     assert names == [f"{i:06d}.png" for i in range(5)]
     part = tmp_path / "part"
-    main([*arguments, "--num_images", "3", "--output_dir", str(part)])
+    sample_main([*arguments, "--num_images", "3", "--output_dir", str(part)])
     marked = Image.new("L", (8, 8), 77)
     marked.save(part / "000001.png")
     (part / "000002.png").unlink()
     (part / ".000002.png.unfinished").write_bytes(b"half")  # as a kill would leave it
-    main([*arguments, "--num_images", "5", "--batch_size", "2", "--output_dir", str(part)])
+    sample_main([*arguments, "--num_images", "5", "--batch_size", "2", "--output_dir", str(part)])
     names, images = pngs(part)
     assert len(names) == 5 and (images[1] == 77).all()
     assert np.abs(np.delete(images, 1, 0).astype(int) - np.delete(whole, 1, 0).astype(int)).max() <= 1
@@ -226,15 +226,15 @@ def test_broken_images_are_drawn_again(model, tmp_path):
 
 LIMITED = """
 import resource, sys
-from diffusers_sde.evaluation.generate import main
+from diffusers_sde.evaluation.cli import sample_main
 resource.setrlimit(resource.RLIMIT_FSIZE, (60, 60))
-main(sys.argv[1:])
+sample_main(sys.argv[1:])
 """
 
 
 def test_a_disk_that_is_really_full_leaves_no_half_of_a_file(model, tmp_path):
     arguments = ["--model", model, "--num_images", "2", "--output_dir", str(tmp_path), "--num_inference_steps", "2"]
-    main(arguments)
+    sample_main(arguments)
     for path in tmp_path.glob("*.png"):
         path.unlink()
     before = (tmp_path / "samples.json").read_bytes()
@@ -251,7 +251,7 @@ def test_a_folder_in_use_is_left_alone(model, tmp_path, capsys):
     from diffusers_sde.basics.files import lock_folder
 
     with lock_folder(tmp_path), pytest.raises(SystemExit) as stopped:
-        main(["--model", model, "--num_images", "2", "--output_dir", str(tmp_path)])
+        sample_main(["--model", model, "--num_images", "2", "--output_dir", str(tmp_path)])
     assert stopped.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("sample.py: error: output_dir") and "is in use by process" in error
@@ -271,14 +271,14 @@ def test_a_folder_in_use_is_left_alone(model, tmp_path, capsys):
 )
 def test_damaged_folders_are_named_in_one_line(model, tmp_path, capsys, name, content, message):
     arguments = ["--model", model, "--num_images", "2", "--output_dir", str(tmp_path), "--num_inference_steps", "2"]
-    main([*arguments, "--format", "npz"])
+    sample_main([*arguments, "--format", "npz"])
     if content is None:
         (tmp_path / name).unlink()
     else:
         (tmp_path / name).write_bytes(content)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        main([*arguments, "--format", "npz"])
+        sample_main([*arguments, "--format", "npz"])
     assert stopped.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("sample.py: error:") and message in error
@@ -307,7 +307,7 @@ def test_mistakes_end_in_one_line(model, tmp_path, capsys, arguments, message):
     (tmp_path / "LINK").symlink_to(tmp_path / "nowhere else")
     arguments = [str(tmp_path / word) if word in ("FILE", "LINK") else word for word in arguments]
     with pytest.raises(SystemExit) as stopped:
-        main(["--model", model, "--num_images", "2", "--output_dir", str(tmp_path / "out"), *arguments])
+        sample_main(["--model", model, "--num_images", "2", "--output_dir", str(tmp_path / "out"), *arguments])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error and "sample.py: error:" in error.splitlines()[-1]

@@ -14,7 +14,8 @@ from hub_models import fingerprint
 from tiny_networks import tiny_unet
 
 from diffusers_sde import SDEPipeline, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
-from diffusers_sde.hub.convert import convert_checkpoint, convert_repository, main
+from diffusers_sde.hub.cli import convert_main
+from diffusers_sde.hub.convert import convert_checkpoint, convert_repository
 
 WIDTH, MULTIPLIERS, LAYERS, SIZE = 32, (1, 2), 2, 8
 
@@ -223,7 +224,7 @@ def test_a_checkpoint_with_code_in_it_does_not_run(tmp_path, capsys):
 def test_a_stock_repository_keeps_its_network_and_its_table(tmp_path):
     stock = diffusers.DDPMPipeline(tiny_unet(), diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
     stock.save_pretrained(tmp_path / "stock")
-    main(["--source", str(tmp_path / "stock"), "--output_dir", str(tmp_path / "ours")])
+    convert_main(["--source", str(tmp_path / "stock"), "--output_dir", str(tmp_path / "ours")])
     pipe = SDEPipeline.from_pretrained(tmp_path / "ours")
     torch.testing.assert_close(pipe.scheduler.alphas_cumprod, stock.scheduler.alphas_cumprod)
     assert pipe.scheduler.config.clip_sample  # as the stock class does by default
@@ -246,7 +247,7 @@ def test_other_pipelines_are_sent_elsewhere(tmp_path, capsys):
         '"scheduler": ["diffusers", "DDIMScheduler"]}'
     )
     with pytest.raises(SystemExit):
-        main(["--source", str(tmp_path), "--output_dir", str(tmp_path / "ours")])
+        convert_main(["--source", str(tmp_path), "--output_dir", str(tmp_path / "ours")])
     assert "pipe.scheduler = VPSDEScheduler.from_config" in capsys.readouterr().err
 
 
@@ -269,7 +270,7 @@ def test_files_of_another_form_end_in_one_line(tmp_path, capsys, saved):
     torch.save(saved, tmp_path / "other.pth")
     for more in ([], ["--no-use_ema"]):
         with pytest.raises(SystemExit) as stop:
-            main(
+            convert_main(
                 [
                     "--source",
                     str(tmp_path / "other.pth"),
@@ -307,6 +308,6 @@ def test_a_network_with_words_for_numbers_is_refused(tmp_path, capsys):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": "3"}))
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        main(["--source", str(tmp_path / "stock"), "--output_dir", str(tmp_path / "o")])
+        convert_main(["--source", str(tmp_path / "stock"), "--output_dir", str(tmp_path / "o")])
     assert stop.value.code == 2
     assert "its network cannot be loaded" in capsys.readouterr().err.strip().splitlines()[-1]

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_networks import tiny_unet
 
 from diffusers_sde import InpaintSDEPipeline
-from diffusers_sde.hub.export import main
+from diffusers_sde.hub.cli import export_main
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_a_folder_gets_what_a_repository_gets(model, tmp_path, monkeypatch, caps
     second.write_text(json.dumps({"metrics": [{**metric, "name": "KID"}], "limitations": "b"}))
     arguments = ["--model", str(model), "--license", "mit", "--results", str(first), str(second)]
     folder = tmp_path / "export"
-    main([*arguments, "--hub_model_id", "user/model", "--output_dir", str(folder)])
+    export_main([*arguments, "--hub_model_id", "user/model", "--output_dir", str(folder)])
     exported = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     card = ModelCard(exported["README.md"].decode())
     assert card.data.license == "mit"
@@ -47,19 +47,19 @@ def test_a_folder_gets_what_a_repository_gets(model, tmp_path, monkeypatch, caps
     assert fingerprint(DiffusionPipeline.from_pretrained(folder)) == fingerprint(tiny_pipeline())
     with LoopbackHub() as hub:
         use_hub(monkeypatch, hub, TOKEN)
-        main([*arguments, "--hub_model_id", "user/model"])
+        export_main([*arguments, "--hub_model_id", "user/model"])
         assert {k: v for k, v in hub.files("user/model").items() if k != ".gitattributes"} == exported
         assert capsys.readouterr().out.splitlines() == [str(folder), f"{hub.url}/user/model"]
 
         # A second time: nothing; with --update_card only the card.
-        main([*arguments, "--hub_model_id", "user/model", "--license", "cc0-1.0"])
+        export_main([*arguments, "--hub_model_id", "user/model", "--license", "cc0-1.0"])
         assert len(hub.titles("user/model")) == 2
-        main([*arguments, "--hub_model_id", "user/model", "--license", "cc0-1.0", "--update_card"])
+        export_main([*arguments, "--hub_model_id", "user/model", "--license", "cc0-1.0", "--update_card"])
         assert ModelCard(hub.files("user/model")["README.md"].decode()).data.license == "cc0-1.0"
 
 
 def test_a_model_can_be_exported_as_another_pipeline_and_in_half_precision(model, tmp_path):
-    main(
+    export_main(
         ["--model", str(model), "--hub_model_id", "user/x", "--output_dir", str(tmp_path)]
         + ["--pipeline", "InpaintSDEPipeline", "--variant", "fp16"]
     )
@@ -82,7 +82,7 @@ def test_mistakes_end_in_one_line(model, tmp_path, monkeypatch, capsys, argument
     arguments = [a.format(stock=tmp_path / "stock") for a in arguments]
     with LoopbackHub() as hub, pytest.raises(SystemExit):
         use_hub(monkeypatch, hub, TOKEN)
-        main(["--model", str(model), "--hub_model_id", "user/x", *arguments])
+        export_main(["--model", str(model), "--hub_model_id", "user/x", *arguments])
     error = capsys.readouterr().err
     assert re.search(message, error)
     assert "Traceback" not in error

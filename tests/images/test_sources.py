@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from diffusers_sde.images.loading import load_digits, load_images
-from diffusers_sde.images.samples import TrainingSamples, batches
+from diffusers_sde.images.samples import batches
 from diffusers_sde.images.source import ImageSource
 from diffusers_sde.images.streaming import open_source
 from diffusers_sde.training import TrainingConfig
@@ -95,7 +95,7 @@ def test_on_the_fly_equals_cached(digits):
     few = digits.select(range(30))
     cached, read = (ImageSource(few, TrainingConfig(cache_images=c)) for c in (True, False))
     assert cached.is_cached and not read.is_cached
-    a, b = (TrainingSamples(s, 0, True).__getitems__(list(range(50))) for s in (cached, read))
+    a, b = (s.samples(0, True).__getitems__(list(range(50))) for s in (cached, read))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -232,10 +232,10 @@ def test_parquet_of_files_without_the_type_of_images(tmp_path, kind, streaming):
         max_train_steps=1,
     )
     source = open_source(load_images(config), config)
-    assert np.array_equal(source.get_many(range(4)), [np.asarray(image).transpose(2, 0, 1) for image in images])
+    assert np.array_equal(source.spread(4)[0], [np.asarray(image).transpose(2, 0, 1) for image in images])
     if streaming:
         number, row = next(source.rows(0))
-        assert np.array_equal(source.prepare(number, row), source.get(0))
+        assert np.array_equal(source.prepare(number, row), source.spread(1)[0][0])
 
 
 def _raw(values):
@@ -298,7 +298,7 @@ def test_statistics_of_known_images():
 
 
 def test_every_epoch_shows_every_image_once(source):
-    samples = TrainingSamples(source, seed=3, random_flip=False)
+    samples = source.samples(seed=3, random_flip=False)
     first, second = (samples.__getitems__(list(range(e * 1797, (e + 1) * 1797))) for e in range(2))
     whole = np.sort(source.get_many(range(1797)).reshape(1797, -1), axis=0)
     for epoch in (first, second):
@@ -307,7 +307,7 @@ def test_every_epoch_shows_every_image_once(source):
 
 
 def test_a_sample_depends_on_its_number_alone(source):
-    samples = TrainingSamples(source, seed=3, random_flip=True)
+    samples = source.samples(seed=3, random_flip=True)
     stream = samples.__getitems__(list(range(100, 164)))
     # The same numbers dealt to two processes in micro-batches of 8, from number 100 on.
     dealt = [batches(samples, 100, 8, process, 2) for process in range(2)]
@@ -317,7 +317,7 @@ def test_a_sample_depends_on_its_number_alone(source):
 
 
 def test_loading_in_other_processes_changes_nothing(source):
-    samples = TrainingSamples(source, seed=3, random_flip=False)
+    samples = source.samples(seed=3, random_flip=False)
     here, there = batches(samples, 0, 8), batches(samples, 0, 8, num_workers=1)
     for _ in range(3):
         a, b = next(here), next(there)
@@ -326,13 +326,13 @@ def test_loading_in_other_processes_changes_nothing(source):
 
 def test_loading_leaves_the_global_generator_alone(source):
     before = torch.get_rng_state()
-    next(batches(TrainingSamples(source, 0, True), 0, 8))
+    next(batches(source.samples(0, True), 0, 8))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_noise_and_times_are_standard_and_independent(source):
     # 200 x 64 numbers per seed; bounds are six standard errors: a false alarm in 1e8.
-    batch = TrainingSamples(source, seed=5, random_flip=False).__getitems__(list(range(4000)))
+    batch = source.samples(seed=5, random_flip=False).__getitems__(list(range(4000)))
     noise, u = batch["noise"].double(), batch["u"]
     n = noise.numel()
     assert noise.dtype == torch.float64 and batch["noise"].dtype == torch.float32
@@ -341,14 +341,14 @@ def test_noise_and_times_are_standard_and_independent(source):
     assert abs((noise[1:] * noise[:-1]).mean()) < 6 / n**0.5
     assert abs(u.mean() - 0.5) < 6 * (1 / 12 / 4000) ** 0.5
     assert u.dtype == torch.float64 and 0 <= u.min() and u.max() < 1
-    other = TrainingSamples(source, seed=6, random_flip=False).__getitems__(list(range(4000)))
+    other = source.samples(seed=6, random_flip=False).__getitems__(list(range(4000)))
     assert abs((noise * other["noise"].double()).mean()) < 6 / n**0.5
     assert abs(torch.corrcoef(torch.stack([u, other["u"]]))[0, 1]) < 6 / 4000**0.5
 
 
 def test_stratified_times_fill_every_part_of_the_range_once(digits):
     source = ImageSource(digits.select(range(5)), TrainingConfig())
-    stratified, plain = (TrainingSamples(source, 0, False, strata) for strata in (8, 1))
+    stratified, plain = (source.samples(0, False, strata) for strata in (8, 1))
     for first in (0, 8, 803):
         numbers = list(range(first, first + 8))
         u = stratified.__getitems__(numbers)["u"]

@@ -17,7 +17,7 @@ from diffusers_sde.metrics import (
     load_classifier,
     nearest_neighbours,
     precision_recall,
-    train_classifier,
+    train_feature_classifier,
 )
 
 GENERATOR = np.random.default_rng
@@ -126,10 +126,10 @@ def shades(n, seed=0):
 def test_the_classifier_learns_and_comes_back(tmp_path):
     images, labels = shades(200)
     state = torch.random.get_rng_state()
-    classifier = train_classifier(images, labels, steps=30, seed=3)
+    classifier = train_feature_classifier(images, labels, steps=30, seed=3)
     assert torch.equal(state, torch.random.get_rng_state())
     assert classifier.accuracy == 1.0
-    again = train_classifier(images, labels, steps=30, seed=3)
+    again = train_feature_classifier(images, labels, steps=30, seed=3)
     first, second = (c.network.state_dict() for c in (classifier, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
     path = tmp_path / "folder" / "classifier.safetensors"
@@ -146,12 +146,12 @@ def test_the_classifier_learns_and_comes_back(tmp_path):
     with pytest.raises(ValueError, match=r"classifier .* cannot be read"):
         load_classifier(path, images, labels)
     with pytest.raises(ValueError, match="two classes"):
-        train_classifier(images, torch.zeros(200, dtype=torch.int64))
+        train_feature_classifier(images, torch.zeros(200, dtype=torch.int64))
 
 
 def test_quality_of_good_and_bad_samples():
     images, labels = shades(400)
-    quality = SampleQuality(images, train_classifier(images, labels, steps=60), batch_size=64)
+    quality = SampleQuality(images, train_feature_classifier(images, labels, steps=60), batch_size=64)
     state = torch.random.get_rng_state()
     good, bad = quality(*shades(400, 1)), quality(shades(400, 1)[0].roll(1, 0) // 2, labels)
     assert torch.equal(state, torch.random.get_rng_state())

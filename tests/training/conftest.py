@@ -2,6 +2,7 @@
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
+from shades import shades as shades  # a fixture
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ from PIL import Image
 from shades import TINY
 
 from diffusers_sde.images.loading import load_digits
-from diffusers_sde.images.samples import TrainingSamples
 from diffusers_sde.images.source import ImageSource
 from diffusers_sde.pipelines import ClassConditionalSDEPipeline
 from diffusers_sde.training import Trainer, TrainingConfig, train
@@ -19,11 +18,11 @@ def tiny(output_dir, **options):
 
 def fed_labels(trainer, batches):
     """What the network is told, for ``batches`` samples of the data."""
-    trainer.model, fed = trainer.unet, []
-    hook = trainer.unet.register_forward_pre_hook(
+    trainer.model, fed = trainer.network, []
+    hook = trainer.network.register_forward_pre_hook(
         lambda module, arguments, keywords: fed.append(keywords["class_labels"]), with_kwargs=True
     )
-    samples = TrainingSamples(trainer.source, 0, False)
+    samples = trainer.source.samples(0, False)
     batch = samples.__getitems__(range(batches))
     with torch.no_grad():
         trainer.loss(batch)
@@ -62,27 +61,27 @@ def test_without_dropout_there_is_no_null_class(tmp_path):
     digits = load_digits().select(range(40))
     trainer = Trainer(tiny(tmp_path, label_dropout=0.0), digits)
     given, fed = fed_labels(trainer, 100)
-    assert torch.equal(given, fed) and trainer.unet.config.num_class_embeds == 10
-    assert trainer._pipeline(trainer.unet).config.null_class is None
+    assert torch.equal(given, fed) and trainer.network.config.num_class_embeds == 10
+    assert trainer._pipeline(trainer.network).config.null_class is None
 
 
 def test_classes_do_not_change_noise_and_times(tmp_path):
     digits = load_digits().select(range(40))
     trainer = Trainer(tiny(tmp_path), digits)
-    labelled = TrainingSamples(trainer.source, 0, False).__getitems__(range(8))
+    labelled = trainer.source.samples(0, False).__getitems__(range(8))
     trainer.source.labels = None
-    plain = TrainingSamples(trainer.source, 0, False).__getitems__(range(8))
+    plain = trainer.source.samples(0, False).__getitems__(range(8))
     assert set(labelled) - set(plain) == {"labels", "label_draw"}
     assert all(torch.equal(plain[k], labelled[k]) for k in plain)
 
 
 def test_a_given_network_config_gets_the_classes(tmp_path, shades):
     trainer = Trainer(tiny(tmp_path / "a"), shades)
-    trainer.unet.save_config(tmp_path / "config")
+    trainer.network.save_config(tmp_path / "config")
     again = Trainer(tiny(tmp_path / "b", model_config_name_or_path=str(tmp_path / "config")), shades)
-    assert again.unet.config.num_class_embeds == 3
+    assert again.network.config.num_class_embeds == 3
     plain = tiny(tmp_path / "c", model_config_name_or_path=str(tmp_path / "config"), class_conditional=False)
-    assert Trainer(plain, shades).unet.config.num_class_embeds is None
+    assert Trainer(plain, shades).network.config.num_class_embeds is None
 
 
 def test_errors(tmp_path, shades):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from test_class_conditional import TINY as CONDITIONAL
-from test_class_conditional import shades  # noqa: F401 - a fixture
+from shades import TINY as CONDITIONAL
 
 from diffusers_sde import ClassConditionalSDEPipeline, NoiseConditionalClassifier, SDEPipeline
 from diffusers_sde.images.loading import load_digits, load_images
 from diffusers_sde.training import TrainingConfig, train
-from diffusers_sde.training.classifier import ClassifierTrainer, main, train_classifier
+from diffusers_sde.training.classifier import ClassifierTrainer, train_classifier
+from diffusers_sde.training.cli import classifier_main
 from diffusers_sde.training.configuration import ClassifierTrainingConfig
 
 TINY = {k: CONDITIONAL[k] for k in ("block_out_channels", "layers_per_block", "train_batch_size", "logger")}
@@ -32,7 +32,7 @@ def tiny(output_dir, **options):
     return ClassifierTrainingConfig(output_dir=str(output_dir), **(TINY | options))
 
 
-def test_a_classifier_trained_apart_guides_an_unconditional_network(tmp_path, shades, caplog):  # noqa: F811
+def test_a_classifier_trained_apart_guides_an_unconditional_network(tmp_path, shades, caplog):
     """Pictures that are dark or light: the network knows no classes, the classifier no denoising."""
     caplog.set_level("INFO")
     train_classifier(tiny(tmp_path / "classifier", sde="flow", max_train_steps=100), shades, shades)
@@ -49,7 +49,7 @@ def test_a_classifier_trained_apart_guides_an_unconditional_network(tmp_path, sh
     assert float((means[::2] < 0.5).float().mean()) >= 0.95 and float((means[1::2] > 0.5).float().mean()) >= 0.95, means
 
 
-def test_resuming_continues_exactly(tmp_path, shades):  # noqa: F811
+def test_resuming_continues_exactly(tmp_path, shades):
     def weights(classifier):
         return torch.cat([p.detach().flatten() for p in classifier.parameters()])
 
@@ -76,7 +76,7 @@ def test_resuming_continues_exactly(tmp_path, shades):  # noqa: F811
         train(TrainingConfig(output_dir=str(tmp_path / "n"), resume_from_checkpoint=checkpoint, **network), shades)
 
 
-def test_a_stream_teaches_the_classes_and_resumes_exactly(tmp_path, shades, caplog):  # noqa: F811
+def test_a_stream_teaches_the_classes_and_resumes_exactly(tmp_path, shades, caplog):
     caplog.set_level("INFO")
     options = {"sde": "flow", "max_train_steps": 60, "checkpointing_steps": 30, "shuffle_buffer": 8}
     stream = shades.to_iterable_dataset(num_shards=3)
@@ -90,30 +90,31 @@ def test_a_stream_teaches_the_classes_and_resumes_exactly(tmp_path, shades, capl
     options["label_column"] = "label"
     with pytest.raises(ValueError, match="does not say how many classes there are: pass num_classes"):
         ClassifierTrainer(tiny(tmp_path / "numbers", **options), numbers)
-    assert ClassifierTrainer(tiny(tmp_path / "numbers", num_classes=2, **options), numbers).unet.config.num_classes == 2
+    trainer = ClassifierTrainer(tiny(tmp_path / "numbers", num_classes=2, **options), numbers)
+    assert trainer.network.config.num_classes == 2
 
 
-def test_accuracy_is_measured_at_the_noise_that_is_named(tmp_path, shades):  # noqa: F811
+def test_accuracy_is_measured_at_the_noise_that_is_named(tmp_path, shades):
     trainer, seen = ClassifierTrainer(tiny(tmp_path, sde="ve"), shades, shades), []
-    trainer.unet.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
-    trainer._measure(trainer.unet.eval(), trainer.test_source)
+    trainer.network.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
+    trainer._measure(trainer.network.eval(), trainer.test_source)
     ratios = sorted({round(float(torch.exp(-0.5 * log_snr[0])), 6) for _, log_snr in seen})
     assert ratios == [0.1, 0.3, 1.0, 3.0]
     assert all(float(x.std()) < 1.3 for x, _ in seen)
 
 
 def test_what_a_classifier_has_no_use_for_is_refused(tmp_path, capsys):
-    with pytest.raises(ValueError, match="prediction_type is an option of a denoiser"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'prediction_type'"):
         tiny(tmp_path, prediction_type="epsilon")
     with pytest.raises(SystemExit, match="2"):
-        main(["--prediction_type", "epsilon"])
+        classifier_main(["--prediction_type", "epsilon"])
     assert "unrecognized arguments: --prediction_type" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        main(["--dataset_split", "test", "--output_dir", str(tmp_path)])
+        classifier_main(["--dataset_split", "test", "--output_dir", str(tmp_path)])
     assert "train_classifier.py: error: The split of the digits must be train or a slice" in capsys.readouterr().err
 
 
-def test_errors_of_the_data(tmp_path, shades):  # noqa: F811
+def test_errors_of_the_data(tmp_path, shades):
     with pytest.raises(ValueError, match="needs images with classes"):
         ClassifierTrainer(tiny(tmp_path), shades.remove_columns("label"))
     with pytest.raises(ValueError, match="test_split must have the classes"):
@@ -128,10 +129,10 @@ def test_slices_of_the_digits(tmp_path):
         load_images(tiny(tmp_path, dataset_split="validation"))
 
 
-def test_the_loss_is_the_cross_entropy_of_the_noisy_image(tmp_path, shades):  # noqa: F811
+def test_the_loss_is_the_cross_entropy_of_the_noisy_image(tmp_path, shades):
     trainer = ClassifierTrainer(tiny(tmp_path, sde="ve"), shades)
-    trainer.model, seen = trainer.unet, []
-    trainer.unet.forward = lambda sample, log_snr: seen.append((sample, log_snr)) or torch.tensor([[2.0, 0.0]] * 2)
+    trainer.model, seen = trainer.network, []
+    trainer.network.forward = lambda sample, log_snr: seen.append((sample, log_snr)) or torch.tensor([[2.0, 0.0]] * 2)
     images = torch.full((2, 1, 8, 8), 255, dtype=torch.uint8)
     noise, u = torch.ones(2, 1, 8, 8), torch.tensor([0.3, 0.9], dtype=torch.float64)
     loss = trainer.loss({"images": images, "noise": noise, "u": u, "labels": torch.tensor([0, 1])})

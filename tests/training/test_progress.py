@@ -50,9 +50,9 @@ def test_training_is_measured_and_does_not_notice(tmp_path):
 
 
 def test_the_classifier_is_kept_and_missed_before_training(tmp_path, monkeypatch):
-    train = extractors.train_classifier
+    train = extractors.train_feature_classifier
     monkeypatch.setattr(
-        extractors, "train_classifier", lambda images, labels, steps, *more, **m: train(images, labels, 3)
+        extractors, "train_feature_classifier", lambda images, labels, steps, *more, **m: train(images, labels, 3)
     )
     digits = load_digits().select(range(60))
     _, logged = run(tmp_path, digits, eval_every=4, num_eval_images=12)

@@ -79,7 +79,7 @@ def train_sharded(folder, rank, port):
 
     run = begin("run")
     pipeline = run.run()
-    held = sum(parameter.to_local().numel() for parameter in run.unet.parameters())
+    held = sum(parameter.to_local().numel() for parameter in run.network.parameters())
     torch.save(pipeline.unet.state_dict(), folder / f"returned-{rank}.pt")
     if rank == 0:
         shutil.copytree(folder / "run" / "checkpoint-2", folder / "resumed" / "checkpoint-2")
@@ -88,8 +88,8 @@ def train_sharded(folder, rank, port):
 
     options = {"channels_last": True, "ema_relative_std": 0.1, "sample_every": 0, "eval_every": 0}
     run, seen = begin("bf16", mixed_precision="bf16", max_train_steps=1, **options), {}
-    run.unet.register_forward_pre_hook(lambda _, inputs: seen.update(timestep=str(inputs[1].dtype)))
-    run.unet.mid_block.resnets[0].conv1.register_forward_hook(
+    run.network.register_forward_pre_hook(lambda _, inputs: seen.update(timestep=str(inputs[1].dtype)))
+    run.network.mid_block.resnets[0].conv1.register_forward_hook(
         lambda module, inputs, output: seen.update(
             weight=str(module.weight.dtype),
             output=str(output.dtype),

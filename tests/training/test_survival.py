@@ -161,7 +161,7 @@ def resume_and_die(output_dir, at_event, events_file, options):
     """Go on with a run that is over, which saves its pipeline again; die at an event of that."""
     torch.set_num_threads(1)
     run, events = trainer(output_dir, **options), []
-    save = run._save_pipeline
+    save = run._save_result
 
     def on_audit(event, arguments):
         operation = event.startswith(("os.", "shutil.")) or event == "open"
@@ -170,7 +170,7 @@ def resume_and_die(output_dir, at_event, events_file, options):
             if len(events) == at_event:
                 die()
 
-    run._save_pipeline = lambda: (sys.addaudithook(on_audit), save())[1]
+    run._save_result = lambda: (sys.addaudithook(on_audit), save())[1]
     run.run()
     if events_file is not None:
         Path(events_file).write_text(json.dumps(events))
@@ -247,7 +247,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_and_any_number_can_go_on(tmp
         for unet in (SDEPipeline.from_pretrained(tmp_path / "run").unet, alone.unet, whole.unet)
     )
     # Sums in another order, nothing else: the averaged weights have moved by far more.
-    moved = torch.cat([p.detach().flatten() for p in trainer(tmp_path / "new", **one).unet.parameters()])
+    moved = torch.cat([p.detach().flatten() for p in trainer(tmp_path / "new", **one).network.parameters()])
     for other in (a, b):
         assert (other - c).norm() < 1e-3 * (moved - c).norm()
 

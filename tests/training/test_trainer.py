@@ -235,7 +235,7 @@ def test_what_a_run_leaves(tmp_path, digits):
     assert not (tmp_path / UNFINISHED).exists()
     grids = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert grids == ["step-0000002.png", "step-0000004.png"]
-    assert Image.open(tmp_path / "samples" / grids[0]).size == (136, 136)  # 2 x 2 cells of 64 pixels, framed
+    assert Image.open(tmp_path / "samples" / grids[0]).size == (160, 160)  # 2 x 2 cells of 80 pixels, framed
     assert any("tfevents" in path.name for path in (tmp_path / "logs").rglob("*"))
     assert json.loads((tmp_path / "training_config.json").read_text())["max_train_steps"] == 4
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
@@ -271,9 +271,9 @@ def test_epochs_count_images(tmp_path, digits):
 def test_bfloat16_keeps_noise_and_times_in_float32(tmp_path, digits):
     trainer = Trainer(tiny(tmp_path, mixed_precision="bf16", max_train_steps=2), digits)
     dtypes = []
-    trainer.unet.register_forward_pre_hook(lambda module, inputs: dtypes.extend(v.dtype for v in inputs))
+    trainer.network.register_forward_pre_hook(lambda module, inputs: dtypes.extend(v.dtype for v in inputs))
     inner = []
-    trainer.unet.conv_in.register_forward_hook(lambda module, inputs, output: inner.append(output.dtype))
+    trainer.network.conv_in.register_forward_hook(lambda module, inputs, output: inner.append(output.dtype))
     pipeline = trainer.run()
     assert set(dtypes) == {torch.float32}
     assert set(inner) == {torch.bfloat16}
@@ -374,7 +374,7 @@ def test_a_model_config_must_fit_the_images(tmp_path, digits):
             Trainer(tiny(tmp_path / "o", model_config_name_or_path=str(tmp_path / name)), digits)
     UNet2DModel(**options, sample_size=8, in_channels=1, out_channels=1).save_config(tmp_path / "fits")
     trainer = Trainer(tiny(tmp_path / "o", model_config_name_or_path=str(tmp_path / "fits")), digits)
-    assert trainer.unet.config.norm_num_groups == 4
+    assert trainer.network.config.norm_num_groups == 4
 
 
 def test_levels_must_divide_the_resolution(tmp_path, digits):
@@ -387,9 +387,9 @@ def test_default_networks_fit_their_resolution(tmp_path, digits, resolution, lev
     trainer = Trainer(
         TrainingConfig(output_dir=str(tmp_path), resolution=resolution, logger="none", max_train_steps=1), digits
     )
-    assert len(trainer.unet.config.block_out_channels) == levels
+    assert len(trainer.network.config.block_out_channels) == levels
     x = torch.randn(1, 1, resolution, resolution)
-    assert trainer.unet(x, torch.tensor([500.0]), return_dict=False)[0].shape == x.shape
+    assert trainer.network(x, torch.tensor([500.0]), return_dict=False)[0].shape == x.shape
 
 
 def test_images_in_zero_to_one(tmp_path, digits):

@@ -9,18 +9,20 @@ import numbers
 import os
 import sys
 from collections.abc import Collection, Sequence
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 LARGEST_SEED = 2**63 - 1
+
+Options = TypeVar("Options")
 
 
 def option(
     default: Any,
     help: str,
     *,
-    choices: Sequence[str] | None = None,
+    choices: Collection[str] | None = None,
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
@@ -30,12 +32,27 @@ def option(
 ) -> Any:
     """A field that knows its help text, its command-line aliases and which values it accepts.
 
-    A ``default`` of ``dataclasses.MISSING`` makes it required. A ``secret`` one is left out of ``repr``. A list that
-    ``adds`` grows where it is given again on a command line; otherwise the last one counts, as for any option.
+    A ``default`` of ``dataclasses.MISSING`` makes it required. ``choices`` may grow, as a registry does: they are
+    read when a value is checked. A ``secret`` one is left out of ``repr``. A list that ``adds`` grows where it is given
+    again on a command line; otherwise the last one counts, as for any option.
     """
     metadata = {"help": help, "choices": choices, "least": least, "above": above, "most": most, "aliases": aliases}
     metadata["adds"] = adds
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
+
+
+class CheckedOptions:
+    """Base of the dataclasses of options: every field is checked when an object is made.
+
+    A dataclass with further checks begins its own ``__post_init__`` with ``super().__post_init__()``, so that several
+    of them can be the bases of one.
+
+    Raises:
+        ValueError: See ``check_options``.
+    """
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def check_options(config: Any) -> None:
@@ -134,6 +151,21 @@ def parser_of(config: type, exclude: Collection[str] = (), **arguments: Any) -> 
         names = [f"--{name}" for name in (f.name, *f.metadata["aliases"])]
         parser.add_argument(*names, dest=f.name, help=(f.metadata["help"] + shown).replace("%", "%%"), **settings)
     return parser
+
+
+def parse_options(config: type[Options], argv: Sequence[str] | None, **arguments: Any) -> Options:
+    """The options that a command line spells, as an object of their dataclass.
+
+    Args:
+        config: The dataclass of options.
+        argv: Arguments without the program's name; None for those of this process.
+        **arguments: See ``parser_of``.
+
+    Raises:
+        ValueError: A value that the dataclass refuses.
+        SystemExit: An unknown option or a value that is not of its type.
+    """
+    return config(**vars(parser_of(config, **arguments).parse_args(argv)))
 
 
 def one_line(error: BaseException) -> str:

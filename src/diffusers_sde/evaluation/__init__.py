@@ -11,9 +11,10 @@ It needs the extra ``training``: ``pip install diffusers-sde[training]``.
 
 from .configuration import EvaluationConfig
 from .evaluate import evaluate
-from .generate import SamplingConfig, generate
+from .generate import generate
 from .report import eval_results, markdown_table
 from .samplers import ImageSampler, Sampler, as_sde_pipeline, draw_images, launched_processes, load_pipeline
+from .sampling import SamplingConfig
 
 __all__ = [
     "EvaluationConfig",

@@ -1,35 +1,28 @@
-"""scripts/evaluate.py: the command line of ``evaluate``."""
+"""The command lines of ``scripts/evaluate.py`` and ``scripts/sample.py``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..basics.options import fail, parser_of
+from ..basics.options import fail, parse_options
 from .configuration import EvaluationConfig
 from .evaluate import evaluate
+from .generate import generate
 from .report import markdown_table
 from .samplers import launched_processes
+from .sampling import SamplingConfig
 
 
-def parse_args(argv: Sequence[str] | None = None) -> EvaluationConfig:
-    """The configuration that a command line describes.
-
-    Raises:
-        ValueError: See ``EvaluationConfig``.
-        SystemExit: An unknown option or a value that is not of its type.
-    """
-    parser = parser_of(
-        EvaluationConfig,
-        prog="evaluate.py",
-        description="Evaluate a saved pipeline: samples of any samplers against data, likelihood, latent codes.",
-    )
-    return EvaluationConfig(**vars(parser.parse_args(argv)))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def evaluate_main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line says; mistakes end in one line and exit code 2."""
     try:
-        report = evaluate(parse_args(argv))
+        config = parse_options(
+            EvaluationConfig,
+            argv,
+            prog="evaluate.py",
+            description="Evaluate a saved pipeline: samples of any samplers against data, likelihood, latent codes.",
+        )
+        report = evaluate(config)
     except (ValueError, OSError) as error:
         raise fail("evaluate.py", error) from None
     if launched_processes().is_main_process:
@@ -37,3 +30,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "figure" in report:
             figure = report["figure"]
             print(f"{figure['path']}: codes give the images back to {figure['round_trip_rms']:.2e} RMS")
+
+
+def sample_main(argv: Sequence[str] | None = None) -> None:
+    """Draw images as the command line says; mistakes end in one line and exit code 2."""
+    try:
+        config = parse_options(
+            SamplingConfig,
+            argv,
+            prog="sample.py",
+            description="Draw images from a saved pipeline, each from a seed of its own. Start the command again to go "
+            "on after an interruption.",
+        )
+        record = generate(config)
+    except (ValueError, OSError) as error:
+        raise fail("sample.py", error) from None
+    if launched_processes().is_main_process and record["calls_per_image"] is not None:
+        print(f"{record['num_images']} images, {record['calls_per_image']:g} network calls each.")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..basics.files import write_whole
 from ..flow.trace import TraceOptions
-from ..images.arrays import from_network
+from ..images.arrays import to_bytes, to_network
 from ..images.pictures import tile
 from ..metrics.quality import spread
 from ..pipelines import ProbabilityFlow
@@ -81,11 +81,11 @@ def draw_codes(config: EvaluationConfig, flow: ProbabilityFlow, levels: Tensor) 
     first, second = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 : 2 * (len(chosen) // 2)]
     options = flow.options(1e-5, 1e-5, batch_size=config.batch_size)
     strips = flow.interpolate(first, second, STRIP_LENGTH, options).sample
-    real = torch.stack([flow._state(first), flow._state(second)], 1)
+    real = torch.stack([to_network(part, flow.data_min, flow.data_max) for part in (first, second)], 1).to(strips)
     rebuilt = strips[:, [0, -1]]
     # A row is: the first image | its reconstruction, the interpolation, the other's reconstruction | the second image.
     rows = torch.cat([real[:, :1], strips, real[:, 1:]], 1)
-    pixels = from_network(rows, flow.data_min, flow.data_max).mul(255).round().byte().cpu()
+    pixels = to_bytes(rows, flow.data_min, flow.data_max)
     path = Path(str(config.figure))
     write_whole(path, partial(tile(pixels).save, format=Image.registered_extensions()[path.suffix.lower()]))
     return float((rebuilt - real).square().mean().sqrt())

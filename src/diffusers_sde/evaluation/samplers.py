@@ -7,6 +7,7 @@ interruptions, except for the rounding of the network, which may differ by batch
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import schedulers
+from ..basics.checks import check_integer
+from ..basics.networks import denoises_images
 from ..basics.options import one_line
+from ..images.arrays import to_bytes
 from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
 from ..pipelines.runs import METHODS
 
@@ -98,16 +102,19 @@ def load_pipeline(model: str) -> DiffusionPipeline:
 
 
 def as_sde_pipeline(pipe: DiffusionPipeline) -> SDEPipeline:
-    """Return a pipeline of this package as it is, and any other one with a ``UNet2DModel`` as an ``SDEPipeline``.
+    """Return a pipeline of this package as it is, and any other one that denoises images as an ``SDEPipeline``.
 
     Raises:
-        ValueError: It has no such network.
+        ValueError: Its network is not called as ``unet(images, timestep)``, with nothing else.
     """
     if isinstance(pipe, SDEPipeline):
         return pipe
-    unet = getattr(pipe, "unet", None)
-    if not isinstance(unet, UNet2DModel):
-        raise ValueError(f"model is a {type(pipe).__name__}: a pipeline with a UNet2DModel is needed.")
+    unet: Any = getattr(pipe, "unet", None)
+    if not denoises_images(unet):
+        raise ValueError(
+            f"model is a {type(pipe).__name__}: a pipeline is needed whose network, unet, is called as (images, "
+            "timestep) with nothing else, such as one with a UNet2DModel."
+        )
     return SDEPipeline(unet, pipe.scheduler)
 
 
@@ -115,7 +122,7 @@ class ImageSampler:
     """Draws images by their numbers; building it checks the options, calling it does the work.
 
     Args:
-        pipe: The pipeline; its scheduler is replaced while images are drawn.
+        pipe: The pipeline, which is left as it is.
         sampler: What to change about its sampler.
         seed: Any integer >= 0; sets of different seeds have no image in common.
         class_labels: Classes (numbers or names) that the images have in turn, for a class-conditional pipeline; all
@@ -196,15 +203,14 @@ class ImageSampler:
         Yields:
             The numbers of a batch, and its images as bytes, shape (B, C, H, W), on the CPU.
         """
-        device = self.pipe._execution_device
+        pipe = copy.copy(self.pipe)  # with a scheduler and a progress bar of its own; the original stays as it is
+        pipe.scheduler = self._scheduler
+        pipe.set_progress_bar_config(disable=True)
 
         def count(module: Any, arguments: tuple, keywords: dict[str, Any]) -> None:
             self.calls += len(arguments[0] if arguments else keywords["sample"])
 
-        shows_progress = self.pipe._shows_progress
-        self.pipe.set_progress_bar_config(disable=True)
-        hook = self.pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
-        own, self.pipe.scheduler = self.pipe.scheduler, self._scheduler
+        hook = pipe.unet.register_forward_pre_hook(count, with_kwargs=True)
         title = f"Sampling ({self.sampler.label})"
         progress = tqdm(total=len(numbers), desc=title, unit="image", disable=not progress_bar)
         try:
@@ -212,25 +218,24 @@ class ImageSampler:
                 batch = list(numbers[start : start + batch_size])
                 generators = [generator_of(self.seed, number) for number in batch]
                 # The noise is drawn here, because a pipeline whose network is not float32 would draw other noise.
-                shape = self.pipe.sample_shape
-                latents = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+                latents = torch.stack([torch.randn(pipe.sample_shape, generator=g) for g in generators])
                 classes = None if self._classes is None else torch.tensor([self.label(number) for number in batch])
-                images = self._draw(latents, generators, classes)
+                images = self._draw(pipe, latents.to(pipe.device), generators, classes)
                 self.images += len(batch)
                 progress.update(len(batch))
-                yield batch, images.mul(255.0).round().to(torch.uint8).cpu()
+                yield batch, to_bytes(images, 0.0)
         finally:
             progress.close()
             hook.remove()
-            self.pipe.scheduler = own
-            self.pipe.set_progress_bar_config(disable=not shows_progress)
 
-    def _draw(self, latents: Tensor, generators: list[torch.Generator], classes: Tensor | None) -> Tensor:
+    def _draw(
+        self, pipe: SDEPipeline, latents: Tensor, generators: list[torch.Generator], classes: Tensor | None
+    ) -> Tensor:
         """Images in [0, 1], shape (B, C, H, W)."""
         arguments = dict(self._arguments)
         if classes is not None:
             arguments["class_labels"] = classes
-        images = self.pipe(latents=latents, generator=generators, output_type="pt", return_dict=False, **arguments)[0]
+        images = pipe(latents=latents, generator=generators, output_type="pt", return_dict=False, **arguments)[0]
         return images
 
 
@@ -262,6 +267,18 @@ def _classes(pipe: SDEPipeline, class_labels: Iterable[int | str] | None) -> lis
             raise ValueError("class_labels need a class-conditional pipeline, and this one is not.")
         return None
     if class_labels is not None:
-        names = pipe.labels  # "3" is read as a number, unless a class has this name
-        return pipe._numbers([x if x in names or not isinstance(x, str) else parse_value(x) for x in class_labels])
+        return [_class_number(pipe, label) for label in class_labels]
     return [n for n in range(pipe.num_classes) if n != pipe.config.null_class]
+
+
+def _class_number(pipe: ClassConditionalSDEPipeline, label: int | str) -> int:
+    """The number of a class by its name or number; "3" is read as a number, unless a class has this name."""
+    names = pipe.labels
+    number = names.get(label, parse_value(label)) if isinstance(label, str) else label
+    if isinstance(number, str):
+        known = ", ".join(names) or "none: this pipeline's classes have no names"
+        raise ValueError(f"class_labels holds {label!r}, but the names are {known}.")
+    number = check_integer("class_labels", number, at_least=0, at_most=pipe.num_classes - 1)
+    if number == pipe.config.null_class:
+        raise ValueError(f"class_labels must not hold {label!r}, the null class, which stands for any class.")
+    return number

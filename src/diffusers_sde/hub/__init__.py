@@ -1,6 +1,5 @@
-"""To the Hub and back.
+"""Saved models to and from the Hub.
 
-``flattening`` writes the package's source as one file, ``shipping`` puts that file beside what is saved, ``cards``
-writes model cards, ``uploads`` talks to the Hub, ``pipelines`` is how pipelines do all of it, and ``export`` does it
-for a saved model. Schedulers import ``shipping``, so nothing is imported here.
+``export`` writes or uploads what a repository of a saved model holds, ``convert`` makes pipelines of other people's
+models, and ``cli`` has the command lines of both.
 """

@@ -1,4 +1,4 @@
-"""Pipelines of this package from models that others have saved: ``scripts/convert.py``.
+"""Pipelines of this package from models that others have saved.
 
 * **Stock repositories** of diffusers with one ``UNet2DModel`` on pixels (``DDPMPipeline``, ``DDIMPipeline``,
   ``PNDMPipeline``, ``ScoreSdeVePipeline``): the network is the same, the scheduler's config is translated.
@@ -12,9 +12,9 @@ stock repositories.
 
 from __future__ import annotations
 
-import argparse
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..basics.checks import check_choice
 from ..basics.files import check_folder, saving, write_folder_whole
-from ..basics.options import fail
+from ..basics.options import CheckedOptions, option
 from ..networks.ncsnpp import PRESETS
 from ..pipelines import SDEPipeline
 from ..schedulers import SCHEDULERS, VPSDEScheduler
@@ -35,6 +35,48 @@ from .score_sde import CHECKPOINT_SDES, convert_ncsnpp, is_ncsnpp, preset_settin
 State = dict[str, Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(CheckedOptions):
+    """What to convert; each field is the option of ``scripts/convert.py`` with the same name.
+
+    Raises:
+        ValueError: A value out of range or an unknown name.
+    """
+
+    source: str = option(MISSING, "Repository user/name, its folder, or a .pth checkpoint.")
+    output_dir: str = option(MISSING, "Where the pipeline goes.")
+    image_size: int | None = option(None, "Side of the images of a checkpoint without a preset.", least=1)
+    sde: str = option("vp", "SDE of a checkpoint.", choices=CHECKPOINT_SDES)
+    discrete: bool = option(False, "The checkpoint was trained on DDPM's table instead of continuous time.")
+    use_ema: bool = option(True, "Take the averaged weights of a checkpoint.")
+    preset: str | None = option(
+        None,
+        "Official configuration of a checkpoint, in place of its size and SDE.",
+        choices=tuple(sorted(PRESETS)),
+    )
+
+
+def convert(config: ConvertConfig) -> None:
+    """Convert a repository or a checkpoint, and save the pipeline: all of it or nothing.
+
+    Raises:
+        ValueError: Something that is not converted, and what to do with it; or a checkpoint without ``image_size``.
+        OSError: There is no such repository or file, or the folder cannot be written.
+    """
+    folder = Path(config.output_dir)
+    check_folder(folder)
+    if Path(config.source).is_file():
+        if config.image_size is None and config.preset is None:
+            raise ValueError("image_size is needed: a checkpoint does not say how large its images are.")
+        pipe = convert_checkpoint(
+            config.source, config.image_size, config.sde, config.discrete, config.use_ema, preset=config.preset
+        )
+    else:
+        pipe = convert_repository(config.source)
+    with saving("The pipeline", folder):
+        write_folder_whole(folder, folder / ".unfinished-pipeline", lambda place: pipe.save_pretrained(str(place)))
+
+
 def convert_repository(name: str, token: str | None = None) -> SDEPipeline:
     """A stock repository, on the Hub or in a folder, as an ``SDEPipeline``.
 
@@ -43,7 +85,7 @@ def convert_repository(name: str, token: str | None = None) -> SDEPipeline:
 
     Args:
         name: ``user/name``, or the folder.
-        token: For private repositories.
+        token: Access token, which private repositories need.
 
     Raises:
         ValueError: Another kind of model, and what to do with it.
@@ -245,37 +287,3 @@ def _renamed(kind: str, module: Mapping[str, Tensor]) -> Iterator[tuple[str, Ten
             value = value.T[..., None, None] if kind == "resnet" else value.T
         parameter = {"W": "weight", "b": "bias"}.get(parameter, parameter)
         yield (f"{NAMES[kind][name]}.{parameter}" if name else parameter), value.contiguous()
-
-
-# ---------------------------------------------------------------------- the command line
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Convert as the command line says; mistakes end in one line and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="convert.py",
-        description="Turn a stock diffusers repository, or a checkpoint of score_sde_pytorch, into an SDEPipeline.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--source", required=True, help="Repository user/name, its folder, or a .pth checkpoint.")
-    parser.add_argument("--output_dir", required=True, help="Where the pipeline goes.")
-    parser.add_argument("--image_size", type=int, help="Checkpoints without a preset: side of the images.")
-    parser.add_argument("--sde", choices=CHECKPOINT_SDES, default="vp", help="Checkpoints only. Default: vp.")
-    parser.add_argument("--discrete", action="store_true", help="Checkpoints only: trained on DDPM's table.")
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="Checkpoints only: the official configuration.")
-    parser.add_argument("--no-use_ema", dest="use_ema", action="store_false", help="Take the raw weights.")
-    a = parser.parse_args(argv)
-    folder = Path(a.output_dir)
-    try:
-        check_folder(folder)
-        if Path(a.source).is_file():
-            if a.image_size is None and a.preset is None:
-                raise ValueError("image_size is needed: a checkpoint does not say how large its images are.")
-            pipe = convert_checkpoint(a.source, a.image_size, a.sde, a.discrete, a.use_ema, preset=a.preset)
-        else:
-            pipe = convert_repository(a.source)
-        with saving("The pipeline", folder):
-            write_folder_whole(folder, folder / ".unfinished-pipeline", lambda place: pipe.save_pretrained(str(place)))
-    except (ValueError, OSError) as error:
-        raise fail("convert.py", error) from None
-    print(a.output_dir)

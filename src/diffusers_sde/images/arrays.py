@@ -199,3 +199,8 @@ def in_network_range(images: Tensor, data_min: float, data_max: float, name: str
 def from_network(x: Tensor, data_min: float, data_max: float) -> Tensor:
     """Map the network's range [data_min, data_max] to [0, 1], same shape, and cut off what lies outside it."""
     return ((x - data_min) / (data_max - data_min)).clamp(0.0, 1.0)
+
+
+def to_bytes(x: Tensor, data_min: float, data_max: float = 1.0) -> Tensor:
+    """Map the network's range to bytes on the CPU, the same shape; what lies outside it is cut off."""
+    return from_network(x, data_min, data_max).mul(255.0).round().to(torch.uint8).cpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-from ..basics.options import check_options, option
+from ..basics.options import CheckedOptions, option
 
 EMBEDDED_DATASETS = ("digits",)
 LARGEST_SEED_OF_NUMPY = 2**32 - 2**16  # its seeds are below 2**32, and every process adds its number
@@ -19,7 +19,7 @@ def is_local(name: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageOptions:
+class ImageOptions(CheckedOptions):
     """Where images come from, and how they become square byte images of one size.
 
     Raises:
@@ -56,9 +56,6 @@ class ImageOptions:
         "Number of classes, where the class column holds plain integers. Default: the largest one plus 1.",
         least=1,
     )
-    class_conditional: bool = option(
-        False, "Train a network that is told the class of each image, for generation by class."
-    )
     cache_dir: str | None = option(None, "Where datasets keeps downloads. Default: its own cache.")
     resolution: int | None = option(
         None, "Side of the training images in pixels. Default: the data's own size, if it is one.", least=2, most=16384
@@ -84,8 +81,13 @@ class ImageOptions:
     )
     seed: int = option(0, "Seed of the order of a stream.", least=0, most=LARGEST_SEED_OF_NUMPY)
 
+    @property
+    def needs_labels(self) -> bool:
+        """Whether whoever reads the images asks for their classes."""
+        return False
+
     def __post_init__(self) -> None:
-        check_options(self)
+        super().__post_init__()
         if self.dataset_name is not None and self.train_data_dir is not None:
             raise ValueError(
                 f"dataset_name={self.dataset_name!r} and train_data_dir={self.train_data_dir!r} exclude each other."

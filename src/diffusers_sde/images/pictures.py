@@ -9,11 +9,11 @@ from PIL import Image
 from torch import Tensor
 
 SHOWN_SIDE = 64  # smaller images are enlarged to this side, in pixels
-SHEET = 100  # number of images that ``sheet`` shows at most
+SHEET = 100  # number of images that ``sheet`` shows at most, where nothing else is asked for
 
 
 def tile(rows: Tensor) -> Image.Image:
-    """A picture of rows of images.
+    """A picture of rows of images, each with a white frame.
 
     Args:
         rows: Bytes, shape (rows, columns, C, H, W).
@@ -25,11 +25,15 @@ def tile(rows: Tensor) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def sheet(images: Tensor) -> Image.Image:
-    """A picture of the first images in a square.
+def sheet(images: Tensor, most: int = SHEET) -> Image.Image:
+    """A picture of the first images in rows, with about as many rows as columns; places without an image are white.
 
     Args:
-        images: Bytes, shape (N, C, H, W).
+        images: Bytes, shape (N, C, H, W), N >= 1.
+        most: Number of images that are shown at most.
     """
-    side = max(1, math.isqrt(min(len(images), SHEET)))
-    return tile(images[: side * side].unflatten(0, (side, side)))
+    images = images[:most]
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    blank = images.new_full((rows * columns - len(images), *images.shape[1:]), 255)
+    return tile(torch.cat([images, blank]).unflatten(0, (rows, columns)))

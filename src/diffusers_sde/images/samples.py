@@ -1,70 +1,111 @@
-"""How a sample number becomes a training sample."""
+"""What training asks of its data, and how a sample number becomes a training sample."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .randomness import AUGMENTATION, NOISE, SampleRandom, epoch_order
-from .source import ImageSource
+from .randomness import AUGMENTATION, NOISE, SampleRandom
 
 
-class TrainingSamples(Dataset):
+class TrainingSource(Protocol):
+    """What training asks of its data, whether they are stored or streamed.
+
+    Attributes:
+        channels: 1 (grey) or 3 (RGB).
+        resolution: Side in pixels.
+        class_names: Names of the classes; empty where there are none.
+        labels: Class of each image that is known beforehand, shape (n,), or None where there are no classes.
+    """
+
+    channels: int
+    resolution: int
+    class_names: list[str]
+    labels: Tensor | None
+
+    @property
+    def num_images(self) -> int | None:
+        """Images in one pass through the data; None where that is not known."""
+
+    def epoch(self, samples_seen: int) -> float:
+        """Passes through the data when so many samples have been seen."""
+
+    def spread(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Up to ``count`` images, bytes (N, C, H, W), evenly spread over those known beforehand, and their classes."""
+
+    def statistics(self, data_min: float) -> tuple[float, float]:
+        """Standard deviation of the pixels and the largest distance between two images, for values in [data_min, 1]."""
+
+    def fingerprint(self, with_classes: bool) -> str:
+        """A hash of some images, and perhaps of all classes."""
+
+    def samples(self, seed: int, random_flip: bool, strata: int) -> TrainingSamples:
+        """The training samples by number; arguments as in ``TrainingSamples``."""
+
+    def state(self, samples_seen: int) -> dict[str, Any]:
+        """What a checkpoint must hold, as JSON, so that ``resume`` goes on after so many samples."""
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken; it may hold other entries than those of ``state``."""
+
+
+class TrainingSamples(Dataset, ABC):
     """Training samples by number: the image, and the random numbers that go with it.
 
     Noise is drawn here, so that loader processes share the work, in float32 on the host: a run sees the same noise on
     every device and at every precision.
 
     Args:
-        source: The images.
-        seed: Of order, augmentation, times and noise.
-        random_flip: Mirror half of the samples.
+        shape: Shape of an image, (C, H, W).
+        seed: Seed of order, augmentation, times and noise.
+        random_flip: Whether half of the samples are mirrored.
         strata: Number n has its u in part n mod ``strata`` of so many equal parts of [0, 1); 1: anywhere.
     """
 
-    def __init__(self, source: ImageSource, seed: int, random_flip: bool, strata: int = 1) -> None:
-        self._source, self._seed, self._random_flip, self._strata = source, seed, random_flip, strata
+    def __init__(self, shape: tuple[int, int, int], seed: int, random_flip: bool, strata: int = 1) -> None:
+        self._shape, self._random_flip, self._strata = shape, random_flip, strata
         self._augmentation, self._noise = SampleRandom(seed, AUGMENTATION), SampleRandom(seed, NOISE)
 
-    def __getitems__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+    @abstractmethod
+    def deal(self, first: int, batch_size: int, process: int, processes: int) -> Iterable[list[Any]]:
+        """What ``__getitems__`` takes for each batch of one process, from sample number ``first`` on, without end.
+
+        Micro-batch m of the run holds numbers first + m P B + [p B, (p + 1) B) on process p of P.
+        """
+
+    @abstractmethod
+    def __getitems__(self, dealt: Sequence[Any]) -> dict[str, Tensor]:
         """A batch.
 
         Args:
-            numbers: Sample numbers, length B.
+            dealt: One entry for each of B samples, from ``deal``.
 
         Returns:
             ``images``, bytes (B, C, H, W); ``noise``, unit Gaussian, float32 (B, C, H, W); ``u``, uniform in [0, 1),
             float64 (B,), which stands for the time; and where the data have classes ``labels``, int64 (B,), and
             ``label_draw``, uniform in [0, 1), float64 (B,), which decides whether the class is hidden.
         """
-        source, n = self._source, len(self._source)
-        indices = [int(epoch_order(self._seed, number // n, n)[number % n]) for number in numbers]
-        labels = None if source.labels is None else source.labels[indices]
-        return self._batch(numbers, lambda i, random: source.get(indices[i], random), labels)
 
-    def deal(self, first: int, batch_size: int, process: int, processes: int) -> Iterable[list[Any]]:
-        """What ``__getitems__`` takes for each batch of one process, from sample number ``first`` on, without end.
-
-        Micro-batch m of the run holds numbers first + m P B + [p B, (p + 1) B) on process p of P.
-        """
-        start = first + process * batch_size
-        while True:
-            yield list(range(start, start + batch_size))
-            start += processes * batch_size
-
-    def _batch(
+    def batch(
         self,
         numbers: Sequence[int],
         image_of: Callable[[int, np.random.Generator], np.ndarray],
         labels: Tensor | None,
     ) -> dict[str, Tensor]:
-        source = self._source
-        shape = (len(numbers), source.channels, source.resolution, source.resolution)
+        """What ``__getitems__`` returns.
+
+        Args:
+            numbers: Sample numbers, length B.
+            image_of: Returns the image at a position of the batch, bytes (C, H, W), cropped by a generator.
+            labels: Classes, int64 (B,), or None.
+        """
+        shape = (len(numbers), *self._shape)
         images, noise = np.empty(shape, dtype=np.uint8), np.empty(shape, dtype=np.float32)
         u, label_draw = np.empty(len(numbers)), np.empty(len(numbers))
         for i, number in enumerate(numbers):

@@ -6,18 +6,22 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .arrays import GREY_MODES, as_pil, to_network
 from .columns import classes_of, decoded, image_column
+from .fitting import ImageFormat, open_image
 from .options import ImageOptions
+from .randomness import epoch_order
+from .samples import TrainingSamples
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +31,7 @@ FINGERPRINTED = 16  # images
 
 
 class ImageSource:
-    """A data set seen as square byte images of one size, with what the rest of training needs to know about it.
+    """A data set seen as square byte images of one size: a ``TrainingSource``, and images by number.
 
     Args:
         dataset: Its rows have an image (a PIL image, or an array: bytes, integers of 16 bits, or floats in [0, 1]), or
@@ -38,6 +42,7 @@ class ImageSource:
     Attributes:
         channels: 1 (grey) or 3 (RGB).
         resolution: Side in pixels.
+        format: Channels and resolution, and how images are cropped.
         class_names: Names of the classes; empty where there are none.
         labels: Class of each image, shape (n,), or None.
 
@@ -48,7 +53,7 @@ class ImageSource:
     def __init__(self, dataset: datasets.Dataset, config: ImageOptions, show_progress: bool = False) -> None:
         if len(dataset) == 0:
             raise ValueError("The data set is empty: there is nothing to train on.")
-        self._center_crop, self._white = config.center_crop, config.white_level
+        self._white = config.white_level
         self._image_column = image_column(dataset.features, config.image_column)
         self._dataset = dataset = decoded(dataset, self._image_column)
         if config.skip_broken_images:
@@ -57,9 +62,9 @@ class ImageSource:
         first = [self._read(i) for i in range(min(len(dataset), SCANNED_IMAGES))]
         self.channels = config.channels or (1 if all(image.mode in GREY_MODES for image in first) else 3)
         self.resolution = config.resolution or first[0].width
-        self._fixed_size = config.resolution is None
+        self.format = ImageFormat(self.channels, self.resolution, config.resolution is None, config.center_crop)
         for i, image in enumerate(first):
-            self._check_size(i, image)
+            self.format.check_size(i, image)
         fits = len(dataset) * self.channels * self.resolution**2 <= CACHE_BYTES
         self._cache: np.ndarray | None = None
         if config.cache_images or (config.cache_images is None and fits):
@@ -69,8 +74,8 @@ class ImageSource:
         return len(self._dataset)
 
     @property
-    def num_images(self) -> int | None:
-        """Images in one pass through the data; None where that is not known."""
+    def num_images(self) -> int:
+        """Images in one pass through the data."""
         return len(self)
 
     def epoch(self, samples_seen: int) -> float:
@@ -86,20 +91,39 @@ class ImageSource:
         """Image ``index``, bytes of shape (C, H, W); ``random`` places the crop unless cropping is central."""
         if self._cache is not None:
             return self._cache[index]
-        return self._fit(index, self._read(index), random)
+        return self.format.fit(index, self._read(index), random)
 
     def get_many(self, indices: Sequence[int]) -> np.ndarray:
         """Images, central crops, shape (B, C, H, W)."""
         return np.stack([self.get(i) for i in indices])
+
+    def spread(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Up to ``count`` images, central crops, evenly spread over the data, and their classes.
+
+        Returns:
+            Bytes, shape (N, C, H, W), and classes, shape (N,), or None.
+        """
+        indices = np.unique(np.linspace(0, len(self) - 1, min(len(self), count)).round().astype(int)).tolist()
+        return torch.from_numpy(self.get_many(indices)), None if self.labels is None else self.labels[indices]
+
+    def samples(self, seed: int, random_flip: bool, strata: int = 1) -> StoredSamples:
+        """The training samples of the images; arguments as in ``TrainingSamples``."""
+        return StoredSamples(self, seed, random_flip, strata)
+
+    def state(self, samples_seen: int) -> dict[str, Any]:
+        """Nothing: the number of samples seen says where training goes on."""
+        return {}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken, for which nothing needs to be done."""
 
     def statistics(self, data_min: float = -1.0) -> tuple[float, float]:
         """Standard deviation of the pixels and the largest distance between two images, for values in [data_min, 1].
 
         Measured on up to 1024 images spread evenly over the data set.
         """
-        n = max(2, min(len(self), 1024, 2**25 // (self.channels * self.resolution**2)))
-        indices = np.unique(np.linspace(0, len(self) - 1, n).round().astype(int))
-        images = to_network(torch.from_numpy(self.get_many(indices.tolist())).flatten(1), data_min)
+        count = max(2, min(1024, 2**25 // (self.channels * self.resolution**2)))
+        images = to_network(self.spread(count)[0].flatten(1), data_min)
         return float(images.std(correction=0)), float(torch.cdist(images, images).max())
 
     def fingerprint(self, with_classes: bool = False) -> str:
@@ -113,18 +137,7 @@ class ImageSource:
         return digest.hexdigest()[:16]
 
     def _read(self, index: int) -> Image.Image:
-        return self._open(index, lambda: self._dataset[index][self._image_column])
-
-    def _open(self, index: int, read: Callable[[], Any]) -> Image.Image:
-        try:
-            value = read()
-            if value is None:
-                raise ValueError("there is none")
-            return as_pil(value, self._white)
-        except Exception as error:  # whatever a decoder throws, the user needs to know which image
-            raise ValueError(
-                f"Image {index} of the data set cannot be used: {error} (skip_broken_images leaves such images out)."
-            ) from error
+        return open_image(index, lambda: self._dataset[index][self._image_column], self._white)
 
     def _without_broken(self, show_progress: bool) -> datasets.Dataset:
         """The data set without the images that cannot be read, which are reported."""
@@ -155,35 +168,13 @@ class ImageSource:
         raw = self._dataset.cast_column(self._image_column, datasets.Image(decode=False))[index][self._image_column]
         return (raw or {}).get("path") or str(index)
 
-    def _check_size(self, index: int, image: Image.Image) -> None:
-        if self._fixed_size and image.size != (self.resolution, self.resolution):
-            raise ValueError(
-                f"Image {index} has {image.width}x{image.height} pixels, the first is {self.resolution} wide: images "
-                "that are not square or differ in size need resolution (and center_crop, or are cropped at random)."
-            )
-
-    def _fit(self, index: int, image: Image.Image, random: np.random.Generator | None) -> np.ndarray:
-        self._check_size(index, image)
-        image = image.convert("L" if self.channels == 1 else "RGB")
-        side = self.resolution
-        if image.size != (side, side):
-            scale = side / min(image.size)
-            width, height = (max(side, round(length * scale)) for length in image.size)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-            left, top = (width - side) // 2, (height - side) // 2
-            if random is not None and not self._center_crop:
-                left, top = int(random.integers(width - side + 1)), int(random.integers(height - side + 1))
-            image = image.crop((left, top, left + side, top + side))
-        pixels = np.asarray(image, dtype=np.uint8)
-        return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
     def _read_all(self, show_progress: bool) -> np.ndarray | None:
         pixels = np.empty((len(self), self.channels, self.resolution, self.resolution), dtype=np.uint8)
         for i, image in self._progress(self._read_in_order(), "Reading images", show_progress):
-            if not self._center_crop and not self._fixed_size and image.width != image.height:
+            if not self.format.center_crop and not self.format.fixed_size and image.width != image.height:
                 logger.info("Images that are not square are cropped at random, so they are read again every time.")
                 return None
-            pixels[i] = self._fit(i, image, None)
+            pixels[i] = self.format.fit(i, image, None)
         return pixels
 
     def _read_in_order(self) -> Iterator[tuple[int, Image.Image]]:
@@ -200,3 +191,25 @@ class ImageSource:
     def _progress(self, items: Iterable[Any], what: str, show: bool) -> Iterable[Any]:
         interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file needs no animation
         return tqdm(items, desc=what, total=len(self), disable=not show, leave=False, mininterval=interval)
+
+
+class StoredSamples(TrainingSamples):
+    """The training samples of an ``ImageSource``, each pass in a random order; arguments as in ``TrainingSamples``."""
+
+    def __init__(self, source: ImageSource, seed: int, random_flip: bool, strata: int = 1) -> None:
+        super().__init__((source.channels, source.resolution, source.resolution), seed, random_flip, strata)
+        self._source, self._seed = source, seed
+
+    def deal(self, first: int, batch_size: int, process: int, processes: int) -> Iterable[list[int]]:
+        """Sample numbers for each batch of one process; see ``TrainingSamples.deal``."""
+        start = first + process * batch_size
+        while True:
+            yield list(range(start, start + batch_size))
+            start += processes * batch_size
+
+    def __getitems__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """A batch of sample numbers."""
+        source, n = self._source, len(self._source)
+        indices = [int(epoch_order(self._seed, number // n, n)[number % n]) for number in numbers]
+        labels = None if source.labels is None else source.labels[indices]
+        return self.batch(numbers, lambda i, random: source.get(indices[i], random), labels)

@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from .columns import decoded, image_column, label_column
+from .fitting import open_image
 from .options import ImageOptions
-from .samples import TrainingSamples
+from .samples import TrainingSamples, TrainingSource
 from .source import ImageSource
 
 logger = logging.getLogger(__name__)
@@ -27,18 +28,25 @@ REPORTED = 5
 Row = Mapping[str, Any]
 
 
-class StreamSource(ImageSource):
-    """A stream seen as square byte images of one size.
+class StreamSource:
+    """A stream seen as square byte images of one size: a ``TrainingSource``.
 
-    As an ``ImageSource`` it holds the first 2000 images of the first pass, which tell the resolution, the channels and
-    the statistics. ``rows`` is the stream itself. Its order is datasets' own: shards in random order, and a buffer
-    out of which images are drawn, from the seed and the number of the pass. So every process sees the same order, and
-    takes its samples by their numbers; images that it does not take are read, but not decoded.
+    The first 2000 images of the first pass tell the resolution, the channels and the statistics. ``rows`` is the stream
+    itself. Its order is datasets' own: shards in random order, and a buffer out of which images are drawn, from the
+    seed and the number of the pass. So every process sees the same order, and takes its samples by their numbers;
+    images that it does not take are read, but not decoded.
 
     Args:
         dataset: Its rows are those of ``ImageSource``. It is to be whole: not split among processes.
         config: Resolution, cropping, columns, seed and buffer.
-        show_progress: As in ``ImageSource``.
+        show_progress: Whether to show a progress bar; see ``ImageSource``.
+
+    Attributes:
+        first: The first images.
+        channels: 1 (grey) or 3 (RGB).
+        resolution: Side in pixels.
+        class_names: Names of the classes; empty where there are none.
+        labels: Classes of the first images, or None.
 
     Raises:
         ValueError: See ``ImageSource``; or an option that needs the number of images, or of classes, is left open.
@@ -54,7 +62,7 @@ class StreamSource(ImageSource):
             dataset = decoded(dataset, self._image_column)
             features = dataset.features
         self._label_column = label_column(features, config.label_column)
-        if config.class_conditional and self._label_column is not None and config.num_classes is None:
+        if config.needs_labels and self._label_column is not None and config.num_classes is None:
             if not isinstance(features[self._label_column], datasets.ClassLabel):
                 raise ValueError(
                     f"class_conditional: label_column {self._label_column!r} of a stream does not say how many classes "
@@ -69,7 +77,7 @@ class StreamSource(ImageSource):
         if config.shuffle_buffer:
             self._stream = stream.shuffle(seed=config.seed, buffer_size=config.shuffle_buffer)
         self._skip_broken, self._white = config.skip_broken_images, config.white_level
-        self._class_conditional = config.class_conditional
+        self._needs_labels = config.needs_labels
         self._broken = 0
         self._passes: list[tuple[int, int]] = [(0, 0)]
 
@@ -78,12 +86,31 @@ class StreamSource(ImageSource):
         if encoded and rows:
             first = first.cast_column(self._image_column, datasets.Image())
         # Broken ones are left out already.
-        super().__init__(first, replace(config, skip_broken_images=False, cache_images=False), show_progress)
+        config = replace(config, skip_broken_images=False, cache_images=False)
+        self.first = ImageSource(first, config, show_progress)
+        self.channels, self.resolution = self.first.channels, self.first.resolution
+        self.class_names, self.labels = self.first.class_names, self.first.labels
         logger.info("Size, channels and statistics of the data are those of the first %d images.", len(first))
 
     @property
     def num_images(self) -> None:
-        """Not known."""
+        """Images in one pass through the data: their number is not known."""
+
+    def spread(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Up to ``count`` of the first images, evenly spread over them, and their classes."""
+        return self.first.spread(count)
+
+    def statistics(self, data_min: float = -1.0) -> tuple[float, float]:
+        """Those of the first images; see ``ImageSource.statistics``."""
+        return self.first.statistics(data_min)
+
+    def fingerprint(self, with_classes: bool = False) -> str:
+        """A hash of some of the first images, and perhaps of their classes."""
+        return self.first.fingerprint(with_classes)
+
+    def samples(self, seed: int, random_flip: bool, strata: int = 1) -> StreamedSamples:
+        """The training samples of the stream; arguments as in ``TrainingSamples``."""
+        return StreamedSamples(self, seed, random_flip, strata)
 
     def epoch(self, samples_seen: int) -> float:
         """The pass, counted from 0, in which this number of samples is reached."""
@@ -93,12 +120,17 @@ class StreamSource(ImageSource):
         """The pass in which this number of samples is reached, and the sample number with which it began."""
         return next(begun for begun in reversed(self._passes) if begun[1] <= samples_seen)
 
-    def resume(self, epoch: int, number: int) -> None:
-        """Let ``rows`` begin with pass ``epoch``, whose first sample has this number: what ``pass_at`` has returned.
+    def state(self, samples_seen: int) -> dict[str, Any]:
+        """The pass in which this number of samples is reached, and the sample number with which it began."""
+        return {"stream": list(self.pass_at(samples_seen))}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Let ``rows`` begin with the pass that ``state`` has returned.
 
         A shuffle buffer cannot be restored, so the pass is read again up to where training goes on: that is exact, and
         costs the reading of these images, without decoding (with it, to leave out broken ones).
         """
+        epoch, number = state["stream"]
         self._passes = [(epoch, number)]
 
     def rows(self, first: int) -> Iterator[tuple[int, Row]]:
@@ -118,12 +150,12 @@ class StreamSource(ImageSource):
 
     def prepare(self, number: int, row: Row, random: np.random.Generator | None = None) -> np.ndarray:
         """The image of a row, bytes of shape (C, H, W); ``random`` places the crop unless cropping is central."""
-        return self._fit(number, self._decode(number, row), random)
+        return self.first.format.fit(number, self._decode(number, row), random)
 
     def labels_of(self, rows: Sequence[Row]) -> Tensor | None:
         """Classes of rows, int64 (B,), where training asks for them."""
         column = self._label_column
-        if not self._class_conditional or column is None:
+        if not self._needs_labels or column is None:
             return None
         labels, classes = [row[column] for row in rows], len(self.class_names)
         for label in labels:
@@ -145,7 +177,8 @@ class StreamSource(ImageSource):
     def _decode(self, number: int, row: Row) -> Image.Image:
         value = row[self._image_column]
         # A dictionary is an image that datasets has not decoded.
-        return self._open(number, lambda: datasets.Image().decode_example(value) if isinstance(value, dict) else value)
+        read = (lambda: datasets.Image().decode_example(value)) if isinstance(value, dict) else (lambda: value)
+        return open_image(number, read, self._white)
 
     def _report_broken(self, position: int, row: Row, error: ValueError) -> None:
         self._broken += 1
@@ -163,15 +196,9 @@ class StreamedSamples(TrainingSamples):
     The training process reads; loader processes decode and draw the noise.
     """
 
-    _source: StreamSource
-
-    def __getitems__(self, numbered: Sequence[tuple[int, Row]]) -> dict[str, Tensor]:  # type: ignore[override]
-        """A batch of numbers and rows from ``deal``."""
-        numbers, rows = zip(*numbered, strict=True)
-        source = self._source
-        return self._batch(
-            numbers, lambda i, random: source.prepare(numbers[i], rows[i], random), source.labels_of(rows)
-        )
+    def __init__(self, source: StreamSource, seed: int, random_flip: bool, strata: int = 1) -> None:
+        super().__init__((source.channels, source.resolution, source.resolution), seed, random_flip, strata)
+        self._source = source
 
     def deal(self, first: int, batch_size: int, process: int, processes: int) -> Iterable[list[Any]]:
         """Numbers and rows for each batch of one process; see ``TrainingSamples.deal``."""
@@ -183,12 +210,25 @@ class StreamedSamples(TrainingSamples):
                     yield batch
                     batch = []
 
+    def __getitems__(self, numbered: Sequence[tuple[int, Row]]) -> dict[str, Tensor]:
+        """A batch of numbers and rows from ``deal``."""
+        numbers, rows = zip(*numbered, strict=True)
+        source = self._source
+        return self.batch(
+            numbers, lambda i, random: source.prepare(numbers[i], rows[i], random), source.labels_of(rows)
+        )
+
+
+def is_streamed(dataset: datasets.Dataset | datasets.IterableDataset, config: ImageOptions) -> bool:
+    """Whether images are read as they come: an iterable data set, or any with ``streaming``."""
+    return config.streaming or isinstance(dataset, datasets.IterableDataset)
+
 
 def open_source(
     dataset: datasets.Dataset | datasets.IterableDataset, config: ImageOptions, show_progress: bool = False
-) -> ImageSource:
+) -> TrainingSource:
     """The source of training images that suits a data set."""
-    if config.streaming and isinstance(dataset, datasets.Dataset):
-        dataset = dataset.to_iterable_dataset()
-    source_class = StreamSource if isinstance(dataset, datasets.IterableDataset) else ImageSource
-    return source_class(dataset, config, show_progress)
+    if not is_streamed(dataset, config):
+        return ImageSource(dataset, config, show_progress)
+    stream = dataset.to_iterable_dataset() if isinstance(dataset, datasets.Dataset) else dataset
+    return StreamSource(stream, config, show_progress)

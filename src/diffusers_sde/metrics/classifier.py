@@ -95,7 +95,7 @@ def load_classifier(
         path: The file.
         images: What it must have been trained on, bytes (N, C, H, W).
         labels: Their classes, shape (N,).
-        device: Where to compute.
+        device: The device that computes.
 
     Raises:
         ValueError: The file is no such classifier, or one of other data.
@@ -117,7 +117,7 @@ def load_classifier(
     return ClassifierFeatures(network.to(device), accuracy, data)
 
 
-def train_classifier(
+def train_feature_classifier(
     images: Tensor,
     labels: Tensor,
     steps: int = STEPS,
@@ -131,9 +131,9 @@ def train_classifier(
         images: Bytes, shape (N, C, H, W).
         labels: Classes, shape (N,).
         steps: Optimiser steps of 128 images.
-        seed: Of weights and order.
-        device: Where to train.
-        progress_bar: Whether to show one.
+        seed: Seed of the weights and of the order of the images.
+        device: The device that trains.
+        progress_bar: Whether to show a progress bar.
 
     Raises:
         ValueError: Fewer than two classes, or labels that do not match.

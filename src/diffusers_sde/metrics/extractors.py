@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .classifier import STEPS, load_classifier, train_classifier
+from .classifier import STEPS, load_classifier, train_feature_classifier
 from .features import FeatureExtractor, InceptionFeatures, PixelFeatures
 
 FEATURES = ("classifier", "inception", "pixels")
@@ -29,9 +29,9 @@ def make_extractor(
         images: The data, bytes (N, C, H, W).
         labels: Their classes, shape (N,), or None.
         path: File of the classifier, which is trained and written there if it does not exist.
-        steps: Of training the classifier.
-        seed: Of training the classifier.
-        device: Where to compute.
+        steps: Optimiser steps with which a classifier is trained.
+        seed: Seed of its weights and of the order of the images.
+        device: The device that computes.
 
     Raises:
         ValueError: A classifier without labels, or of other data; or Inception cannot be had.
@@ -45,7 +45,7 @@ def make_extractor(
         raise ValueError("features 'classifier' need data with classes: take 'pixels' or 'inception'.")
     if path is not None and path.exists():
         return load_classifier(path, images, labels, device)
-    classifier = train_classifier(images, labels, steps, seed, device, progress_bar=True)
+    classifier = train_feature_classifier(images, labels, steps, seed, device, progress_bar=True)
     if path is not None:
         classifier.save(path)
     return classifier

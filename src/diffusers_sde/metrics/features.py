@@ -14,7 +14,7 @@ class FeatureExtractor(Protocol):
     """(images: bytes (B, C, H, W)) -> features (B, D) and class logits (B, classes) or None, both float32.
 
     Attributes:
-        name: Of the metrics: "FD-<name>".
+        name: How metrics are called that are computed from them: "FD-<name>".
     """
 
     name: str
@@ -41,7 +41,7 @@ class InceptionFeatures:
     """The Inception network of the FID and of the Inception score, from torch-fidelity, with its downloaded weights.
 
     Args:
-        device: Where to compute.
+        device: The device that computes.
 
     Raises:
         ValueError: torch-fidelity is not installed, or the weights cannot be had.

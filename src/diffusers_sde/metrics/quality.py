@@ -19,7 +19,7 @@ class SampleQuality:
         reference: Bytes, shape (M, C, H, W).
         extractor: Features and, for the inception score and the class accuracy, logits.
         batch_size: Images in one call of the extractor.
-        progress_bar: Whether to show one while features are computed.
+        progress_bar: Whether to show a progress bar while features are computed.
 
     Raises:
         ValueError: Too few images.

@@ -21,6 +21,7 @@ from ..guidance.replacement import REPLACEMENT_METHODS, Replacement, resampled
 from ..images.arrays import as_batch, in_network_range
 from ..networks.denoisers import Denoiser, call_network
 from ..sampling.adaptive import SDEOptions, sample_adaptive
+from ..sampling.exponential import Exponential
 from ..sampling.planning import make_plan
 from ..sampling.rows import Plan
 from ..sampling.solution import SolverError

@@ -27,6 +27,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
+from ..basics.networks import describe_network
 from .version import __version__
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -246,10 +247,9 @@ def _facts(pipe: Any, dataset: Mapping[str, Any]) -> list[list[str]]:
             ["the network predicts", f"`{scheduler.config.prediction_type}`"],
             ["it is fed", f"`{scheduler.config.time_conditioning}` time"],
         ]
-    parameters = sum(p.numel() for p in unet.parameters())
     return [
         *rows,
-        ["network", f"`{type(unet).__name__}`, {parameters / 1e6:.2f} million parameters"],
+        ["network", describe_network(unet)],
         ["images", f"{channels} x {height} x {width}"],
         ["range of the data", f"[{pipe.config.data_min:g}, {pipe.config.data_max:g}]"],
         ["training data", _name(dataset)],

@@ -1,4 +1,4 @@
-"""Training of a UNet2DModel by denoising score matching, on accelerate.
+"""Training of networks by denoising score matching, on accelerate.
 
     from diffusers_sde.training import TrainingConfig, train
     pipeline = train(TrainingConfig(sde="vp", output_dir="outputs/digits", max_train_steps=2000))
@@ -8,6 +8,7 @@ Needs the extra ``training``: ``pip install diffusers-sde[training]``.
 
 from .cli import main, parse_args
 from .configuration import TrainingConfig
+from .networks import NETWORKS
 from .trainer import Trainer, train
 
-__all__ = ["Trainer", "TrainingConfig", "main", "parse_args", "train"]
+__all__ = ["NETWORKS", "Trainer", "TrainingConfig", "main", "parse_args", "train"]

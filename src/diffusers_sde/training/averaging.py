@@ -1,9 +1,18 @@
-"""Averages of the weights over the run: diffusers' exponential one, and EDM2's power function."""
+"""Averages of the weights over the run, diffusers' exponential one and EDM2's power function, and their use."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
 import numpy as np
+import torch
+from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from torch import nn
+
+from .sharding import copy_whole
 
 
 class PowerEMA(EMAModel):
@@ -39,3 +48,42 @@ def power_exponent(relative_std: float) -> float:
         raise ValueError(f"relative_std must lie in (0, 0.288), got {relative_std!r}.")
     precision = relative_std**-2
     return float(np.roots([1.0, 7.0, 16.0 - precision, 12.0 - precision]).real.max())
+
+
+@contextmanager
+def averaged_weights(
+    accelerator: Accelerator,
+    model: Any,
+    ema: EMAModel | None,
+    whole_network: nn.Module | None,
+    is_compiled: bool,
+) -> Iterator[Any]:
+    """The network in evaluation mode with its averaged weights, for a while; to be called on all processes.
+
+    It is not compiled: that would be done again for evaluation, and for every other size of a batch.
+
+    Args:
+        accelerator: Has prepared the network.
+        model: The network as it was prepared.
+        ema: The average; None for the weights as they are.
+        whole_network: A network of the same architecture on the host, which is not sharded; None where no network is.
+        is_compiled: Whether the network was compiled.
+    """
+    if whole_network is not None:
+        copy_whole(model.parameters() if ema is None else ema.shadow_params, whole_network)
+        yield whole_network.to(accelerator.device).eval()
+        whole_network.to("cpu")
+        return
+    network = accelerator.unwrap_model(model)
+    parameters = list(network.parameters())
+    if ema is not None:
+        ema.store(parameters)
+        ema.copy_to(parameters)
+    network.eval()
+    try:
+        with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
+            yield network
+    finally:
+        network.train()
+        if ema is not None:
+            ema.restore(parameters)

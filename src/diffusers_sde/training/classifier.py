@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,17 +17,16 @@ from ..images.source import ImageSource
 from ..networks.classifier import NoiseConditionalClassifier, classifier_logits, trained_log_snr
 from ..sdes import expand_like
 from .checkpoints import save_model
-from .cli import build_parser, run_command_line
 from .configuration import ClassifierTrainingConfig
-from .networks import build_unet, class_embeddings
-from .trainer import Trainer
+from .networks import checked_classes, unet_from_config, unet_sizes
+from .run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
 TESTED_RATIOS = (0.1, 0.3, 1.0, 3.0)  # sigma/alpha
 
 
-class ClassifierTrainer(Trainer):
+class ClassifierTrainer(TrainingRun):
     """One training run of a ``NoiseConditionalClassifier``: cross-entropy at the denoiser's training times.
 
     Args:
@@ -59,20 +57,21 @@ class ClassifierTrainer(Trainer):
 
     def _build_network(self) -> NoiseConditionalClassifier:
         config, source = self.config, self.source
-        classes = class_embeddings(config, source)
-        unet = build_unet(config, source).config  # whose encoder it is
+        classes, path = checked_classes(source), config.model_config_name_or_path
+        # The classifier is the encoder of a denoiser of these sizes.
+        sizes = unet_sizes(config, source) if path is None else unet_from_config(path, source, None).config
         with torch.device("cpu"):  # numbers are wanted even where the network is only sketched
             low, high = trained_log_snr(self.sde)
         return NoiseConditionalClassifier(
             sample_size=source.resolution,
             in_channels=source.channels,
             num_classes=classes,
-            down_block_types=tuple(unet.down_block_types),
-            block_out_channels=tuple(unet.block_out_channels),
-            layers_per_block=unet.layers_per_block,
-            attention_head_dim=unet.attention_head_dim,
-            norm_num_groups=unet.norm_num_groups,
-            dropout=unet.dropout,
+            down_block_types=tuple(sizes["down_block_types"]),
+            block_out_channels=tuple(sizes["block_out_channels"]),
+            layers_per_block=sizes["layers_per_block"],
+            attention_head_dim=sizes["attention_head_dim"],
+            norm_num_groups=sizes["norm_num_groups"],
+            dropout=sizes["dropout"],
             data_min=config.data_min,
             lowest_log_snr=low,
             highest_log_snr=high,
@@ -89,7 +88,7 @@ class ClassifierTrainer(Trainer):
         alpha, sigma = (expand_like(v, x0).to(x0) for v in (self.sde.alpha(t), self.sde.sigma(t)))
         return classifier_logits(network, self.sde, alpha * x0 + sigma * eps, t).float()
 
-    def _save_pipeline(self) -> NoiseConditionalClassifier:
+    def _save_result(self) -> NoiseConditionalClassifier:
         with self._averaged_weights() as classifier:
             if self.step >= self.max_steps and self.test_source is not None:
                 self._measure(classifier, self.test_source)
@@ -120,7 +119,8 @@ class ClassifierTrainer(Trainer):
         logger.info("Accuracy on %d test images by noise sigma/alpha: %s.", len(source), shown)
 
     def _identity(self) -> dict[str, Any]:
-        return {**super()._identity(), "network": "classifier", "classes": self.source.class_names}
+        own = {"label_dropout": 0.0, "network": "classifier", "classes": self.source.class_names}
+        return super()._identity() | own
 
     def _task(self) -> str:
         return f"tells {len(self.source.class_names)} classes apart"
@@ -141,10 +141,3 @@ def train_classifier(
         RuntimeError: The loss is not finite any more; the last checkpoint is kept.
     """
     return ClassifierTrainer(config, dataset, test_dataset).run()
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train a classifier as the command line says; see ``cli.run_command_line``."""
-    description = "Train a classifier of noisy images, p_t(y | x_t), for the classifier guidance of a diffusion model."
-    parser = build_parser("train_classifier.py", description, ClassifierTrainingConfig)
-    run_command_line(parser, ClassifierTrainingConfig, ClassifierTrainer, argv)

@@ -1,28 +1,32 @@
-"""The command line of training, generated from ``TrainingConfig``."""
+"""The command lines of training, generated from the dataclasses of options."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..basics.files import FolderInUse, SaveError
 from ..basics.options import fail, parser_of
-from .configuration import TrainingConfig
+from .classifier import ClassifierTrainer
+from .configuration import ClassifierTrainingConfig, CommonTrainingConfig, TrainingConfig
 from .recipes import RECIPES
+from .run import TrainingRun
+from .trainable import TRAINABLE
 from .trainer import Trainer
 
-DESCRIPTION = "Train a UNet2DModel by denoising score matching for a VE, VP, sub-VP or rectified-flow SDE."
+DESCRIPTION = f"Train a network by denoising score matching, for one of these SDEs: {', '.join(TRAINABLE)}."
+CLASSIFIER = "Train a classifier of noisy images, p_t(y | x_t), for the classifier guidance of a diffusion model."
 
 
 def build_parser(
-    prog: str = "train.py", description: str = DESCRIPTION, config_class: type[TrainingConfig] = TrainingConfig
+    prog: str = "train.py", description: str = DESCRIPTION, config_class: type[CommonTrainingConfig] = TrainingConfig
 ) -> argparse.ArgumentParser:
     """One option per field of the configuration class, with its help text and default."""
     parser = parser_of(
         config_class,
-        config_class.excluded_options,
         argument_default=argparse.SUPPRESS,  # what is not given comes from the recipe or the configuration's defaults
         prog=prog,
         description=description,
@@ -55,16 +59,28 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainingConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a denoiser as the command line says; see ``run_command_line``."""
-    run_command_line(build_parser(), TrainingConfig, Trainer, argv)
+    run_command_line(build_parser(), TrainingConfig.from_recipe, Trainer, argv)
+
+
+def classifier_main(argv: Sequence[str] | None = None) -> None:
+    """Train a classifier as the command line says; see ``run_command_line``."""
+    parser = build_parser("train_classifier.py", CLASSIFIER, ClassifierTrainingConfig)
+    run_command_line(parser, ClassifierTrainingConfig, ClassifierTrainer, argv)
 
 
 def run_command_line(
     parser: argparse.ArgumentParser,
-    config_class: type[TrainingConfig],
-    trainer_class: type[Trainer],
+    make_config: Callable[..., Any],
+    make_run: Callable[[Any], TrainingRun],
     argv: Sequence[str] | None,
 ) -> None:
     """Train as the command line says.
+
+    Args:
+        parser: The parser of its options.
+        make_config: Makes the configuration of the options that are given.
+        make_run: Makes the run of a configuration.
+        argv: Arguments without the program's name; None for those of this process.
 
     Mistakes that are found before training end in one line and exit code 2, a disk that is full in one line and 1.
     """
@@ -75,7 +91,7 @@ def run_command_line(
     for chatty in ("httpx", "httpx2", "accelerate.checkpointing", "accelerate.accelerator"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        trainer = trainer_class(config_class.from_recipe(**vars(parser.parse_args(argv))))
+        trainer = make_run(make_config(**vars(parser.parse_args(argv))))
     except (ValueError, OSError) as error:
         if not main_process:
             raise SystemExit(2) from None

@@ -1,128 +1,54 @@
-"""The network and the scheduler that a configuration asks for, with defaults chosen per SDE and from the data."""
+"""The networks that training builds, by name, with sizes that suit the images.
+
+A network type is a function of the options, the images and the number of classes that the network is told, which
+returns a ``ModelMixin`` of diffusers, called as ``network(x, timestep, return_dict=...)``, and with ``class_labels``
+where it has classes. Its config holds ``sample_size`` and ``in_channels``.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from accelerate.state import AcceleratorState
-from diffusers import UNet2DModel
+import psutil
+from diffusers import ModelMixin, UNet2DModel
 
-from ..images.source import ImageSource
-from ..networks.losses import output_weight, times_from_uniform
-from ..networks.parametrizations import Parametrization
-from ..schedulers import FlowSDEScheduler, SDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
-from ..sdes import SDE
-from .configuration import TrainingConfig
+from ..basics.options import CheckedOptions, option
+from ..images.samples import TrainingSource
 
-DEFAULT_PREDICTION = {"ve": "edm", "vp": "epsilon", "sub_vp": "epsilon", "flow": "flow_prediction"}
-
-
-def build_scheduler(config: TrainingConfig, source: ImageSource) -> SDEScheduler:
-    """The scheduler: it carries the SDE, what the network predicts and what it is fed, and is saved with the network.
-
-    Raises:
-        ValueError: Options that its SDE cannot take.
-    """
-    prediction_type = config.prediction_type or DEFAULT_PREDICTION[config.sde]
-    common: dict[str, Any] = {
-        "num_train_timesteps": config.num_train_timesteps,
-        "prediction_type": prediction_type,
-        "time_conditioning": config.time_conditioning or "continuous",
-    }
-    if config.sampling_eps is not None:
-        common["sampling_eps"] = config.sampling_eps
-    if prediction_type == "edm" or (config.sde == "ve" and config.sigma_max is None):
-        std, largest_distance = source.statistics(config.data_min)
-        # Three digits are precise enough, and a person can read them in the config.
-        common["sigma_data"] = config.sigma_data or _rounded(max(std, 1e-3))
-    else:
-        largest_distance = 0.0
-    if config.sde == "ve":
-        sigma_min = config.sigma_min or 0.01 * (1.0 - config.data_min)
-        sigma_max = config.sigma_max or _rounded(max(largest_distance, 2.0 * sigma_min))
-        return VESDEScheduler(sigma_min=sigma_min, sigma_max=sigma_max, **common)
-    if config.sde == "flow":
-        return FlowSDEScheduler(**common)
-    betas: dict[str, Any] = {"beta_start": config.beta_start, "beta_end": config.beta_end}
-    if config.sde == "sub_vp":
-        return SubVPSDEScheduler(**betas, **common)
-    if config.discrete:
-        common["time_conditioning"] = config.time_conditioning or "discrete"
-        return VPSDEScheduler(
-            **betas, beta_schedule=config.beta_schedule, continuous=False, timestep_spacing="trailing", **common
-        )
-    return VPSDEScheduler(**betas, continuous=True, **common)
+TIME_EMBEDDINGS = ("positional", "fourier")
+# Entries of a network's config that may differ between a checkpoint and the run that continues it.
+_NO_ARCHITECTURE = ("dropout", "sample_size", "id2label", "label2id")
+# Sizes that messages and old checkpoints mention by name.
+_SIZES = ("block_out_channels", "layers_per_block")
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.3g}")
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(CheckedOptions):
+    """The sizes of a network, as far as denoisers and classifiers have them in common."""
+
+    model_config_name_or_path: str | None = option(
+        None, "Config of a UNet2DModel, a folder or Hub name, instead of the options below."
+    )
+    block_out_channels: tuple[int, ...] | None = option(
+        None, "Channels per resolution level, such as 32 64. Default: chosen from the resolution.", least=1, most=65536
+    )
+    layers_per_block: int = option(2, "Residual blocks per resolution level.", least=1, most=256)
+    attention_resolutions: tuple[int, ...] = option(
+        (8, 16), "Sides of feature maps that get self-attention, below the full resolution.", least=1
+    )
+    dropout: float = option(0.0, "Dropout in the residual blocks.", least=0.0, most=0.999)
 
 
-def training_sde(scheduler: SDEScheduler, config: TrainingConfig) -> SDE:
-    """The scheduler's SDE on [train_eps, 1]."""
-    return dataclasses.replace(scheduler.sde, t_min=config.train_eps)
-
-
-def default_weighting(config: TrainingConfig, scheduler: SDEScheduler) -> str:
-    """The configured weighting, or the one that keeps the loss of this prediction type balanced."""
-    if config.weighting is not None:
-        return config.weighting
-    return "paper" if scheduler.config.prediction_type in ("epsilon", "score") else "output"
-
-
-def default_precision() -> str | None:
-    """The precision that accelerate was launched with; otherwise bf16 where the hardware computes in it, or no.
-
-    It is None, which changes nothing, where accelerate was set up before.
-    """
-    if AcceleratorState._shared_state:
-        return None
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched != "no":
-        return launched
-    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = any(getattr(torch.cpu, name, bool)() for name in checks)
-    return "bf16" if native else "no"
-
-
-def check_trainable(
-    sde: SDE, parametrization: Parametrization, weighting: str, discrete_steps: int | None, time_sampling: str
-) -> None:
-    """Make sure that the loss is finite at all training times.
+def unet_sizes(options: NetworkOptions, source: TrainingSource) -> dict[str, Any]:
+    """The arguments of a ``UNet2DModel``, its classes and its time embedding left out, from options and images.
 
     Raises:
-        ValueError: The prediction type has no finite target at some time (such as the noise where alpha = 0), or the
-            times cannot be drawn by ``time_sampling``.
+        ValueError: Sizes that do not divide.
     """
-    u = torch.linspace(0.0, 1.0 - 1e-9, discrete_steps or 1000, dtype=torch.float64)
-    u = u if discrete_steps is not None else u.clamp(min=1e-9)
-    t = times_from_uniform(sde, u, discrete_steps, time_sampling)
-    skip, out = parametrization.coefficients(sde.alpha(t), sde.sigma(t))
-    values = torch.stack([skip, out, 1.0 / out, output_weight(sde, parametrization, t, weighting)])
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError(
-            f"prediction_type of {type(parametrization).__name__} with weighting {weighting!r} is not finite at every "
-            f"training time of {type(sde).__name__}: choose v_prediction, flow_prediction, sample or edm."
-        )
-
-
-def build_unet(config: TrainingConfig, source: ImageSource) -> UNet2DModel:
-    """The network, built from ``model_config_name_or_path``, or with a size that suits the images.
-
-    Raises:
-        ValueError: A given config that does not fit the images, or sizes that do not divide.
-    """
-    if config.model_config_name_or_path is not None:
-        return _unet_from_config(config.model_config_name_or_path, source, class_embeddings(config, source))
-    classes = class_embeddings(config, source)
-    channels = config.block_out_channels or default_channels(source.resolution)
+    channels = options.block_out_channels or default_channels(source.resolution)
     levels = len(channels)
     if source.resolution % 2 ** (levels - 1):
         raise ValueError(
@@ -132,43 +58,20 @@ def build_unet(config: TrainingConfig, source: ImageSource) -> UNet2DModel:
     if any(c % 4 for c in channels):
         raise ValueError(f"block_out_channels must be multiples of 4, got {' '.join(map(str, channels))}.")
     sides = [source.resolution // 2**level for level in range(levels)]
-    attends = [level > 0 and side in config.attention_resolutions for level, side in enumerate(sides)]
-    # With fewer than four channels per group, GroupNorm would remove the scale of individual features.
-    groups = min(32, math.gcd(*channels) // 4 if math.gcd(*channels) % 4 == 0 else 1)
-    head_dim = math.gcd(*channels, 64)
-    return UNet2DModel(
-        sample_size=source.resolution,
-        in_channels=source.channels,
-        out_channels=source.channels,
-        block_out_channels=channels,
-        layers_per_block=config.layers_per_block,
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-        attention_head_dim=head_dim,
-        norm_num_groups=groups,
-        dropout=config.dropout,
-        time_embedding_type=config.time_embedding_type,
-        num_class_embeds=classes,
-    )
-
-
-def class_embeddings(config: TrainingConfig, source: ImageSource) -> int | None:
-    """Number of classes that the network knows, or None without ``class_conditional``.
-
-    If labels are hidden in training, the last class is the null class, which stands for a hidden label.
-
-    Raises:
-        ValueError: The images have no classes, or some are not labelled.
-    """
-    if not config.class_conditional:
-        return None
-    classes = len(source.class_names)
-    if source.labels is None:
-        raise ValueError("class_conditional needs images with classes: name their column with label_column.")
-    low, high = int(source.labels.min()), int(source.labels.max())
-    if low < 0 or high >= classes:
-        raise ValueError(f"class_conditional needs labels in [0, {classes}), the data hold {low} to {high}.")
-    return classes + (1 if config.label_dropout > 0.0 else 0)
+    attends = [level > 0 and side in options.attention_resolutions for level, side in enumerate(sides)]
+    return {
+        "sample_size": source.resolution,
+        "in_channels": source.channels,
+        "out_channels": source.channels,
+        "block_out_channels": channels,
+        "layers_per_block": options.layers_per_block,
+        "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        "attention_head_dim": math.gcd(*channels, 64),
+        # With fewer than four channels per group, GroupNorm would remove the scale of individual features.
+        "norm_num_groups": min(32, math.gcd(*channels) // 4 if math.gcd(*channels) % 4 == 0 else 1),
+        "dropout": options.dropout,
+    }
 
 
 def default_channels(resolution: int) -> tuple[int, ...]:
@@ -180,7 +83,12 @@ def default_channels(resolution: int) -> tuple[int, ...]:
     return tuple(base * min(2**level, 2 if level < 3 else 4) for level in range(levels))
 
 
-def _unet_from_config(path: str, source: ImageSource, classes: int | None) -> UNet2DModel:
+def unet_from_config(path: str, source: TrainingSource, classes: int | None) -> UNet2DModel:
+    """A network by its config, a folder or a name on the Hub, for these images and so many classes.
+
+    Raises:
+        ValueError: No such config, or one that does not fit the images.
+    """
     config = UNet2DModel.load_config(path)
     try:
         unet = UNet2DModel.from_config({**config, "num_class_embeds": classes})
@@ -206,3 +114,90 @@ def _unet_from_config(path: str, source: ImageSource, classes: int | None) -> UN
         )
     unet.register_to_config(sample_size=source.resolution)
     return unet
+
+
+def build_unet(options: DenoiserNetworkOptions, source: TrainingSource, classes: int | None) -> UNet2DModel:
+    """A UNet, built from ``model_config_name_or_path``, or with a size that suits the images.
+
+    Raises:
+        ValueError: A given config that does not fit the images, or sizes that do not divide.
+    """
+    if options.model_config_name_or_path is not None:
+        return unet_from_config(options.model_config_name_or_path, source, classes)
+    sizes = unet_sizes(options, source)
+    return UNet2DModel(**sizes, time_embedding_type=options.time_embedding_type, num_class_embeds=classes)
+
+
+NetworkBuilder = Callable[["DenoiserNetworkOptions", TrainingSource, "int | None"], ModelMixin]
+
+NETWORKS: dict[str, NetworkBuilder] = {"unet": build_unet}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserNetworkOptions(NetworkOptions):
+    """Which network is trained to denoise, and its sizes."""
+
+    model_type: str = option("unet", "Kind of network.", choices=NETWORKS)
+    time_embedding_type: str = option(
+        "positional",
+        "How the network embeds its timestep. 'fourier' is the paper's NCSN++: it divides the output by the timestep, "
+        "so it needs --prediction_type score --time_conditioning sigma.",
+        choices=TIME_EMBEDDINGS,
+    )
+
+
+def build_network(options: DenoiserNetworkOptions, source: TrainingSource, classes: int | None) -> ModelMixin:
+    """The network that the options name.
+
+    Args:
+        options: Its type and sizes.
+        source: The images.
+        classes: Number of classes that it is told, with the null class; None for a network that is told none.
+
+    Raises:
+        ValueError: Options that do not fit together or do not fit the images.
+    """
+    return NETWORKS[options.model_type](options, source, classes)
+
+
+def checked_classes(source: TrainingSource) -> int:
+    """The number of classes of labelled images.
+
+    Raises:
+        ValueError: The images have no classes, or some are not labelled.
+    """
+    classes = len(source.class_names)
+    if source.labels is None:
+        raise ValueError("class_conditional needs images with classes: name their column with label_column.")
+    low, high = int(source.labels.min()), int(source.labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(f"class_conditional needs labels in [0, {classes}), the data hold {low} to {high}.")
+    return classes
+
+
+def network_identity(network: Any) -> dict[str, Any]:
+    """What a checkpoint records of a network's config: the sizes that messages name, and all of its architecture."""
+    config = {k: v for k, v in network.config.items() if not k.startswith("_") and k not in _NO_ARCHITECTURE}
+    return {**{name: config[name] for name in _SIZES if name in config}, "architecture": config}
+
+
+def check_memory(weights: int, source: TrainingSource, batch: int) -> None:
+    """Refuse a network or a batch that the machine's memory cannot hold by far: activations are not counted.
+
+    Args:
+        weights: Bytes of the network's weights.
+        source: The images.
+        batch: Images in a batch.
+
+    Raises:
+        ValueError: They do not fit.
+    """
+    side = source.resolution
+    images = 5 * batch * source.channels * side**2  # bytes and noise
+    available = psutil.virtual_memory().available
+    if weights + images > available:
+        raise ValueError(
+            f"The weights of this network ({weights / 2**30:.1f} GiB) and one batch of {batch} images of side "
+            f"{side} ({images / 2**30:.1f} GiB) do not fit into {available / 2**30:.1f} GiB of free memory: choose "
+            "smaller block_out_channels, layers_per_block, resolution or train_batch_size."
+        )

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-import torch
 from accelerate import PartialState
 
 from ..evaluation.samplers import ImageSampler, Sampler, draw_images
-from ..images.source import ImageSource
+from ..images.samples import TrainingSource
 from ..metrics import SampleQuality, make_extractor
 from ..pipelines import SDEPipeline
 from .configuration import TrainingConfig
@@ -32,13 +30,11 @@ class ProgressOfSamples:
         ValueError: The features cannot be computed.
     """
 
-    def __init__(self, config: TrainingConfig, source: ImageSource) -> None:
+    def __init__(self, config: TrainingConfig, source: TrainingSource) -> None:
         self._config, self._process = config, PartialState()
         if not self._process.is_main_process:
             return
-        indices = np.unique(np.linspace(0, len(source) - 1, min(len(source), REFERENCE)).round().astype(int))
-        images = torch.from_numpy(source.get_many(indices.tolist()))
-        labels = None if source.labels is None else source.labels[torch.from_numpy(indices)]
+        images, labels = source.spread(REFERENCE)
         path = Path(config.output_dir) / CLASSIFIER
         extractor = make_extractor(config.eval_features, images, labels, path, device=self._process.device)
         self._quality = SampleQuality(images, extractor)

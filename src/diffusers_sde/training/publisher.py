@@ -23,15 +23,16 @@ class Publisher:
     Building it creates the repository, so that a wrong token or name is found before training.
 
     Args:
-        config: Of the run.
+        config: The options of the run.
+        command: The command line that repeats the run, for the card; None where there is none.
 
     Raises:
         ValueError: Not a repository name.
         OSError: The Hub refuses or cannot be reached; the message says what to do.
     """
 
-    def __init__(self, config: TrainingConfig) -> None:
-        self._config = config
+    def __init__(self, config: TrainingConfig, command: str | None) -> None:
+        self._config, self._command = config, command
         self._token = config.hub_token
         name = config.hub_model_id or Path(config.output_dir).resolve().name
         self.repo_id = create_repository(name, config.hub_private_repo, self._token)
@@ -50,7 +51,7 @@ class Publisher:
             return
         try:
             pipeline.save_pretrained(folder.name)
-            add_card(folder.name, pipeline, self.repo_id, {"training_command": self._config.command()})
+            add_card(folder.name, pipeline, self.repo_id, {"training_command": self._command})
         except Exception as error:  # no room on the disk, in whatever words
             folder.cleanup()
             self._explain(error)

@@ -1,0 +1,76 @@
+"""The optimiser, the course of its learning rate, and the average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from .averaging import PowerEMA
+from .options import AveragingOptions, OptimisationOptions
+
+
+def _adam_constants(options: OptimisationOptions) -> dict[str, Any]:
+    return {
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "weight_decay": options.adam_weight_decay,
+        "eps": options.adam_epsilon,
+    }
+
+
+def build_optimizer(
+    options: OptimisationOptions, parameters: Sequence[Tensor], max_steps: int, device: torch.device
+) -> tuple[torch.optim.Optimizer, Any]:
+    """AdamW and the course of its learning rate over ``max_steps``.
+
+    The course counts optimiser steps: accelerate must not prepare it, which would step it once per process.
+    """
+    optimizer = torch.optim.AdamW(
+        parameters, lr=options.learning_rate, **_adam_constants(options), fused=device.type in ("cpu", "cuda")
+    )
+    warmup = options.lr_warmup_steps
+    course = get_scheduler(
+        options.lr_scheduler,
+        optimizer,
+        num_warmup_steps=min(500, max_steps // 10) if warmup is None else warmup,
+        num_training_steps=max_steps,
+    )
+    return optimizer, course
+
+
+def apply_options(options: OptimisationOptions, optimizer: Any, course: Any) -> None:
+    """Let the run's own options count, where loading a checkpoint has restored those that it was trained with."""
+    course.base_lrs = [options.learning_rate] * len(course.base_lrs)
+    rates = [options.learning_rate * factor(course.last_epoch) for factor in course.lr_lambdas]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group |= {"lr": rate, "initial_lr": options.learning_rate, **_adam_constants(options)}
+    course._last_lr = rates
+
+
+def build_average(
+    options: AveragingOptions, parameters: list[Tensor], default_max_decay: float, foreach: bool
+) -> EMAModel | None:
+    """The average of the weights, or None where none is kept.
+
+    Args:
+        options: Which average.
+        parameters: The weights.
+        default_max_decay: Largest decay of the exponential average where the options leave it open.
+        foreach: See ``EMAModel``.
+    """
+    if not options.use_ema:
+        return None
+    if options.ema_relative_std is not None:
+        return PowerEMA(parameters, options.ema_relative_std, foreach=foreach)
+    return EMAModel(
+        parameters,
+        decay=default_max_decay if options.ema_max_decay is None else options.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=options.ema_inv_gamma,
+        power=options.ema_power,
+        foreach=foreach,
+    )

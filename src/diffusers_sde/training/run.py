@@ -1,0 +1,450 @@
+"""What every training run does, on accelerate: the loop, checkpoints, logs, and the averaged weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import sys
+import time
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration, set_seed
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..basics.files import FolderInUse, check_unlocked, saving, write_whole
+from ..basics.networks import describe_network
+from ..basics.processes import lock_for_all
+from ..images.arrays import to_network
+from ..images.loading import load_images
+from ..images.samples import batches
+from ..images.streaming import is_streamed, open_source
+from ..networks.losses import times_from_uniform
+from ..schedulers import SDEScheduler
+from .averaging import averaged_weights
+from .checkpoints import (
+    CONFIG_FILE,
+    TRACKER,
+    check_output_dir,
+    check_weights,
+    clear_run,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_state,
+    remove_leftovers,
+    remove_surplus,
+    save_checkpoint,
+    set_aside_later,
+)
+from .configuration import CommonTrainingConfig
+from .identity import changeable_options, check_same_run, identity_of, log_changes
+from .logs import describe_source, due
+from .networks import check_memory
+from .optimisation import apply_options, build_average, build_optimizer
+from .precision import default_precision
+from .sharding import check_launch, compute_channels_last, is_sharded, prepare, whole
+from .signals import EXIT_CODE, StopSignal
+from .trainable import (
+    build_scheduler,
+    check_given_scheduler,
+    check_trainable,
+    default_ema_max_decay,
+    default_weighting,
+    training_sde,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingRun(ABC):
+    """One training run, of whatever network. Building it checks everything and changes nothing on disk.
+
+    A subclass says which network is trained, what its loss is, and how the result is saved.
+
+    Args:
+        config: What to train on what, and how.
+        dataset: Images, instead of those that ``config`` names; an ``IterableDataset`` is streamed.
+        scheduler: What to train for, instead of the scheduler that ``config`` describes: its SDE, what the network
+            predicts and what it is fed.
+
+    Raises:
+        ValueError: Anything wrong with the configuration, the data or the output folder.
+    """
+
+    def __init__(
+        self,
+        config: CommonTrainingConfig,
+        dataset: datasets.Dataset | datasets.IterableDataset | None = None,
+        scheduler: SDEScheduler | None = None,
+    ) -> None:
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        check_unlocked(self.output_dir)
+        if scheduler is not None:
+            check_given_scheduler(scheduler, config)
+        self.resume_from = find_checkpoint(self.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)
+        self._found = list_checkpoints(self.output_dir)
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            mixed_precision=config.mixed_precision or default_precision(),
+            log_with=None if config.logger == "none" else config.logger,
+            project_config=ProjectConfiguration(
+                project_dir=str(self.output_dir), logging_dir=str(self.output_dir / config.logging_dir)
+            ),
+        )
+        check_launch(self.accelerator)
+        if config.torch_compile and is_sharded(self.accelerator):
+            raise ValueError("torch_compile cannot be used with FSDP: leave it out, or train under DDP.")
+        main_process = self.accelerator.is_main_process
+        with self.accelerator.main_process_first():  # the others find what the first one has downloaded
+            images = load_images(config) if dataset is None else dataset
+        if is_streamed(images, config):
+            config.check_streamed()
+        self.source = open_source(images, config, show_progress=main_process)
+
+        self.has_given_scheduler = scheduler is not None
+        self.scheduler = self._build_scheduler() if scheduler is None else scheduler
+        self.sde = training_sde(self.scheduler, config) if scheduler is None else scheduler.sde
+        self.weighting = self._weighting()
+        self.discrete_steps = self.scheduler.config.num_train_timesteps if config.discrete else None
+        check_trainable(
+            self.sde, self.scheduler.parametrization, self.weighting, self.discrete_steps, config.time_sampling
+        )
+        with torch.device("meta"):  # nothing is allocated
+            weights = sum(p.numel() * p.element_size() for p in self._build_network().parameters())
+        check_memory(weights, self.source, config.train_batch_size)
+        set_seed(config.seed)
+        self.network = self._build_network()
+
+        if main_process:
+            copies = (4 if config.use_ema else 3) if config.checkpointing_steps else 0  # Adam has two
+            check_output_dir(self.output_dir, (copies + 1) * weights)
+
+        batch = config.train_batch_size * self.accelerator.num_processes
+        self.global_batch_size = batch * config.gradient_accumulation_steps
+        self.max_steps = config.max_train_steps or max(1, math.ceil(self._passes_to_steps(config.num_epochs)))
+        self.save_every = self._steps(config.save_model_epochs)
+        self.step = self.samples_seen = 0
+        if self.resume_from is not None:
+            self._check_checkpoint(self.resume_from)
+
+    def _check_checkpoint(self, checkpoint: Path) -> None:
+        """Take the place in the run from a checkpoint, which must be of a run like this one."""
+        state = read_state(checkpoint)
+        check_same_run(state["identity"], self._identity())
+        check_weights(checkpoint, self.network)
+        if self.accelerator.is_main_process:
+            log_changes(state.get("options"), self._options())
+        self.step, self.samples_seen = state["step"], state["samples_seen"]
+        self.source.resume(state)
+        if self.config.dropout and state["processes"] != self.accelerator.num_processes:
+            logger.warning(
+                "The checkpoint is of %d processes, this run has %d: the same images and noise, but other dropout.",
+                state["processes"],
+                self.accelerator.num_processes,
+            )
+
+    # ------------------------------------------------------------------ what a subclass says
+
+    @abstractmethod
+    def _build_network(self) -> Any:
+        """The network, a ``ModelMixin`` of diffusers with new weights."""
+
+    @abstractmethod
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The loss of each sample of a batch from ``TrainingSamples``, shape (B,)."""
+
+    @abstractmethod
+    def _save_result(self) -> Any:
+        """Save what has been trained, with its averaged weights, and return it; to be called on all processes."""
+
+    @abstractmethod
+    def _task(self) -> str:
+        """What the network does, in words."""
+
+    def _build_scheduler(self) -> SDEScheduler:
+        """The scheduler that the options describe."""
+        return build_scheduler(self.config, self.source)
+
+    def _weighting(self) -> str:
+        """How the loss is weighted over time."""
+        return default_weighting(self.scheduler)
+
+    def _begin(self) -> None:  # noqa: B027 - most runs have nothing to do here, and below
+        """Do what is to be done once before the first step."""
+
+    def _observe(self, last: bool) -> bool:
+        """Look at the network after a step, where that is due; returns whether it was."""
+        return False
+
+    def _publish(self) -> None:  # noqa: B027
+        """Send out the network of a checkpoint."""
+
+    def _end(self, result: Any) -> None:  # noqa: B027
+        """Do what is to be done once with the finished result."""
+
+    # ------------------------------------------------------------------ the run
+
+    def run(self) -> Any:
+        """Train, and save the result.
+
+        Returns:
+            The result, as it was saved in ``output_dir``.
+
+        Raises:
+            FolderInUse: Another run is writing to ``output_dir``; nothing has been changed.
+            SaveError: The disk is full, or the like; earlier checkpoints are whole.
+            RuntimeError: The loss is not finite any more; the last checkpoint is kept.
+            SystemExit: SIGTERM has ended the run; a checkpoint is saved.
+        """
+        self.accelerator.wait_for_everyone()  # nobody touches the output folder before everybody has checked it
+        with lock_for_all(self.output_dir, PartialState()):
+            return self._run()
+
+    def _run(self) -> Any:
+        config, accelerator = self.config, self.accelerator
+        if list_checkpoints(self.output_dir) != self._found:
+            raise FolderInUse(
+                f"output_dir {str(self.output_dir)!r}: another run has saved checkpoints while this one was starting. "
+                "Start again."
+            )
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if config.overwrite_output_dir:
+                clear_run(self.output_dir)
+            if self.resume_from is None:
+                self._save_configuration()
+        accelerator.wait_for_everyone()
+        self._prepare()
+        self._begin()
+        self._log_start()
+
+        strata = self.global_batch_size if config.stratified_times else 1
+        self._batches = batches(
+            self.source.samples(config.seed, config.random_flip, strata),
+            self.samples_seen,
+            config.train_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        # Everything that could draw from the global generators has been built; from here on only dropout does.
+        set_seed(config.seed, device_specific=True)
+        if self.resume_from is not None:
+            self._load(self.resume_from)
+        with StopSignal(accelerator) as stop:
+            self._loop(stop)
+        result = self._save_result()
+        self._end(result)
+        accelerator.end_training()
+        return result
+
+    def _load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint, and clear up what lies behind it."""
+        accelerator = self.accelerator
+        self.lr_scheduler.load_state_dict(load_checkpoint(accelerator, checkpoint, self.ema)["lr_scheduler"])
+        apply_options(self.config, self.optimizer, self.lr_scheduler)
+        accelerator.step = 0
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            # Only now is it certain that the run goes on as it is told to.
+            set_aside_later(self.output_dir, checkpoint, self.step)
+            # A run that was killed between its last checkpoint and the deletions after it will save no other.
+            remove_leftovers(self.output_dir)
+            remove_surplus(self.output_dir, self.config.checkpoints_total_limit)
+            self._save_configuration()
+
+    def _prepare(self) -> None:
+        config, accelerator = self.config, self.accelerator
+        # Where nobody has the whole network: on the host, to hold averaged weights while they are sampled or saved.
+        self._whole_network = copy.deepcopy(self.network) if is_sharded(accelerator) else None
+        if config.channels_last:
+            compute_channels_last(accelerator, self.network)
+        if config.torch_compile:
+            # In place: names of weights stay as they are. On the CPU inductor's own choice of layouts gives UNets
+            # wrong gradients (torch 2.13).
+            self.network.compile(options={"layout_optimization": False} if accelerator.device.type == "cpu" else None)
+        parameters = list(self.network.parameters())
+        optimizer, self.lr_scheduler = build_optimizer(config, parameters, self.max_steps, accelerator.device)
+        self.model, self.optimizer = prepare(accelerator, self.network, optimizer)
+        parameters = list(self.network.parameters())
+        # Sharded ones that are frozen have no foreach copy.
+        foreach = self._whole_network is None or all(parameter.requires_grad for parameter in parameters)
+        self.ema = build_average(config, parameters, default_ema_max_decay(self.scheduler), foreach)
+        if config.logger != "none":
+            plain = {k: v for k, v in config.public().items() if isinstance(v, (bool, int, float, str))}
+            accelerator.init_trackers(TRACKER, config=plain)
+
+    def _loop(self, stop: StopSignal) -> None:
+        config, accelerator = self.config, self.accelerator
+        progress = tqdm(
+            total=self.max_steps,
+            initial=self.step,
+            desc="Training",
+            unit="step",
+            disable=not accelerator.is_local_main_process,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file needs no animation
+        )
+        self._loss_sum = torch.zeros((), device=accelerator.device)
+        self._gradient_norm: Tensor | None = None
+        self._steps_summed, self._since = 0, time.perf_counter()
+        self.model.train()
+        while self.step < self.max_steps:
+            self._take_step()
+            progress.update()
+            last = self.step == self.max_steps
+            stopped = stop.on_any_process() and not last
+            checkpoint_due = stopped or due(self.step, config.checkpointing_steps, last)
+            if checkpoint_due or due(self.step, config.logging_steps, last):
+                self._log_progress(progress)
+            if checkpoint_due:
+                checkpoint = self._save_checkpoint()
+                if not last and not stopped:
+                    self._publish()
+                if stopped:
+                    progress.close()
+                    accelerator.end_training()
+                    logger.info(
+                        "SIGTERM, or the launcher has ended: stopped after step %d; saved %s. "
+                        "resume_from_checkpoint='latest' goes on.",
+                        self.step,
+                        checkpoint,
+                    )
+                    raise SystemExit(EXIT_CODE)
+            observed = self._observe(last)
+            save_due = due(self.step, self.save_every, False)
+            if save_due:
+                self._save_result()
+            if checkpoint_due or observed or save_due:
+                self._since = time.perf_counter()  # images per second are those of training alone
+        progress.close()
+
+    def _take_step(self) -> None:
+        config, accelerator = self.config, self.accelerator
+        for _ in range(config.gradient_accumulation_steps):
+            with accelerator.accumulate(self.model):
+                loss = self.loss(next(self._batches)).mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and config.max_grad_norm > 0:
+                    self._gradient_norm = accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self._loss_sum += loss.detach() / config.gradient_accumulation_steps
+        if not accelerator.optimizer_step_was_skipped:  # fp16 skips steps whose gradients overflow
+            self.lr_scheduler.step()
+            if self.ema is not None:
+                self.ema.step(self.network.parameters())
+        self.step += 1
+        self.samples_seen += self.global_batch_size
+        self._steps_summed += 1
+
+    def _inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Data in the network's range and unit noise on the device, and SDE times."""
+        config, device = self.config, self.accelerator.device
+        x0 = to_network(batch["images"].to(device, non_blocking=True), config.data_min)
+        eps = batch["noise"].to(device, non_blocking=True)
+        # Times and their coefficients are float64 on the host, whatever the device and the precision of the network.
+        log_normal = (config.log_normal_mean, config.log_normal_std)
+        return x0, eps, times_from_uniform(self.sde, batch["u"], self.discrete_steps, config.time_sampling, log_normal)
+
+    # ------------------------------------------------------------------ what is logged
+
+    def _log_progress(self, progress: Any) -> None:
+        """Log the mean loss since the last time, and how training goes."""
+        mean_loss, now = self._mean_loss(self._loss_sum, self._steps_summed), time.perf_counter()
+        values = {
+            "loss": mean_loss,
+            "lr": self.lr_scheduler.get_last_lr()[0],
+            "images_per_second": self._steps_summed * self.global_batch_size / (now - self._since),
+            "epoch": self.source.epoch(self.samples_seen),
+        }
+        progress.set_postfix({"loss": f"{mean_loss:.4f}", "lr": f"{values['lr']:.2g}"})
+        if self._gradient_norm is not None:
+            values["gradient_norm"] = float(whole(self._gradient_norm))
+        if self.ema is not None and self.ema.cur_decay_value is not None:
+            values["ema_decay"] = self.ema.cur_decay_value
+        self.accelerator.log(values, step=self.step)
+        self._loss_sum.zero_()
+        self._steps_summed, self._since = 0, now
+
+    def _mean_loss(self, loss_sum: Tensor, steps: int) -> float:
+        mean = float(self.accelerator.reduce(loss_sum, reduction="mean")) / steps
+        if not math.isfinite(mean):
+            raise RuntimeError(
+                f"The loss is {mean} at step {self.step}: lower learning_rate, or train in another precision or "
+                f"prediction_type. The last checkpoint in {str(self.output_dir)!r} is kept."
+            )
+        return mean
+
+    def _log_start(self) -> None:
+        sde = self.sde
+        logger.info("Data: %s.", describe_source(self.source))
+        logger.info("Network: %s; it %s.", describe_network(self.network), self._task())
+        logger.info(
+            "Training: %s, %s weighting, precision %s, steps %d to %d of %d images (%d process(es)).",
+            sde if len(repr(sde)) < 200 else type(sde).__name__,
+            self.weighting,
+            self.accelerator.mixed_precision,
+            self.step,
+            self.max_steps,
+            self.global_batch_size,
+            self.accelerator.num_processes,
+        )
+
+    # ------------------------------------------------------------------ what is saved
+
+    def _save_configuration(self) -> None:
+        settings = self.config.public()
+        if self.has_given_scheduler:
+            settings["scheduler"] = type(self.scheduler).__name__  # which no option describes
+        text = json.dumps(settings, indent=2) + "\n"
+        with saving("The configuration", self.output_dir):
+            write_whole(self.output_dir / CONFIG_FILE, lambda file: file.write_text(text))
+
+    def _save_checkpoint(self) -> Path:
+        state = {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "processes": self.accelerator.num_processes,
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "identity": self._identity(),
+            "options": self._options(),
+            **self.source.state(self.samples_seen),
+        }
+        limit = self.config.checkpoints_total_limit
+        return save_checkpoint(self.accelerator, self.output_dir, state, self.ema, limit)
+
+    def _averaged_weights(self) -> AbstractContextManager[Any]:
+        """The network with its averaged weights, for a while; see ``averaging.averaged_weights``."""
+        return averaged_weights(self.accelerator, self.model, self.ema, self._whole_network, self.config.torch_compile)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run that continues it: network, data and loss."""
+        return identity_of(self.config, self.source, self.scheduler, self.sde, self.weighting, self.network)
+
+    def _options(self) -> dict[str, Any]:
+        """The options that change the result and may change when a run is resumed."""
+        return changeable_options(self.config) | {
+            "max_train_steps": self.max_steps,
+            "processes": self.accelerator.num_processes,
+            "mixed_precision": self.accelerator.mixed_precision,
+        }
+
+    def _passes_to_steps(self, epochs: int) -> float:
+        """Optimiser steps of so many passes through the data, whose number of images must be known."""
+        images = self.source.num_images
+        assert images is not None, "check_streamed has refused options that count passes"
+        return epochs * images / self.global_batch_size
+
+    def _steps(self, epochs: int | None) -> int | None:
+        return None if epochs is None else max(1, round(self._passes_to_steps(epochs)))
