@@ -11,7 +11,8 @@ from hub_models import fingerprint
 from official_networks import CASES, SIDE, configuration, inputs, official_state
 
 from diffusers_sde import NCSNpp, SDEPipeline, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
-from diffusers_sde.hub.convert import convert_checkpoint, main
+from diffusers_sde.hub.cli import convert_main as main
+from diffusers_sde.hub.convert import convert_checkpoint
 from diffusers_sde.hub.score_sde import convert_ncsnpp, official_names, preset_setting, read_checkpoint
 from diffusers_sde.networks import network_denoiser
 from diffusers_sde.networks.ncsnpp import PRESETS

@@ -311,7 +311,8 @@ def _drops_generator(pipe: Any) -> bool:
 def _hands_generator_over(call: ast.Call) -> bool:
     """Whether a call has an argument of that name, or passes on the keyword arguments that hold it in pipelines."""
     given = [keyword.value if keyword.arg is None else keyword.arg for keyword in call.keywords]
-    names = {each if isinstance(each, str) else ast.unparse(each) for each in [*given, *call.args]}
+    words = [each if isinstance(each, str) else ast.unparse(each) for each in [*given, *call.args]]
+    names = {word.rpartition(".")[2] for word in words}
     return not names.isdisjoint({"generator", "extra_step_kwargs", "step_arguments"})
 
 
