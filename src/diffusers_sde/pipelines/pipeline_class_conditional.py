@@ -12,6 +12,7 @@ from diffusers import ImagePipelineOutput, SchedulerMixin
 from torch import Tensor
 
 from ..basics.checks import check_integer
+from ..basics.networks import traits_of
 from ..guidance.classes import check_interval, classifier_free_guidance, classifier_guidance, guide_within
 from ..guidance.common import check_scale
 from ..networks.classifier import NoiseConditionalClassifier
@@ -38,8 +39,8 @@ class ClassConditionalSDEPipeline(SDEPipeline):
     Correctors take the guided score, which for a scale other than 1 is not the score of any marginal.
 
     Args:
-        unet: As in ``SDEPipeline``. It knows classes if its config has ``num_class_embeds``, and is then called with
-            ``class_labels``, int64 of shape (B,).
+        unet: As in ``SDEPipeline``. It knows classes if its config has ``num_class_embeds``, or if it is a
+            ``DiTTransformer2DModel``, and is then called with ``class_labels``, int64 of shape (B,).
         scheduler: One of this package's schedulers.
         data_min: As in ``SDEPipeline``.
         data_max: As in ``SDEPipeline``.
@@ -78,7 +79,9 @@ class ClassConditionalSDEPipeline(SDEPipeline):
     ) -> None:
         super().__init__(unet, scheduler, data_min, data_max, null_class, sample_shape)
         if not self._knows_classes and classifier is None:
-            raise ValueError("unet has no num_class_embeds: it knows no classes. Pass a classifier or use SDEPipeline.")
+            raise ValueError(
+                "unet knows no classes (its config has no num_class_embeds): pass a classifier or use SDEPipeline."
+            )
         self.register_modules(classifier=classifier)
         if id2label is not None and not isinstance(id2label, Mapping):
             raise ValueError(f"id2label must map numbers of classes to their names, got {id2label!r}.")
@@ -92,12 +95,12 @@ class ClassConditionalSDEPipeline(SDEPipeline):
 
     @property
     def _knows_classes(self) -> bool:
-        return self.unet.config.get("num_class_embeds") is not None
+        return traits_of(self.unet).num_classes is not None
 
     @property
     def num_classes(self) -> int:
         """Classes that ``class_labels`` may hold, a null class included."""
-        return int(self.unet.config.get("num_class_embeds") or self.classifier.config.num_classes)
+        return int(traits_of(self.unet).num_classes or self.classifier.config.num_classes)
 
     @property
     def labels(self) -> dict[str, int]:

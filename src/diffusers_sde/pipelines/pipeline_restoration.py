@@ -10,6 +10,7 @@ from diffusers import ImagePipelineOutput
 from torch import Tensor
 
 from ..basics.checks import check_integer, check_tensor
+from ..basics.networks import traits_of
 from ..guidance.operators import (
     ChannelMixture,
     Downsampling,
@@ -119,7 +120,7 @@ class RestorationSDEPipeline(SDEPipeline):
 
     def _measurement(self, measurement: Any, operator: LinearOperator) -> Tensor:
         """Return the checked measurement in the network's range, shape (B, *operator.measurement_shape)."""
-        channels = self.unet.config.get("in_channels")
+        channels = traits_of(self.unet).channels
         if not all(hasattr(operator, name) for name in ("apply", "adjoint", "data_shape")):
             raise ValueError(f"operator must be a LinearOperator, such as Downsampling(2, ...), got {operator!r}.")
         if len(operator.data_shape) != 3 or channels not in (None, operator.data_shape[0]):

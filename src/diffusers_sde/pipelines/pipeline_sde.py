@@ -12,6 +12,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..basics.checks import check_choice, check_integer, check_ordered, check_shape
+from ..basics.networks import traits_of
 from ..basics.noise import Generators
 from ..flow.likelihood import LogProb
 from ..flow.quantized import BitsPerDim
@@ -61,8 +62,9 @@ class SDEPipeline(SharedPipeline):
 
     Args:
         unet: The network: any diffusers model that is called as ``unet(sample, timestep, return_dict=False)``, with
-            ``class_labels`` where its config has ``num_class_embeds``; or a torch module that is called as
-            ``unet(sample, timestep)``, with timesteps of shape (B,), which can do everything but be saved.
+            timesteps of shape (B,), and with ``class_labels`` where it knows classes, as ``UNet2DModel`` and
+            ``DiTTransformer2DModel`` do; or a torch module that is called as ``unet(sample, timestep)``, which can do
+            everything but be saved.
         scheduler: One of this package's schedulers, or a stock one that fits the network.
         data_min: Value of black in the data the network was trained on: -1, or 0 for the paper's VE models.
         data_max: Value of white.
@@ -104,11 +106,12 @@ class SDEPipeline(SharedPipeline):
             if not isinstance(unet, torch.nn.Module):
                 raise ValueError(f"unet must be a diffusers model or a torch module, got {unet!r}.")
             network = PlainNetwork.around(unet, shape)
-        channels = network.config.get("in_channels")
+        traits = traits_of(network)
+        channels = traits.channels
         if shape is not None and channels not in (None, shape[0]):
             raise ValueError(f"sample_shape must have {channels} channels, those of the network, got {sample_shape!r}.")
         data_min, data_max = check_ordered("data_min", data_min, "data_max", data_max)
-        classes = network.config.get("num_class_embeds") or 0
+        classes = traits.num_classes or 0
         if null_class is not None and not classes:
             raise ValueError(f"null_class must be None for a network without classes, got {null_class!r}.")
         if null_class is not None:
@@ -128,25 +131,28 @@ class SDEPipeline(SharedPipeline):
         """
         if self.config.get("sample_shape") is not None:
             return tuple(self.config.sample_shape)
-        channels, size = (self.unet.config.get(key) for key in ("in_channels", "sample_size"))
-        if channels is None or size is None:
+        traits = traits_of(self.unet)
+        if traits.channels is None or traits.sides is None:
             raise ValueError(
                 "The network's config has no sample_size or no in_channels: pass sample_shape=(channels, height, "
                 "width) to the pipeline, or latents of the shape you want to the call."
             )
-        height, width = (size, size) if isinstance(size, int) else size
-        return (channels, height, width)
+        return (traits.channels, *traits.sides)
 
     def unconditional(self, batch_size: int) -> dict[str, Tensor]:
-        """Return the arguments that make the network unconditional: none, or the null class of one with classes.
+        """Return the arguments that make the network unconditional: none, or labels of its null or only class.
 
         Raises:
             ValueError: A network with classes and no null class.
         """
-        if self.unet.config.get("num_class_embeds") is None:
-            return {}
+        traits = traits_of(self.unet)
+        if traits.num_classes is None:
+            return traits.constant_labels(batch_size, self._execution_device)
         if self.config.null_class is None:
-            raise ValueError("unet knows classes and has no null_class: use ClassConditionalSDEPipeline.")
+            raise ValueError(
+                "unet knows classes and has no null_class: use ClassConditionalSDEPipeline, or name the class that "
+                f"stands for any, which is {traits.num_classes - 1} where it is the last of {traits.num_classes}."
+            )
         labels = torch.full((batch_size,), self.config.null_class, device=self._execution_device)
         return {"class_labels": labels}
 
@@ -239,7 +245,8 @@ class SDEPipeline(SharedPipeline):
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 model_input = scale_input(x, t).to(self.unet.dtype)
-                output = self.unet(model_input, t, **unconditional, return_dict=False)[0].to(x.dtype)
+                fed = t.to(x.device).expand(len(x))
+                output = self.unet(model_input, fed, **unconditional, return_dict=False)[0].to(x.dtype)
                 if needs_next:
                     step_arguments["prev_timestep"] = timesteps[i + 1] if i + 1 < len(timesteps) else None
                 x = self.scheduler.step(output, t, x, **step_arguments, return_dict=False)[0]

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..basics.checks import check_integer, check_number, check_ordered, check_tensor
+from ..basics.networks import traits_of
 from ..basics.noise import Generators
 from ..flow.codes import decode, encode, interpolate, sample_flow, state_of_codes
 from ..flow.likelihood import LogProb, log_prob
@@ -73,10 +74,10 @@ class ProbabilityFlow:
         if network is None:
             raise ValueError(f"pipe must be a pipeline with a unet or a transformer, got {type(pipe).__name__}.")
         channels = [getattr(network.config, key, None) for key in ("in_channels", "out_channels")]
-        if None not in channels and channels[0] != channels[1]:
+        if None not in channels and channels[0] != channels[1] and not traits_of(network).returns_variance:
             raise ValueError(
-                f"the network has {channels[0]} input and {channels[1]} output channels: one that also predicts a "
-                "variance, or takes a condition by concatenation, defines no probability flow by itself."
+                f"the network has {channels[0]} input and {channels[1]} output channels: one that takes a condition by "
+                "concatenation defines no probability flow by itself."
             )
         _check_deterministic(network)
         self.network, self.scheduler = network, _fitting_scheduler(pipe.scheduler)
@@ -382,16 +383,23 @@ class ProbabilityFlow:
 
 
 def check_sides(network: Any, shape: tuple[int, ...], name: str) -> None:
-    """Raise a ValueError unless a U-Net takes samples of this shape: what it cannot halve it cannot join."""
-    if not isinstance(network, ModelMixin) or "block_out_channels" not in network.config:
+    """Raise a ValueError unless the network takes samples of this shape.
+
+    What a U-Net cannot halve it cannot join again, and the positions of a transformer's patches are those of one size.
+    """
+    traits = traits_of(network)
+    if not isinstance(network, ModelMixin) or traits.divisor is None:
         return
-    channels, halvings = network.config.in_channels, len(network.config.block_out_channels) - 1
-    if len(shape) != 4 or shape[1] != channels:
-        raise ValueError(f"{name} must have shape (B, {channels}, H, W), {channels} channels, got {shape}.")
-    if any(side % 2**halvings for side in shape[2:]):
+    if len(shape) != 4 or shape[1] != traits.channels:
         raise ValueError(
-            f"{name} must have sides that are multiples of {2**halvings}, since the network halves them {halvings} "
-            f"times, got {shape[2]} x {shape[3]}."
+            f"{name} must have shape (B, {traits.channels}, H, W), {traits.channels} channels, got {shape}."
+        )
+    if traits.fixed_sides and shape[2:] != traits.sides:
+        raise ValueError(f"{name} must have sides {traits.sides}, those of the transformer, got {shape[2:]}.")
+    if any(side % traits.divisor for side in shape[2:]):
+        raise ValueError(
+            f"{name} must have sides that are multiples of {traits.divisor}, since the network halves them "
+            f"{traits.divisor.bit_length() - 1} times, got {shape[2]} x {shape[3]}."
         )
 
 

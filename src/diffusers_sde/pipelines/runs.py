@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..basics.checks import check_choice, check_generators, check_integer, check_tensor
+from ..basics.networks import traits_of
 from ..basics.noise import Generators
 from ..guidance.methods import PosteriorMethod, PosteriorProblem
 from ..guidance.operators import LinearOperator
@@ -148,7 +149,7 @@ def latents_shape(pipe: SharedPipeline, latents: Any) -> tuple[int, ...]:
     Raises:
         ValueError: No tensor, or one of another number of axes or channels.
     """
-    return tuple(check_tensor("latents", latents, (None, pipe.unet.config.get("in_channels"), None, None)).shape)
+    return tuple(check_tensor("latents", latents, (None, traits_of(pipe.unet).channels, None, None)).shape)
 
 
 def starting_noise(pipe: SharedPipeline, run: RunOptions, shape: tuple[int, ...]) -> Tensor:
@@ -191,7 +192,8 @@ def network_output(pipe: SharedPipeline, scheduler: SDEScheduler) -> Model:
 
     def model(x: Tensor, index: int, timestep: Tensor) -> Tensor:
         fed = scheduler.scale_model_input(x, timestep).to(pipe.unet.dtype)
-        output: Tensor = pipe.unet(fed, timestep, **pipe.unconditional(len(x)), return_dict=False)[0]
+        times = timestep.to(x.device).expand(len(x))
+        output: Tensor = pipe.unet(fed, times, **pipe.unconditional(len(x)), return_dict=False)[0]
         return output.to(x.dtype)
 
     return model
