@@ -45,6 +45,7 @@ _FILES_OF_A_RUN = (
     "diffusers_sde.py",
     "unet/config.json",
     "unet/diffusion_pytorch_model*",
+    "unet/diffusers_sde.py",
     "scheduler/scheduler_config.json",
     "scheduler/diffusers_sde.py",
     "samples/step-*.png",

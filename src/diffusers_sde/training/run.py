@@ -27,7 +27,6 @@ from ..images.arrays import to_network
 from ..images.loading import load_images
 from ..images.samples import batches
 from ..images.streaming import is_streamed, open_source
-from ..networks.losses import times_from_uniform
 from ..schedulers import SDEScheduler
 from .averaging import averaged_weights
 from .checkpoints import (
@@ -49,7 +48,7 @@ from .configuration import CommonTrainingConfig
 from .identity import changeable_options, check_same_run, identity_of, log_changes
 from .logs import describe_source, due
 from .networks import check_memory
-from .optimisation import apply_options, build_average, build_optimizer
+from .optimisation import apply_options, build_average, build_optimizer, check_optimizer
 from .precision import default_precision
 from .sharding import check_launch, compute_channels_last, is_sharded, prepare, whole
 from .signals import EXIT_CODE, StopSignal
@@ -88,6 +87,7 @@ class TrainingRun(ABC):
     ) -> None:
         self.config = config
         self.output_dir = Path(config.output_dir)
+        check_optimizer(config)
         check_unlocked(self.output_dir)
         if scheduler is not None:
             check_given_scheduler(scheduler, config)
@@ -116,14 +116,16 @@ class TrainingRun(ABC):
         self.sde = training_sde(self.scheduler, config) if scheduler is None else scheduler.sde
         self.weighting = self._weighting()
         self.discrete_steps = self.scheduler.config.num_train_timesteps if config.discrete else None
-        check_trainable(
-            self.sde, self.scheduler.parametrization, self.weighting, self.discrete_steps, config.time_sampling
-        )
+        check_trainable(self.sde, self.scheduler.parametrization, self.weighting, self.discrete_steps, self._times)
         with torch.device("meta"):  # nothing is allocated
             weights = sum(p.numel() * p.element_size() for p in self._build_network().parameters())
         check_memory(weights, self.source, config.train_batch_size)
         set_seed(config.seed)
         self.network = self._build_network()
+        if config.gradient_checkpointing:
+            if not getattr(self.network, "_supports_gradient_checkpointing", False):
+                raise ValueError(f"gradient_checkpointing is not supported by {type(self.network).__name__}.")
+            self.network.enable_gradient_checkpointing()
 
         if main_process:
             copies = (4 if config.use_ema else 3) if config.checkpointing_steps else 0  # Adam has two
@@ -146,7 +148,7 @@ class TrainingRun(ABC):
             log_changes(state.get("options"), self._options())
         self.step, self.samples_seen = state["step"], state["samples_seen"]
         self.source.resume(state)
-        if self.config.dropout and state["processes"] != self.accelerator.num_processes:
+        if self.network.config.get("dropout") and state["processes"] != self.accelerator.num_processes:
             logger.warning(
                 "The checkpoint is of %d processes, this run has %d: the same images and noise, but other dropout.",
                 state["processes"],
@@ -354,8 +356,11 @@ class TrainingRun(ABC):
         x0 = to_network(batch["images"].to(device, non_blocking=True), config.data_min)
         eps = batch["noise"].to(device, non_blocking=True)
         # Times and their coefficients are float64 on the host, whatever the device and the precision of the network.
-        log_normal = (config.log_normal_mean, config.log_normal_std)
-        return x0, eps, times_from_uniform(self.sde, batch["u"], self.discrete_steps, config.time_sampling, log_normal)
+        return x0, eps, self._times(batch["u"])
+
+    def _times(self, u: Tensor) -> Tensor:
+        """SDE times for numbers that are uniform in [0, 1), same shape."""
+        return self.config.times(self.sde, u, self.discrete_steps, self.source.resolution)
 
     # ------------------------------------------------------------------ what is logged
 
@@ -434,7 +439,7 @@ class TrainingRun(ABC):
 
     def _options(self) -> dict[str, Any]:
         """The options that change the result and may change when a run is resumed."""
-        return changeable_options(self.config) | {
+        return changeable_options(self.config, self.network) | {
             "max_train_steps": self.max_steps,
             "processes": self.accelerator.num_processes,
             "mixed_precision": self.accelerator.mixed_precision,

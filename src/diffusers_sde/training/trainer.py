@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..basics.files import saving, write_whole
+from ..basics.networks import traits_of
 from ..images.arrays import to_bytes
 from ..images.pictures import sheet
 from ..networks.denoisers import call_network
@@ -19,12 +20,13 @@ from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
 from ..schedulers import SDEScheduler
 from .checkpoints import save_model
 from .configuration import TrainingConfig
+from .identity import log_other_scheduler
 from .logs import due, log_pictures
-from .networks import build_network, checked_classes
+from .networks import SavedModel, build_network, checked_classes
 from .progress import ProgressOfSamples
 from .publisher import Publisher
 from .run import TrainingRun
-from .trainable import build_scheduler
+from .trainable import build_scheduler, check_network
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +74,11 @@ class Trainer(TrainingRun):
         dataset: datasets.Dataset | datasets.IterableDataset | None = None,
         scheduler: SDEScheduler | None = None,
     ) -> None:
+        self._saved = None if config.init_from is None else SavedModel.load(config.init_from)
         super().__init__(config, dataset, scheduler)
+        check_network(traits_of(self.network), self.scheduler)
+        if self._saved is not None and self.resume_from is None:
+            log_other_scheduler(self._saved.scheduler, self.scheduler)
         self.sample_every = self._steps(config.save_images_epochs) or config.sample_every
         self.publisher: Publisher | None = None
         if config.push_to_hub and self.accelerator.is_main_process:
@@ -80,7 +86,9 @@ class Trainer(TrainingRun):
             self.publisher = Publisher(config, None if self.has_given_scheduler else config.command())
 
     def _build_scheduler(self) -> SDEScheduler:
-        return build_scheduler(self.config, self.source, self.config)
+        with torch.device("meta"):
+            network = traits_of(self._build_network())
+        return build_scheduler(self.config, self.source, self.config, network)
 
     def _weighting(self) -> str:
         return self.config.weighting or super()._weighting()
@@ -89,6 +97,8 @@ class Trainer(TrainingRun):
         classes = None
         if self.config.class_conditional:  # the null class, which stands for a hidden label, is the last one
             classes = checked_classes(self.source) + (1 if self.config.label_dropout > 0.0 else 0)
+        if self._saved is not None:
+            return self._saved.network_for(self.source, classes)
         return build_network(self.config, self.source, classes)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
@@ -96,7 +106,7 @@ class Trainer(TrainingRun):
         config = self.config
         x0, eps, t = self._inputs(batch)
         conditioning = self.scheduler.conditioning
-        arguments: dict[str, Tensor] = {}
+        arguments = traits_of(self.network).constant_labels(len(x0), x0.device)
         if config.class_conditional:
             hidden = batch["label_draw"] < config.label_dropout
             labels = torch.where(hidden, len(self.source.class_names), batch["labels"])
@@ -202,6 +212,8 @@ class Trainer(TrainingRun):
         if config.class_conditional:
             identity["label_dropout"] = config.label_dropout
         # Checkpoints of before there was a choice do not say it.
+        if config.init_from is not None and type(self.network).__name__ != "UNet2DModel":
+            return identity | {"network": type(self.network).__name__}
         return identity | ({} if config.model_type == "unet" else {"network": config.model_type})
 
     def _task(self) -> str:
