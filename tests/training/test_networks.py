@@ -252,6 +252,7 @@ def test_recipes_name_the_networks_of_the_paper():
             "time_conditioning must be 'sigma' for this network by its form, got 'continuous'",
         ),
         ({"init_from": "nowhere", "model_type": "dit"}, "model_type cannot be set beside init_from"),
+        ({"init_from": "nowhere", "dropout": 0.1}, "dropout cannot be set beside init_from"),
         ({"init_from": "/nowhere"}, "init_from '/nowhere' cannot be loaded"),
         ({"time_shift": 2.0, "discrete": True}, "time_shift and time_shift_base_resolution need continuous times"),
         ({"time_shift": 0.0}, "time_shift must be a finite number greater than 0"),
@@ -307,6 +308,30 @@ def test_a_stock_transformer_with_learned_variance_is_trained_on(tmp_path, caplo
         )
     ]
     torch.testing.assert_close(drawn[0], drawn[1], rtol=1e-3, atol=1e-3)
+
+
+class FirstHalf(torch.nn.Module):
+    """A network without the variance that it also returns, told the null class."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, timestep):
+        return self.network(x, timestep, torch.full((len(x),), 10)).sample[:, :1]
+
+
+def test_a_network_that_also_returns_a_variance_has_a_density():
+    dit, scheduler = tiny_dit(out_channels=2), VPSDEScheduler(prediction_type="v_prediction")
+    x = 0.5 * torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    values = []
+    for pipe in (
+        SDEPipeline(dit, scheduler, null_class=10),
+        SDEPipeline(FirstHalf(dit), scheduler, sample_shape=(1, 8, 8)),
+    ):
+        pipe.set_progress_bar_config(disable=True)
+        values.append(pipe.log_prob(x, rtol=1e-2, atol=1e-2, generator=torch.Generator().manual_seed(1)).value)
+    torch.testing.assert_close(*values)
 
 
 def test_a_stock_pipeline_loads_a_transformer_that_was_trained_here(tmp_path):

@@ -313,7 +313,7 @@ class DenoiserNetworkOptions(NetworkOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         given = [f.name for f in fields(DenoiserNetworkOptions) if getattr(self, f.name) != f.default]
-        given = [name for name in given if name in (*_TAKEN_BY, "model_type", "model_config_name_or_path")]
+        given = [name for name in given if name in (*_TAKEN_BY, "model_type", "model_config_name_or_path", "dropout")]
         for name in given:
             kinds = _TAKEN_BY.get(name, (self.model_type,))
             if self.model_type in _BUILT_IN and self.model_type not in kinds:

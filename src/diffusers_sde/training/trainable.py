@@ -193,13 +193,15 @@ class PredictionOptions(CheckedOptions):
 
     prediction_type: str | None = option(
         None,
-        f"What the network predicts. Default: {by_sde(lambda family: family.prediction_type)}.",
+        f"What the network predicts. Default: {by_sde(lambda family: family.prediction_type)}; the score for the "
+        "paper's ncsnpp on ve.",
         choices=tuple(PREDICTION_TYPES),
     )
     time_conditioning: str | None = option(
         None,
         "What the network is fed for SDE time t: t N - 1 (discrete), t N (continuous), t (N - 1) (score_sde), or a "
-        "function of sigma/alpha. Default: discrete for --sde vp --discrete, continuous otherwise.",
+        "function of sigma/alpha. Default: discrete for --sde vp --discrete, sigma for the paper's ncsnpp on ve, "
+        "continuous otherwise.",
         choices=tuple(TIME_CONDITIONINGS),
     )
     sampling_eps: float | None = option(
