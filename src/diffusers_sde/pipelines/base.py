@@ -135,6 +135,8 @@ class SharedPipeline(ShipsItsCode, DiffusionPipeline):
     def to_json_string(self) -> str:
         """The index as it is written: the class is named with the file that holds it."""
         index = json.loads(super().to_json_string())
+        if index.get("vae") == [None, None]:
+            del index["vae"]  # most pipelines have none, and versions before 0.2 know no such part
         if self._is_ours:
             index["_class_name"] = [PIPELINE_MODULE, type(self).__name__]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"

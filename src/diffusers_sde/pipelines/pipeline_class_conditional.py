@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ImagePipelineOutput, SchedulerMixin
+from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 from torch import Tensor
 
 from ..basics.checks import check_integer
@@ -49,6 +49,9 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         null_class: Number of the null class; None for a network without one, which allows ``guidance_scale`` 1 only.
         classifier: Classifier of noisy images; optional for a network that knows classes.
         sample_shape: As in ``SDEPipeline``.
+        vae: As in ``SDEPipeline``.
+        latents_mean: As in ``SDEPipeline``.
+        latents_std: As in ``SDEPipeline``.
 
     Example:
         ```py
@@ -63,7 +66,7 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         ```
     """
 
-    _optional_components = ["classifier"]
+    _optional_components = ["vae", "classifier"]
     _exclude_from_cpu_offload = ["classifier"]  # it takes turns with the network at every step
 
     def __init__(
@@ -76,8 +79,11 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         null_class: int | None = None,
         classifier: NoiseConditionalClassifier | None = None,
         sample_shape: Sequence[int] | None = None,
+        vae: ModelMixin | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
     ) -> None:
-        super().__init__(unet, scheduler, data_min, data_max, null_class, sample_shape)
+        super().__init__(unet, scheduler, data_min, data_max, null_class, sample_shape, vae, latents_mean, latents_std)
         if not self._knows_classes and classifier is None:
             raise ValueError(
                 "unet knows no classes (its config has no num_class_embeds): pass a classifier or use SDEPipeline."

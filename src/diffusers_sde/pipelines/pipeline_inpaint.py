@@ -49,6 +49,8 @@ class InpaintSDEPipeline(SDEPipeline):
         ```
     """
 
+    _takes_vae = False  # measurements are of pixels
+
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,

@@ -49,6 +49,8 @@ class RestorationSDEPipeline(SDEPipeline):
 
     operators = {cls.__name__: cls for cls in (ChannelMixture, Downsampling, GaussianBlur, Grayscale, LinearMap, Mask)}
 
+    _takes_vae = False  # measurements are of pixels
+
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,

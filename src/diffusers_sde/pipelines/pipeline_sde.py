@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from torch import Tensor
@@ -17,9 +17,9 @@ from ..basics.noise import Generators
 from ..flow.likelihood import LogProb
 from ..flow.quantized import BitsPerDim
 from ..flow.trace import TraceOptions
-from ..images.arrays import from_network
 from ..schedulers import SCHEDULERS
 from .base import SharedPipeline
+from .encoders import ImageEncoder, PixelRange, latents_of
 from .plain_networks import PlainNetwork
 from .probability_flow import ProbabilityFlow
 from .runs import (
@@ -71,6 +71,11 @@ class SDEPipeline(SharedPipeline):
         null_class: For a network with classes: the number of the class that stands for "any", which makes it an
             unconditional one.
         sample_shape: Shape of one sample, (channels, height, width), for a network whose config does not say it.
+        vae: Autoencoder of diffusers, for a network whose data are its latents: images come out decoded. The range of
+            the data is left aside then.
+        latents_mean: Mean of each channel of the latents, which the network sees as (z - mean) / std; None for the
+            ``shift_factor`` of the autoencoder's config.
+        latents_std: Standard deviation of each channel, likewise; None for 1 / ``scaling_factor``.
 
     Raises:
         ValueError: An argument of the wrong kind, or arguments that do not fit together.
@@ -85,7 +90,9 @@ class SDEPipeline(SharedPipeline):
         ```
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]
+    _takes_vae = True
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -96,6 +103,9 @@ class SDEPipeline(SharedPipeline):
         data_max: float = 1.0,
         null_class: int | None = None,
         sample_shape: Sequence[int] | None = None,
+        vae: ModelMixin | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
     ) -> None:
         super().__init__()
         if not hasattr(scheduler, "config"):
@@ -116,7 +126,17 @@ class SDEPipeline(SharedPipeline):
             raise ValueError(f"null_class must be None for a network without classes, got {null_class!r}.")
         if null_class is not None:
             null_class = check_integer("null_class", null_class, at_least=0, at_most=classes - 1)
-        self.register_modules(unet=network, scheduler=_adopted(scheduler))
+        moments = {"latents_mean": latents_mean, "latents_std": latents_std}
+        if vae is not None:
+            if not self._takes_vae:
+                raise ValueError(f"vae must be None: {type(self).__name__} works on pixels.")
+            latents = latents_of(vae, latents_mean, latents_std)
+            if channels not in (None, len(latents.mean)):
+                raise ValueError(f"vae has {len(latents.mean)} channels of latents, the network {channels}.")
+            self.register_to_config(latents_mean=list(latents.mean), latents_std=list(latents.std))
+        elif any(value is not None for value in moments.values()):
+            raise ValueError(f"latents_mean and latents_std must be None without a vae, got {moments}.")
+        self.register_modules(unet=network, scheduler=_adopted(scheduler), vae=vae)
         self.register_to_config(data_min=data_min, data_max=data_max, null_class=null_class)
         if shape is not None:
             self.register_to_config(sample_shape=list(shape))
@@ -138,6 +158,18 @@ class SDEPipeline(SharedPipeline):
                 "width) to the pipeline, or latents of the shape you want to the call."
             )
         return (traits.channels, *traits.sides)
+
+    @property
+    def encoder(self) -> ImageEncoder:
+        """What turns images into the network's data and back."""
+        if self.vae is None:
+            return PixelRange(self.config.data_min, self.config.data_max)
+        return latents_of(self.vae, self.config.latents_mean, self.config.latents_std)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one image, (channels, height, width): ``sample_shape``, or what the autoencoder makes of it."""
+        return self.encoder.image_shape(self.sample_shape)
 
     def unconditional(self, batch_size: int) -> dict[str, Tensor]:
         """Return the arguments that make the network unconditional: none, or labels of its null or only class.
@@ -259,7 +291,7 @@ class SDEPipeline(SharedPipeline):
         check_choice("output_type", output_type, OUTPUT_TYPES)
         if output_type == "latent":
             return x
-        images = from_network(x, self.config.data_min, self.config.data_max)
+        images = self.encoder.decode(x)
         if not bool(torch.isfinite(images).all()):
             logger.warning("Some images are not finite: does the scheduler fit this network?")
         return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))

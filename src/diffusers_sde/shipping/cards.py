@@ -103,7 +103,7 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
     if unknown:
         raise ValueError(f"results: unknown keys {', '.join(unknown)}; known are {', '.join(KEYS + EVALUATION_KEYS)}.")
     task, description, call = next(PIPELINES[c.__name__] for c in type(pipe).__mro__ if c.__name__ in PIPELINES)
-    channels, height, width = pipe.sample_shape
+    channels, height, width = pipe.image_shape
     label = min(pipe.labels, key=pipe.labels.__getitem__, default=0) if hasattr(pipe, "labels") else 0
     dataset = {**results.get("data", {}), **results.get("dataset", {})}
     metrics = _metrics(results)
@@ -237,7 +237,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _facts(pipe: Any, dataset: Mapping[str, Any]) -> list[list[str]]:
     scheduler, unet = pipe.scheduler, pipe.unet
-    channels, height, width = pipe.sample_shape
+    channels, height, width = pipe.image_shape
     rows = []
     sde = getattr(scheduler, "sde", None)
     if sde is not None:  # then the scheduler is one of ours
@@ -356,6 +356,7 @@ def _stock(pipe: Any) -> str | None:
         or config.time_conditioning not in ("discrete", "continuous", "score_sde")
         or (pipe.config.data_min, pipe.config.data_max) != (-1.0, 1.0)
         or type(pipe).__name__ == "ClassConditionalSDEPipeline"
+        or pipe.vae is not None
     ):
         return None
     if config.time_conditioning == "discrete":

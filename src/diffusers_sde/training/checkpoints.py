@@ -46,13 +46,15 @@ _FILES_OF_A_RUN = (
     "unet/config.json",
     "unet/diffusion_pytorch_model*",
     "unet/diffusers_sde.py",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model*",
     "scheduler/scheduler_config.json",
     "scheduler/diffusers_sde.py",
     "samples/step-*.png",
     "samples/.step-*.png.unfinished",
     "classifier.safetensors",
 )
-_FOLDERS_OF_A_RUN = frozenset(("unet", "scheduler", "samples"))
+_FOLDERS_OF_A_RUN = frozenset(("unet", "vae", "scheduler", "samples"))
 _FOR_ITSELF = (UNFINISHED, DISCARDED, UNFINISHED_PIPELINE)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..basics.options import option
 from ..images.options import ImageOptions, is_local
+from .encoders import EncoderOptions
 from .networks import DenoiserOptions, NetworkOptions
 from .options import (
     AveragingOptions,
@@ -32,7 +33,7 @@ def _without_folders(name: str, word: str) -> str:
     """A word of a command line for others, without the folders of this machine."""
     word = " ".join(word.split()) if "\n" in word or "\r" in word else word  # a card shows one line
     looks_local = word.startswith(("/", "~", ".", "file:")) or "\\" in word or re.match("[A-Za-z]:", word) is not None
-    may_be_local = name in ("dataset_name", "model_config_name_or_path", "init_from")  # or a name on the Hub
+    may_be_local = name in ("dataset_name", "model_config_name_or_path", "init_from", "vae")  # or a name on the Hub
     if name == "train_data_dir" or looks_local or (may_be_local and (word.count("/") > 1 or is_local(word))):
         last = re.split(r"[/\\]", word.rstrip("/\\"))[-1]
         return f"path/to/{last.strip('~.') or 'data'}"
@@ -97,6 +98,7 @@ class TrainingConfig(
     SampleOptions,
     LossOptions,
     DenoiserOptions,
+    EncoderOptions,
     ClassOptions,
     CommonTrainingConfig,
 ):
@@ -120,6 +122,10 @@ class TrainingConfig(
             raise ValueError(
                 f"time_sampling 'importance' is for weighting 'likelihood', got weighting={self.weighting!r}."
             )
+        if self.vae is None and self.latent_scaling != "measured":
+            raise ValueError(f"latent_scaling {self.latent_scaling!r} has no effect without vae.")
+        if self.vae is not None and self.data_min != -1.0:
+            raise ValueError(f"data_min must be -1 with vae, whose images lie in [-1, 1], got {self.data_min!r}.")
         fourier = ("score", "sigma")
         if self.time_embedding_type == "fourier" and (self.prediction_type, self.time_conditioning) != fourier:
             raise ValueError(

@@ -25,7 +25,7 @@ from ..basics.networks import describe_network
 from ..basics.processes import lock_for_all
 from ..images.arrays import to_network
 from ..images.loading import load_images
-from ..images.samples import batches
+from ..images.samples import TrainingSource, batches
 from ..images.streaming import is_streamed, open_source
 from ..schedulers import SDEScheduler
 from .averaging import averaged_weights
@@ -109,7 +109,7 @@ class TrainingRun(ABC):
             images = load_images(config) if dataset is None else dataset
         if is_streamed(images, config):
             config.check_streamed()
-        self.source = open_source(images, config, show_progress=main_process)
+        self.source = self._seen(open_source(images, config, show_progress=main_process))
 
         self.has_given_scheduler = scheduler is not None
         self.scheduler = self._build_scheduler() if scheduler is None else scheduler
@@ -172,6 +172,14 @@ class TrainingRun(ABC):
     @abstractmethod
     def _task(self) -> str:
         """What the network does, in words."""
+
+    def _seen(self, source: TrainingSource) -> TrainingSource:
+        """The data as the network sees them."""
+        return source
+
+    def _x0(self, images: Tensor) -> Tensor:
+        """The network's data of images, bytes (B, C, H, W) on the device."""
+        return to_network(images, self.config.data_min)
 
     def _build_scheduler(self) -> SDEScheduler:
         """The scheduler that the options describe."""
@@ -352,8 +360,8 @@ class TrainingRun(ABC):
 
     def _inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Data in the network's range and unit noise on the device, and SDE times."""
-        config, device = self.config, self.accelerator.device
-        x0 = to_network(batch["images"].to(device, non_blocking=True), config.data_min)
+        device = self.accelerator.device
+        x0 = self._x0(batch["images"].to(device, non_blocking=True))
         eps = batch["noise"].to(device, non_blocking=True)
         # Times and their coefficients are float64 on the host, whatever the device and the precision of the network.
         return x0, eps, self._times(batch["u"])

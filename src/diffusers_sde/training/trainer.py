@@ -14,12 +14,14 @@ from ..basics.files import saving, write_whole
 from ..basics.networks import traits_of
 from ..images.arrays import to_bytes
 from ..images.pictures import sheet
+from ..images.samples import TrainingSource
 from ..networks.denoisers import call_network
 from ..networks.losses import denoising_loss, importance_ratio
 from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
 from ..schedulers import SDEScheduler
 from .checkpoints import save_model
 from .configuration import TrainingConfig
+from .encoders import LatentSource, load_autoencoder
 from .identity import log_other_scheduler
 from .logs import due, log_pictures
 from .networks import SavedModel, build_network, checked_classes
@@ -89,6 +91,18 @@ class Trainer(TrainingRun):
         with torch.device("meta"):
             network = traits_of(self._build_network())
         return build_scheduler(self.config, self.source, self.config, network)
+
+    def _seen(self, source: TrainingSource) -> TrainingSource:
+        self._latents: LatentSource | None = None
+        if self.config.vae is None:
+            return source
+        with self.accelerator.main_process_first():
+            vae = load_autoencoder(self.config.vae, self.accelerator.device)
+        self._latents = LatentSource(source, self.config, vae)
+        return self._latents
+
+    def _x0(self, images: Tensor) -> Tensor:
+        return super()._x0(images) if self._latents is None else self._latents.encoder.encode(images)
 
     def _weighting(self) -> str:
         return self.config.weighting or super()._weighting()
@@ -184,12 +198,16 @@ class Trainer(TrainingRun):
     def _pipeline(self, network: Any) -> SDEPipeline:
         # A scheduler of its own: sampling leaves its mark on one.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        parts: dict[str, Any] = {"data_min": self.config.data_min}
+        if self._latents is not None:
+            encoder = self._latents.encoder
+            parts |= {"vae": encoder.vae, "latents_mean": list(encoder.mean), "latents_std": list(encoder.std)}
         if not self.config.class_conditional:
-            return SDEPipeline(unet=network, scheduler=scheduler, data_min=self.config.data_min)
+            return SDEPipeline(network, scheduler, **parts)
         names = self.source.class_names
         null_class = len(names) if self.config.label_dropout > 0.0 else None
         return ClassConditionalSDEPipeline(
-            network, scheduler, self.config.data_min, id2label=dict(enumerate(names)), null_class=null_class
+            network, scheduler, **parts, id2label=dict(enumerate(names)), null_class=null_class
         )
 
     def _save_result(self) -> SDEPipeline:
@@ -211,6 +229,8 @@ class Trainer(TrainingRun):
             identity["min_snr_gamma"] = config.min_snr_gamma
         if config.class_conditional:
             identity["label_dropout"] = config.label_dropout
+        if self._latents is not None:
+            identity |= self._latents.identity()
         # Checkpoints of before there was a choice do not say it.
         if config.init_from is not None and type(self.network).__name__ != "UNet2DModel":
             return identity | {"network": type(self.network).__name__}
