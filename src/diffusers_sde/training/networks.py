@@ -282,7 +282,7 @@ class DenoiserNetworkOptions(NetworkOptions):
     )
     model_size: str | None = option(
         None,
-        "Size of a dit: S, B, L and XL are those of its paper. Default: 6 layers of width 128 for images of up to 16 "
+        "Size of a dit: S, B, L and XL are those of its paper. Default: 4 layers of width 96 for images of up to 16 "
         "pixels, S beyond.",
         choices=SIZES,
     )
