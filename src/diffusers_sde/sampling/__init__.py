@@ -7,15 +7,18 @@ from .editing import edit
 from .exponential import Exponential, Singlestep
 from .loop import sample
 from .planning import make_plan
+from .policies import POLICIES
 from .predictors import PREDICTORS
 from .restart import restart_plan
 from .rows import Form, Plan, Row, advance, mean
 from .solution import Solution, SolverError
 from .stages import Predictor, Stage
 from .time_grids import TIME_GRIDS, get_time_grid
+from .transitions import Transition, transition
 
 __all__ = [
     "CORRECTORS",
+    "POLICIES",
     "PREDICTORS",
     "TIME_GRIDS",
     "Ancestral",
@@ -33,6 +36,7 @@ __all__ = [
     "Solution",
     "SolverError",
     "Stage",
+    "Transition",
     "advance",
     "edit",
     "get_time_grid",
@@ -41,4 +45,5 @@ __all__ = [
     "restart_plan",
     "sample",
     "sample_adaptive",
+    "transition",
 ]
