@@ -51,7 +51,9 @@ def test_a_sample_is_what_the_row_does_and_gradients_go_through_the_mean():
     law = transition(row, x, output)
     z = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(5))
     assert torch.equal(law.sample(torch.Generator().manual_seed(5)), advance(row, x, output, [], lambda: z)[0])
-    target = law.sample(torch.Generator().manual_seed(5)).detach()
+    target = law.sample(torch.Generator().manual_seed(5))
+    assert not target.requires_grad and torch.equal(law.rsample(torch.Generator().manual_seed(5)).detach(), target)
+    assert law.rsample().requires_grad
     (gradient,) = torch.autograd.grad(law.log_prob(target, "sum").sum(), output)
     torch.testing.assert_close(gradient, row.model * (target - law.mean.detach()) / row.noise**2)
 
@@ -207,7 +209,7 @@ def test_a_policy_gradient_points_to_the_reward():
     total = torch.zeros(n, dtype=torch.float64)
     for row in plan.rows:
         law = transition(row, x, 0.3 * x + shift)
-        x = law.sample(generator).detach()
+        x = law.sample(generator)
         total = total + law.log_prob(x, "sum")
     reward = x @ torch.tensor([1.0, -2.0], dtype=torch.float64)
     (gradient,) = torch.autograd.grad(((reward - reward.mean()) * total).mean(), shift)
