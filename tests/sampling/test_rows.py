@@ -37,7 +37,7 @@ def test_the_rows_are_the_table(name):
             expected[f"keep.history[{k}]"] = keep.history[k] if k < len(keep.history) else 0.0
         found = {column: float(plan.column(column)[i]) for column in plan.columns}
         assert found == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
-    again = Plan.from_rows(plan.rows, plan.order)
+    again = Plan.from_rows(plan.rows, plan.rows_per_level)
     assert again.rows == plan.rows and again.kinds == plan.kinds
     torch.testing.assert_close(again.table, plan.table, rtol=0, atol=0, equal_nan=True)
 

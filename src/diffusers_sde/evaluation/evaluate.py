@@ -39,7 +39,7 @@ from ..images.pictures import sheet, tile
 from ..metrics import ClassifierFeatures, SampleQuality, make_extractor, nearest_neighbours
 from ..metrics.quality import spread
 from ..pipelines import ClassConditionalSDEPipeline, ProbabilityFlow
-from .codes import bits_per_dim, draw_codes
+from .codes import draw_codes, measured_bits_per_dim
 from .configuration import EvaluationConfig
 from .data import Images, data_name, read_images
 from .report import markdown_table
@@ -99,7 +99,7 @@ def _evaluate(config: EvaluationConfig, process: PartialState) -> dict[str, Any]
                 _write(config, report)  # so that an interruption does not lose the results so far
     images = test or reference
     if config.bpd:
-        report["bits_per_dim"] = bits_per_dim(config, flow, images, _is_conditional(pipe), process)
+        report["bits_per_dim"] = measured_bits_per_dim(config, flow, images, _is_conditional(pipe), process)
     if config.figure is not None and process.is_main_process:
         report["figure"] = {"path": config.figure, "round_trip_rms": draw_codes(config, flow, images.pixels)}
     if process.is_main_process:

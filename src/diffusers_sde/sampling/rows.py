@@ -114,15 +114,15 @@ class Plan:
         table: Coefficients, one row per model call, float64, shape (nfe, columns). The columns are ``PLACES`` and the
             entries of the forms ``move`` and ``keep``; ``column`` finds one by its name. It may require gradients.
         kinds: What is fixed about each row.
-        order: Rows per noise level, those of correctors and of the predictor together. The last level may have fewer.
+        rows_per_level: Those of correctors and of the predictor together. The last level may have fewer.
     """
 
     table: Tensor
     kinds: tuple[Kind, ...]
-    order: int
+    rows_per_level: int
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Row], order: int = 1) -> Plan:
+    def from_rows(cls, rows: Sequence[Row], rows_per_level: int = 1) -> Plan:
         """A plan of rows that are given as Python floats."""
         forms = [form for row in rows for form in (row, row.keep) if form is not None]
         width = max((len(form.history) for form in forms), default=0)
@@ -154,7 +154,7 @@ class Plan:
             )
             for row in rows
         )
-        return cls(torch.tensor(table, dtype=torch.float64), kinds, order)
+        return cls(torch.tensor(table, dtype=torch.float64), kinds, rows_per_level)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -182,7 +182,7 @@ class Plan:
 
     def until(self, index: int) -> Plan:
         """The rows before number ``index``, as a plan."""
-        return Plan(self.table[:index], self.kinds[:index], self.order)
+        return Plan(self.table[:index], self.kinds[:index], self.rows_per_level)
 
     def fold(self, parametrization: Parametrization, sde: SDE, bounds_estimate: bool = False) -> Plan:
         """The same plan for a model that returns its raw output instead of x0_hat.
@@ -218,7 +218,7 @@ class Plan:
                 f"(t = {float(t[0])}); use 'v_prediction', 'flow_prediction', 'sample' or 'edm' there. (A "
                 "beta_start or beta_end that is too large leaves as good as no signal, too.)"
             )
-        return Plan(table, kinds, self.order)
+        return Plan(table, kinds, self.rows_per_level)
 
 
 def row_of(values: Sequence[Any] | Tensor, kind: Kind, memory: int, draws: bool | None = None) -> Row:
@@ -371,7 +371,7 @@ def substitute_estimate(form: Tensor, of_x: Tensor, of_model: Tensor) -> Tensor:
 
 
 def concatenated(plans: Sequence[Plan]) -> Plan:
-    """Plans one after another; the order is that of the last."""
+    """Plans one after another; ``rows_per_level`` is that of the last."""
     memory = max(plan.memory for plan in plans)
 
     def widened(plan: Plan) -> Tensor:
@@ -380,7 +380,7 @@ def concatenated(plans: Sequence[Plan]) -> Plan:
         return torch.cat([plan.table[:, : len(PLACES)], move, missing, keep, missing], dim=1)
 
     table = torch.cat([widened(plan) for plan in plans])
-    return Plan(table, tuple(kind for plan in plans for kind in plan.kinds), plans[-1].order)
+    return Plan(table, tuple(kind for plan in plans for kind in plan.kinds), plans[-1].rows_per_level)
 
 
 def without_unused_memory(plan: Plan) -> Plan:
@@ -389,7 +389,7 @@ def without_unused_memory(plan: Plan) -> Plan:
     is_used = (move.detach() != 0.0).any(0) | (keep.detach() != 0.0).any(0)
     columns = STORED + max((k + 1 for k, used in enumerate(is_used[STORED:].tolist()) if used), default=0)
     table = torch.cat([plan.table[:, : len(PLACES)], move[:, :columns], keep[:, :columns]], dim=1)
-    return Plan(table, plan.kinds, plan.order)
+    return Plan(table, plan.kinds, plan.rows_per_level)
 
 
 def is_finite(table: Tensor) -> bool:

@@ -145,7 +145,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         # This is a trial plan: what make_plan refuses on every grid is refused here, before anything is trained.
         self._set_plan(torch.tensor([0.5, 0.4], dtype=torch.float64) * sde.t_max, "cpu", first=None)
-        self.order = self._order
+        self.order = self._rows_per_level
         every = self._training_times()
         self.timesteps = self._fed(every)
         self.sigmas = torch.cat([self._sigmas(every), every.new_zeros(1)]).to(torch.float32)
@@ -396,7 +396,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         self.num_inference_steps = levels
         self._set_plan(self._finite_start(times), "cpu" if device is None else device, fed)
         # A pipeline that passes a list takes the number of calls, len(timesteps), for that of levels.
-        self.order = self._order if timesteps is None and sigmas is None else 1
+        self.order = self._rows_per_level if timesteps is None and sigmas is None else 1
 
     def _levels_of_lists(self, timesteps: Any, sigmas: Any) -> tuple[Tensor, Tensor]:
         """The SDE times of levels that are given by both lists, and what the network is fed there."""
@@ -467,13 +467,16 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
 
     def _lay_out(self, plan: Plan) -> None:
         """Take a plan: its rows for eager steps, its table on the device for compiled ones, see ``_traced_row``."""
-        self._plan, self._rows, self._order = plan, plan.rows, plan.order
+        self._plan, self._rows, self._rows_per_level = plan, plan.rows, plan.rows_per_level
         self._table = plan.table.to(device=self._table_device, dtype=torch.float32)
         # The first level has every kind of row; whether a kind draws noise is what most of its rows do, and the others
         # (above all the last row) are listed.
         draws = [row.draws_noise for row in plan.rows]
-        self._draws = [2 * sum(draws[k :: plan.order]) > len(draws[k :: plan.order]) for k in range(plan.order)]
-        self._otherwise = tuple(i for i, d in enumerate(draws) if d != self._draws[i % plan.order])
+        self._draws = [
+            2 * sum(draws[k :: plan.rows_per_level]) > len(draws[k :: plan.rows_per_level])
+            for k in range(plan.rows_per_level)
+        ]
+        self._otherwise = tuple(i for i, d in enumerate(draws) if d != self._draws[i % plan.rows_per_level])
 
     def _fed(self, t: Tensor) -> Tensor:
         """Timesteps of SDE times: int64 where they are entries of a DDPM table, as in diffusers, float32 otherwise."""
@@ -542,15 +545,18 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         # starts the sample stands at the next level already, and is passed through until that begins: Heun's second
         # call; and, where order is 2, an odd index given by set_begin_index, because the SDXL family then starts one
         # call early: it takes every scheduler of order 2 for Heun.
-        level = min(index // self._order, len(self._level_times) - 1)
+        level = min(index // self._rows_per_level, len(self._level_times) - 1)
         self._first_row = index
         early = self._begin_index is not None and self.order == 2 and index % 2 == 1
         if index < len(self._rows) and (early or self._rows[index].continues):
             level += 1
-            self._first_row = level * self._order
+            self._first_row = level * self._rows_per_level
         if self._plan.memory and 0 < level < len(self._level_times) - 1:
             # Multistep rows here look back on estimates that do not exist: lay the rest of the plan out anew.
-            begun, rest = self._plan.until(level * self._order), self._make_plan(self._level_times[level:], level)
+            begun, rest = (
+                self._plan.until(level * self._rows_per_level),
+                self._make_plan(self._level_times[level:], level),
+            )
             self._lay_out(concatenated([begun, rest]))
         return index
 
@@ -721,7 +727,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         the graph depends on the place in a level only. Noise is drawn where the eager step draws it and nowhere else,
         so that the next draw is the same too.
         """
-        place = index % self._order
+        place = index % self._rows_per_level
         draws = self._draws[place]
         for i in self._otherwise:  # compared one by one: ``in`` of a traced number is no guard
             if index == i:
