@@ -116,6 +116,10 @@ class ProbabilityFlow:
 
         return self.scheduler.denoiser(network, **conditioning)(x, t)
 
+    def sampling_denoiser(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
+        """x0_hat at the scheduler's ``temperature``, for samples; likelihoods and codes take ``denoiser``."""
+        return self.scheduler.tempered(self.denoiser)(x, t, **conditioning)
+
     def options(
         self, rtol: float = 3e-4, atol: float = 3e-4, max_calls: int = 5000, batch_size: int = 64
     ) -> ODEOptions:
@@ -294,13 +298,14 @@ class ProbabilityFlow:
         """Samples from unit noise by the adaptive solver; see ``flow.sample_flow``.
 
         The flow stops where the scheduler's ``sampling_sigma`` or ``sampling_eps`` says, unless ``t_min`` is given.
-        ``temperature`` is a factor on the latents, below 1 for samples that are more typical and less diverse.
+        ``temperature`` is a factor on the latents, below 1 for samples that are more typical and less diverse. The
+        scheduler's own ``temperature``, a factor on the variance of the samples, acts beside it.
         """
         t_min = max(self.scheduler.stated_last_time(), self.t_min) if t_min is None else t_min
         latents = self._shaped(latents, "latents")
         with Progress(progress_bar, len(latents), "sample") as progress:
             return sample_flow(
-                self.denoiser,
+                self.sampling_denoiser,
                 self.sde,
                 state_of_codes(self.sde, latents.to(self.device), temperature),
                 options=self._or_default(options),
