@@ -256,6 +256,11 @@ def execute_adaptive(
         else:
             with Progress(pipe._shows_progress, len(latents), "reverse SDE") as progress:
                 stochasticity = 1.0 if config.stochasticity is None else config.stochasticity
+                if isinstance(stochasticity, list) or config.policy or config.stochastic_indices:
+                    raise ValueError(
+                        "method 'sde' chooses its own steps: it takes one stochasticity, and no list of them, policy "
+                        "or window of steps."
+                    )
                 solution = sample_adaptive(
                     flow.sampling_denoiser,
                     flow.sde,

@@ -8,15 +8,18 @@ from .exponential import Exponential, Singlestep
 from .loop import sample
 from .observation import posterior_mean, posterior_samples
 from .planning import make_plan
+from .policies import POLICIES
 from .predictors import PREDICTORS
 from .restart import restart_plan
 from .rows import Form, Plan, Row, advance, mean
 from .solution import Solution, SolverError
 from .stages import Predictor, Stage
 from .time_grids import TIME_GRIDS, get_time_grid
+from .transitions import Transition, transition
 
 __all__ = [
     "CORRECTORS",
+    "POLICIES",
     "PREDICTORS",
     "TIME_GRIDS",
     "Ancestral",
@@ -34,6 +37,7 @@ __all__ = [
     "Solution",
     "SolverError",
     "Stage",
+    "Transition",
     "advance",
     "edit",
     "get_time_grid",
@@ -44,4 +48,5 @@ __all__ = [
     "restart_plan",
     "sample",
     "sample_adaptive",
+    "transition",
 ]

@@ -16,13 +16,14 @@ from typing import Any, TypeVar, overload
 
 from diffusers.configuration_utils import register_to_config
 
-from ..basics.checks import check_choice, check_flag, check_integer, check_number
+from ..basics.checks import check_choice, check_flag, check_integer, check_number, check_pair
 from ..guidance.temperature import HOTTEST
 from ..networks.conditioning import TIME_CONDITIONINGS
 from ..networks.parametrizations import PREDICTION_TYPES
 from ..sampling.classical import VARIANCE_TYPES
 from ..sampling.correctors import CORRECTORS
 from ..sampling.exponential import SOLVER_TYPES
+from ..sampling.policies import POLICIES
 from ..sampling.predictors import PREDICTORS
 from ..sampling.time_grids import TIME_GRIDS, TIMESTEP_SPACINGS
 
@@ -31,6 +32,22 @@ LONGEST_TABLE = 100_000
 MOST_CORRECTIONS = 1000
 SMALLEST_TIME = 1e-9  # nearer to the data coefficients leave the range of float32
 LANGEVIN_NORMS = ("sample", "batch")
+
+
+def check_stochasticity(name: str, value: Any) -> float | list[float]:
+    """A number from 0 to 1000, or a list of them."""
+    if isinstance(value, (list, tuple)):
+        return [check_number(f"{name}[{i}]", each, at_least=0.0, at_most=1000.0) for i, each in enumerate(value)]
+    return check_number(name, value, at_least=0.0, at_most=1000.0)
+
+
+def check_window(name: str, value: Any, integers: bool = False) -> list[float]:
+    """Two numbers of at least 0 that do not decrease."""
+    low, high = check_pair(name, value, at_least=0.0)
+    if integers:
+        return [check_integer(f"{name}[{i}]", each, at_least=0) for i, each in enumerate(value)]
+    return [low, high]
+
 
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
@@ -106,12 +123,38 @@ SAMPLER_ARGUMENTS = (
     ),
     SamplerArgument(
         "stochasticity",
-        "float | None",
+        "float | list[float] | None",
         None,
-        or_none(check_number, at_least=0.0, at_most=1000.0),
-        "This is eta of the reverse SDE, dx = [f x - (1 + eta^2)/2 g^2 score] dt + eta g dw; 1 is Anderson's. None is "
-        "1, and for ``exponential`` as much as each step allows: eta^2 = min(0.6/h, 2), where h is the length in "
-        "log(alpha/sigma) of the step or of the next one, whichever is longer: more noise the more steps there are.",
+        or_none(check_stochasticity),
+        "This is eta of the reverse SDE, dx = [f x - (1 + eta^2)/2 g^2 score] dt + eta g dw; 1 is Anderson's. A list "
+        "has one number for each step but the last, which draws no noise. None is 1, and for ``exponential`` as much "
+        "as each step allows: eta^2 = min(0.6/h, 2), where h is the length in log(alpha/sigma) of the step or of the "
+        "next one, whichever is longer: more noise the more steps there are.",
+    ),
+    SamplerArgument(
+        "stochastic_indices",
+        "list[int] | None",
+        None,
+        or_none(check_window, integers=True),
+        "Two numbers, the first step that draws noise and the first one that draws none again; the other steps follow "
+        "the probability flow. None means all steps.",
+    ),
+    SamplerArgument(
+        "stochastic_sigmas",
+        "list[float] | None",
+        None,
+        or_none(check_window),
+        "Two noise-to-signal ratios sigma/alpha: only steps that start between them draw noise. Such a window means "
+        "the same noise on every grid and under every shift.",
+    ),
+    SamplerArgument(
+        "policy",
+        "str | None",
+        None,
+        partial(check_choice, allowed=(None, *POLICIES)),
+        "A named stochastic policy for reinforcement learning, in place of the predictor and its options: ``exact`` "
+        "(x0_hat is frozen over a step, all else is exact), ``ddpo`` (DDIM's eta), ``flow_grpo``, ``dance_grpo`` or "
+        "``flow_cps``. ``stochasticity`` is its one number, eta or a; None is the published one.",
     ),
     SamplerArgument(
         "solver_order",
