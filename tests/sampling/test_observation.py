@@ -17,7 +17,7 @@ from diffusers_sde import (
     VPSDEScheduler,
 )
 from diffusers_sde.sampling import posterior_mean, posterior_samples
-from diffusers_sde.sampling.observation import SECOND_ORDER, time_of_noise
+from diffusers_sde.sampling.observation import HIGH_ORDER, time_of_noise
 from diffusers_sde.sampling.planning import make_plan
 from diffusers_sde.sdes import SDES, VPSDE
 
@@ -89,14 +89,14 @@ def test_samples_of_gaussian_data_have_the_posterior_s_law(name, noise_std):
 
     posterior_samples(denoiser, sde, torch.zeros(1, 1), noise_std)
     assert seen[0] == start
-    plan = make_plan(sde, torch.tensor(seen, dtype=torch.float64), SECOND_ORDER, stochasticity=1.0)
+    plan = make_plan(sde, torch.tensor(seen, dtype=torch.float64), HIGH_ORDER, stochasticity=1.0)
     got_mean, got_variance = push_gaussian(plan, sde, mean0, std0, float(sde.alpha(start)) * y, 0.0)
     assert abs(got_mean - mean0 - gain * (y - mean0)) < 1e-3 * math.sqrt(variance)
     rest = math.exp(-float(sde.log_snr(seen[-1])))  # the variance of the noise at which the run ends with the mean
     assert -0.01 < got_variance / variance - 1.0 + rest / variance < 0.01
     # Twice Anderson's noise, or none, would have another mean: what is checked above tells them apart.
     for eta in (0.0, math.sqrt(2.0)):
-        plan = make_plan(sde, torch.tensor(seen, dtype=torch.float64), SECOND_ORDER, stochasticity=eta)
+        plan = make_plan(sde, torch.tensor(seen, dtype=torch.float64), HIGH_ORDER, stochasticity=eta)
         wrong, _ = push_gaussian(plan, sde, mean0, std0, float(sde.alpha(start)) * y, 0.0)
         assert abs(wrong - mean0 - gain * (y - mean0)) > 2e-3 * math.sqrt(variance)
 

@@ -22,7 +22,7 @@ from ..flow.trace import TraceOptions
 from ..images.arrays import as_batch, in_network_range
 from ..networks.denoisers import Denoiser
 from ..sampling.editing import edit
-from ..sampling.observation import SECOND_ORDER, posterior_mean, posterior_samples
+from ..sampling.observation import HIGH_ORDER, posterior_mean, posterior_samples
 from ..sampling.predictors import get_predictor
 from ..sampling.solution import Solution
 from ..schedulers import SCHEDULERS, SDEScheduler
@@ -401,7 +401,7 @@ class ProbabilityFlow:
             num_samples=num_samples,
             num_steps=num_steps,
             t_min=self.t_min,
-            predictor=SECOND_ORDER if rule.deterministic or not rule.calls else rule,
+            predictor=HIGH_ORDER if rule.deterministic or not rule.calls else rule,
             generator=generator,
         )
 

@@ -27,7 +27,7 @@ from .time_grids import MIN_LOG_SNR, get_time_grid
 # the path has no smaller noise. The variance of the noise at the end is what the samples lack.
 LEAST_NOISE, LEAST_FRACTION = 0.002, 0.01
 # Its samples of Gaussian data have the right variance to 0.5 % at 50 levels, where rules of order 1 lack 10 %.
-SECOND_ORDER = Exponential(None, solver_correction=True, gaussian_std=0.05)
+HIGH_ORDER = Exponential(None, solver_correction=True, gaussian_std=0.05)
 
 
 def time_of_noise(sde: SDE, noise_std: float, t_min: float | None = None) -> float:
@@ -79,7 +79,7 @@ def posterior_samples(
     num_samples: int = 1,
     num_steps: int = 50,
     t_min: float | None = None,
-    predictor: str | Predictor = SECOND_ORDER,
+    predictor: str | Predictor = HIGH_ORDER,
     generator: Generators = None,
 ) -> Tensor:
     """Samples of p(x_0 | y) for y = x_0 + noise_std n, by the reverse SDE from y itself.
