@@ -165,6 +165,8 @@ WRONG = {
     "clip_sample_range": [0.0, -1.0, NAN, "1", None],
     "variance_type": ["fixed", 3],
     "langevin_norm": ["all", None],
+    "temperature": [0.0, -1.0, NAN, INF, 1e4, "cold", None, True],
+    "temperature_std": [0.0, -1.0, NAN, INF, 1e-10, 1e7, "wide"],
     "denoise_final": ["true", 1],
     "probability_flow": ["false", 0],
     "prediction_type": ["eps", None, 5],

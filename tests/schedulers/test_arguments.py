@@ -27,6 +27,8 @@ SHARED = {
     "correct_steps": 1,
     "snr": 0.01,
     "langevin_norm": "sample",
+    "temperature": 1.0,
+    "temperature_std": None,
     "time_grid": "sech",
     "rho": 7.0,
     "sampling_eps": 1e-3,

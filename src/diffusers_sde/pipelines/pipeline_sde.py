@@ -303,6 +303,43 @@ class SDEPipeline(SharedPipeline):
         solution = flow.interpolate(a, b, num=num, options=flow.options(rtol, atol), progress_bar=self._shows_progress)
         return [self.postprocess(strip, output_type) for strip in solution.sample]
 
+    def denoise(
+        self,
+        image: Any,
+        sigma: float,
+        num_samples: int | None = None,
+        num_inference_steps: int = 50,
+        generator: Generators = None,
+        output_type: str = "pil",
+    ) -> Any:
+        """Remove Gaussian noise from images: y = x_0 + sigma n gives E[x_0 | y], or samples of p(x_0 | y).
+
+        The mean is the estimate of least squared error, and costs one network call. The samples look like data, and
+        their spread says what the noise has hidden. They come from the scheduler's SDE and predictor, with
+        stochasticity 1, temperature 1 and no corrector, whatever its config says: with others they were no samples
+        of p(x_0 | y).
+
+        Args:
+            image: The noisy images: PIL images, arrays or tensors of bytes, which are scaled to the network's range, or
+                floating-point tensors (B, C, H, W) in that range. Bytes cut off the noise beyond black and white.
+            sigma: Standard deviation of the noise in units of the network's range, from ``data_min`` to ``data_max``.
+                For noise of s grey levels of 0..255 it is ``s * (data_max - data_min) / 255``.
+            num_samples: Samples for each image; None for the mean.
+            num_inference_steps: Noise levels of the samples, below that of the image.
+            generator: One generator for the samples, or a list with one for each.
+            output_type: As in the call.
+
+        Returns:
+            One image for each of the B given ones, or ``num_samples`` for each, those of the first one first.
+
+        Raises:
+            ValueError: A ``sigma`` that the scheduler's SDE does not pass, or another bad argument.
+        """
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        steps = check_integer("num_inference_steps", num_inference_steps, at_least=1)
+        x = ProbabilityFlow(self).denoise(image, sigma, num_samples, num_steps=steps, generator=generator)
+        return self.postprocess(x, output_type)
+
     def log_prob(
         self,
         x: Any,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from diffusers.utils import logging
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..basics.checks import check_integer, check_number, check_ordered, check_tensor
+from ..basics.checks import check_conditioning, check_integer, check_number, check_ordered, check_tensor
 from ..basics.noise import Generators
 from ..flow.codes import decode, encode, interpolate, sample_flow, state_of_codes
 from ..flow.likelihood import LogProb, log_prob
@@ -21,6 +22,8 @@ from ..flow.trace import TraceOptions
 from ..images.arrays import as_batch, in_network_range
 from ..networks.denoisers import Denoiser
 from ..sampling.editing import edit
+from ..sampling.observation import HIGH_ORDER, posterior_mean, posterior_samples
+from ..sampling.predictors import get_predictor
 from ..sampling.solution import Solution
 from ..schedulers import SCHEDULERS, SDEScheduler
 from ..schedulers.families import fitting_class
@@ -115,6 +118,10 @@ class ProbabilityFlow:
             return (output if isinstance(output, Tensor) else output[0]).to(x.dtype)
 
         return self.scheduler.denoiser(network, **conditioning)(x, t)
+
+    def sampling_denoiser(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
+        """x0_hat at the scheduler's ``temperature``, for samples; likelihoods and codes take ``denoiser``."""
+        return self.scheduler.tempered(self.denoiser)(x, t, **conditioning)
 
     def options(
         self, rtol: float = 3e-4, atol: float = 3e-4, max_calls: int = 5000, batch_size: int = 64
@@ -294,13 +301,14 @@ class ProbabilityFlow:
         """Samples from unit noise by the adaptive solver; see ``flow.sample_flow``.
 
         The flow stops where the scheduler's ``sampling_sigma`` or ``sampling_eps`` says, unless ``t_min`` is given.
-        ``temperature`` is a factor on the latents, below 1 for samples that are more typical and less diverse.
+        ``temperature`` is a factor on the latents, below 1 for samples that are more typical and less diverse. The
+        scheduler's own ``temperature``, a factor on the variance of the samples, acts beside it.
         """
         t_min = max(self.scheduler.stated_last_time(), self.t_min) if t_min is None else t_min
         latents = self._shaped(latents, "latents")
         with Progress(progress_bar, len(latents), "sample") as progress:
             return sample_flow(
-                self.denoiser,
+                self.sampling_denoiser,
                 self.sde,
                 state_of_codes(self.sde, latents.to(self.device), temperature),
                 options=self._or_default(options),
@@ -347,6 +355,55 @@ class ProbabilityFlow:
                 t_min=t_min,
                 generator=generator,
             )
+
+    def denoise(
+        self,
+        x: Any,
+        sigma: float,
+        num_samples: int | None = None,
+        num_steps: int = 50,
+        conditioning: Mapping[str, Tensor] | None = None,
+        generator: Generators = None,
+    ) -> Tensor:
+        """E[x_0 | y] or samples of p(x_0 | y) for images or latents y = x_0 + sigma n; see ``sampling.observation``.
+
+        Samples take the scheduler's predictor with stochasticity 1, or ``exponential`` where it integrates no SDE. The
+        temperature is 1, and there is no corrector.
+
+        Args:
+            x: The observations y, (B, C, H, W): images, whose integers are scaled to the network's range, or
+                floating-point numbers in it.
+            sigma: Standard deviation of their noise, in units of the network's range.
+            num_samples: Samples for each observation; None for the mean, which costs one network call.
+            num_steps: Noise levels of the samples.
+            conditioning: Arguments of the network with one row per observation, such as ``class_labels``.
+            generator: Source of the samples: one generator, or one for each sample.
+
+        Returns:
+            The means, shape (B, C, H, W), or the samples, those of the first observation first, shape
+            (B * num_samples, C, H, W), in the network's range.
+
+        Raises:
+            ValueError: A noise that the SDE does not pass, or another bad argument.
+        """
+        y = self._state(x, "image")
+        rows = check_conditioning(self._conditioning(conditioning), len(y))
+        if num_samples is None:
+            return posterior_mean(partial(self.denoiser, **rows), self.sde, y, sigma, self.t_min)
+        num_samples = check_integer("num_samples", num_samples, at_least=1)
+        rows = {name: value.repeat_interleave(num_samples, dim=0) for name, value in rows.items()}
+        rule = get_predictor(self.scheduler.config.predictor).from_config(self.scheduler.config)
+        return posterior_samples(
+            partial(self.denoiser, **rows),
+            self.sde,
+            y,
+            sigma,
+            num_samples=num_samples,
+            num_steps=num_steps,
+            t_min=self.t_min,
+            predictor=HIGH_ORDER if rule.deterministic or not rule.calls else rule,
+            generator=generator,
+        )
 
     # ------------------------------------------------------------------ inputs
 

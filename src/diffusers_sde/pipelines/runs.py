@@ -230,8 +230,8 @@ def execute_adaptive(
 
     Args:
         pipe: The pipeline; its ``calls`` tell what each image cost.
-        run: The method, ``ode`` or ``sde``, its tolerances and the noise. ``sde`` takes the scheduler's
-            ``stochasticity`` (None is 1) and ``sampling_eps``.
+        run: The method, ``ode`` or ``sde``, its tolerances and the noise. Both take the scheduler's
+            ``temperature``; ``sde`` takes its ``stochasticity`` (None is 1) and ``sampling_eps``.
         latents: Unit noise, shape (B, C, H, W).
         denoiser: (x_t, t, **conditioning) -> x0_hat, instead of the network.
         conditioning: Its arguments with one row per image.
@@ -262,7 +262,7 @@ def execute_adaptive(
                         "or window of steps."
                     )
                 solution = sample_adaptive(
-                    flow.denoiser,
+                    flow.sampling_denoiser,
                     flow.sde,
                     latents * flow.sde.prior_std,
                     SDEOptions(run.rtol, run.atol, stochasticity=stochasticity),
@@ -381,6 +381,7 @@ class PipelineRun:
             "callback_on_step_end": options.callback_on_step_end is not None,
             "list of generators": isinstance(options.generator, (list, tuple)),
             f"method {options.method!r}": options.method != "scheduler",
+            f"temperature {scheduler.config.temperature:g}": scheduler.config.temperature != 1.0,
         }
         if any(refused.values()):
             given = ", no ".join(name for name, is_given in refused.items() if is_given)

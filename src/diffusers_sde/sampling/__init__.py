@@ -6,6 +6,7 @@ from .correctors import CORRECTORS
 from .editing import edit
 from .exponential import Exponential, Singlestep
 from .loop import sample
+from .observation import posterior_mean, posterior_samples
 from .planning import make_plan
 from .policies import POLICIES
 from .predictors import PREDICTORS
@@ -42,6 +43,8 @@ __all__ = [
     "get_time_grid",
     "make_plan",
     "mean",
+    "posterior_mean",
+    "posterior_samples",
     "restart_plan",
     "sample",
     "sample_adaptive",

@@ -214,7 +214,7 @@ class Plan:
         # The coefficients are infinite where alpha = 0. Samples are float32, in which an alpha of 1e-39 acts like 0.
         if not is_finite(table):
             raise ValueError(
-                f"prediction_type of {type(parametrization).__name__} does not determine the data where alpha(t) = 0 "
+                f"prediction_type of {parametrization.name} does not determine the data where alpha(t) = 0 "
                 f"(t = {float(t[0])}); use 'v_prediction', 'flow_prediction', 'sample' or 'edm' there. (A "
                 "beta_start or beta_end that is too large leaves as good as no signal, too.)"
             )

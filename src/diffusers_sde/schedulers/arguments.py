@@ -17,6 +17,7 @@ from typing import Any, TypeVar, overload
 from diffusers.configuration_utils import register_to_config
 
 from ..basics.checks import check_choice, check_flag, check_integer, check_number, check_pair
+from ..guidance.temperature import HOTTEST
 from ..networks.conditioning import TIME_CONDITIONINGS
 from ..networks.parametrizations import PREDICTION_TYPES
 from ..sampling.classical import VARIANCE_TYPES
@@ -212,6 +213,25 @@ SAMPLER_ARGUMENTS = (
         partial(check_choice, allowed=LANGEVIN_NORMS),
         "``sample`` takes each sample's own norms; ``batch`` takes the batch mean, as the official code does.",
     ),
+    SamplerArgument(
+        "temperature",
+        "float",
+        1.0,
+        partial(check_number, above=0.0, at_most=HOTTEST),
+        "This is T of the samples, by a factor (snr c^2 + 1)/(T snr c^2 + 1) on the score (arXiv:2510.01184), for the "
+        "steps, the corrector, and the adaptive ODE and SDE. Gaussian data of standard deviation c have samples of "
+        "variance T c^2, and any data samples that are more typical below 1 and more diverse above. It costs nothing. "
+        "Likelihoods, codes and ``denoise`` stay at 1; the ``temperature`` of ``decode`` is another, a factor on "
+        "codes.",
+    ),
+    SamplerArgument(
+        "temperature_std",
+        "float | None",
+        None,
+        or_none(SCALE_CHECK),
+        "This is c of ``temperature``, in units of the data. Structure finer than c is cooled by more than T, coarser "
+        "structure hardly. None takes ``sigma_data``, whose default suits pixels in [-1, 1]; latents have about 1.",
+    ),
     # the grid
     SamplerArgument(
         "time_grid",
@@ -297,7 +317,7 @@ SAMPLER_ARGUMENTS = (
         "float",
         0.5,
         SCALE_CHECK,
-        "This is the standard deviation of the data, for ``edm`` prediction.",
+        "This is the standard deviation of the data, for ``edm`` prediction and ``temperature``.",
     ),
 )
 

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from ..basics.checks import check_number, check_numbers
 from ..basics.noise import standard_normal_like
+from ..guidance.temperature import Tempered, rescale_temperature
 from ..networks.conditioning import TimeConditioning, TimeMaps
-from ..networks.denoisers import network_denoiser
+from ..networks.denoisers import Denoiser, network_denoiser
 from ..networks.parametrizations import Parametrization, get_parametrization
 from ..sampling.planning import make_plan
 from ..sampling.policies import Policy, get_policy, windowed
@@ -51,7 +52,8 @@ class SDESchedulerOutput(BaseOutput):
 
     Attributes:
         prev_sample: The sample after this model call, the next model input before ``scale_model_input``.
-        pred_original_sample: The denoised estimate x0_hat = E[x_0 | x_t] that this model call implies.
+        pred_original_sample: The denoised estimate x0_hat = E[x_0 | x_t] that this model call implies. At another
+            ``temperature`` than 1 it is that of the samples, not of the data: the estimate that the step itself takes.
     """
 
     prev_sample: Tensor
@@ -128,6 +130,9 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             config.num_train_timesteps,
             self.time_conditionings.get(config.time_conditioning),
         )
+        self._sampled = self.parametrization  # of what is sampled, which may be cooler or hotter than the data
+        if config.temperature != 1.0:
+            self._sampled = Tempered(self.parametrization, config.temperature, self._temperature_std)
         self._policy: Policy | None = None if config.policy is None else get_policy(config.policy)
         if self._policy is not None and config.predictor != "exponential":
             raise ValueError(
@@ -224,6 +229,11 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         return 0.0 if self.config.probability_flow else self.config.stochasticity
 
     @property
+    def _temperature_std(self) -> float:
+        std = self.config.temperature_std
+        return float(self.config.sigma_data if std is None else std)
+
+    @property
     def _predictor(self) -> Predictor:
         config = self.config
         return get_predictor(config.predictor).from_config(config) if self._policy is None else self._policy.predictor
@@ -277,7 +287,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             final_time=final_time,
         )
         # Where x0_hat is clipped it has to be formed; otherwise the parametrisation disappears in the coefficients.
-        return plan.fold(self.parametrization, self.sde, bounds_estimate=self._clips)
+        return plan.fold(self._sampled, self.sde, bounds_estimate=self._clips)
 
     # ------------------------------------------------------------------ the time grid
 
@@ -807,6 +817,13 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     def denoiser(self, network: Callable[..., Any], **kwargs: Any) -> Callable[[Tensor, Tensor | float], Tensor]:
         """(x_t, SDE time) -> x0_hat for a network that this scheduler describes; see ``network_denoiser``."""
         return network_denoiser(network, self.sde, self.parametrization, self.conditioning, **kwargs)
+
+    def tempered(self, denoiser: Denoiser) -> Denoiser:
+        """The denoiser whose samples have the config's ``temperature``; at 1, ``denoiser`` itself.
+
+        ``step`` does the same with what the network returns. ``denoiser`` of this class is at temperature 1.
+        """
+        return rescale_temperature(denoiser, self.sde, self.config.temperature, self._temperature_std)
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
