@@ -163,7 +163,7 @@ class ProbabilityFlow:
         """
         x = self._state(x, "x")
         with Progress(progress_bar, len(x), "log-density") as progress:
-            return log_prob(
+            result = log_prob(
                 self.denoiser,
                 self.sde,
                 x,
@@ -174,6 +174,8 @@ class ProbabilityFlow:
                 generator=generator,
                 progress=progress,
             )
+        log_cost("log-density", result.calls, result.calls.numel())
+        return result
 
     def bits_per_dim(
         self,
@@ -221,7 +223,7 @@ class ProbabilityFlow:
         importance_samples = check_integer("importance_samples", importance_samples, at_least=1)
         images = self._shaped(as_batch(images), "images").to(self.device)
         with Progress(progress_bar, len(images) * importance_samples, "bits/dim") as progress:
-            return bits_per_dim(
+            result = bits_per_dim(
                 self.denoiser,
                 self.sde,
                 images,
@@ -236,6 +238,8 @@ class ProbabilityFlow:
                 generator=generator,
                 progress=progress,
             )
+        log_cost("bits/dim", result.calls, len(images) * importance_samples)
+        return result
 
     # ------------------------------------------------------------------ codes
 
@@ -246,10 +250,13 @@ class ProbabilityFlow:
         conditioning: Mapping[str, Tensor] | None = None,
         progress_bar: bool = False,
     ) -> Solution:
-        """Latent codes of images or latents, unit noise of shape (B, C, H, W); see ``flow.encode``."""
+        """Latent codes of images or latents, unit noise of shape (B, C, H, W); see ``flow.encode``.
+
+        The default tolerance costs 20 to 30 network calls an image; see ``options`` for closer round trips.
+        """
         x = self._state(x)
         with Progress(progress_bar, len(x), "encode") as progress:
-            return encode(
+            solution = encode(
                 self.denoiser,
                 self.sde,
                 x,
@@ -258,6 +265,8 @@ class ProbabilityFlow:
                 conditioning=self._conditioning(conditioning),
                 progress=progress,
             )
+        log_cost("encode", solution.calls, solution.calls.numel())
+        return solution
 
     def decode(
         self,
@@ -270,7 +279,7 @@ class ProbabilityFlow:
         """Data of latent codes, in the network's range; see ``flow.decode``."""
         latents = self._shaped(latents, "latents")
         with Progress(progress_bar, len(latents), "decode") as progress:
-            return decode(
+            solution = decode(
                 self.denoiser,
                 self.sde,
                 latents.to(self.device),
@@ -280,6 +289,8 @@ class ProbabilityFlow:
                 conditioning=self._conditioning(conditioning),
                 progress=progress,
             )
+        log_cost("decode", solution.calls, solution.calls.numel())
+        return solution
 
     def sample(
         self,
@@ -317,7 +328,7 @@ class ProbabilityFlow:
         num = check_integer("num", num, at_least=2)
         a, b = self._state(a, "a"), self._state(b, "b")
         with Progress(progress_bar, len(a) * (2 + num), "interpolate") as progress:
-            return interpolate(
+            solution = interpolate(
                 self.denoiser,
                 self.sde,
                 a,
@@ -327,6 +338,8 @@ class ProbabilityFlow:
                 t_min=self.t_min,
                 progress=progress,
             )
+        log_cost("interpolate", solution.calls, solution.calls.numel())
+        return solution
 
     def edit(
         self,
@@ -412,6 +425,18 @@ def _fitting_scheduler(scheduler: Any) -> SDEScheduler:
     config = config_of(scheduler)
     fitting: SDEScheduler = SCHEDULERS[fitting_class(config)].from_config(config)
     return fitting
+
+
+def log_cost(what: str, calls: Tensor, samples: int) -> None:
+    """Log what an adaptive solution cost.
+
+    Args:
+        what: What was found, such as ``codes``.
+        calls: Network calls of each image, all its samples together, shape (B,).
+        samples: How many samples were solved for.
+    """
+    total = int(calls.sum())
+    logger.info(f"{what}: {samples} samples, {total / samples:.0f} network calls each, {total} together.")
 
 
 class Progress:
