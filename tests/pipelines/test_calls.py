@@ -2,12 +2,14 @@
 
 import inspect
 import logging
+from typing import get_args
 
 import pytest
 import torch
 from exact_networks import quiet, seeded
 from tiny_networks import tiny_unet
 
+import diffusers_sde
 from diffusers_sde import SDEPipeline, VPSDEScheduler
 from diffusers_sde.guidance import Downsampling
 from diffusers_sde.pipelines import (
@@ -17,6 +19,8 @@ from diffusers_sde.pipelines import (
     RestorationSDEPipeline,
     probability_flow,
 )
+from diffusers_sde.sampling.predictors import PREDICTORS
+from diffusers_sde.schedulers.arguments import SAMPLER_ARGUMENTS
 
 SHORT = {"num_inference_steps": 2, "output_type": "latent"}
 IMAGE, MASK = torch.zeros(2, 1, 8, 8), torch.ones(8, 8)
@@ -168,3 +172,30 @@ def test_the_cost_of_the_flow_is_logged(caplog):
     assert [line.split(":")[0] for line in lines] == ["encode", "decode", "bits/dim"]
     total = int(result.calls.sum())
     assert lines[2] == f"bits/dim: 4 samples, {total / 4:.0f} network calls each, {total} together."
+
+
+# ---------------------------------------------------------------------- in an editor
+
+
+def test_a_probability_flow_is_short_in_words():
+    flow = probability_flow.ProbabilityFlow(make())
+    assert repr(flow) == f"ProbabilityFlow(UNet2DModel, {flow.sde}, data in [-1, 1], t_min={flow.t_min:g})"
+    assert "UNet2DModel, guided" in repr(by_class().probability_flow())
+    assert "<th>network</th><td>UNet2DModel</td>" in flow._repr_html_()
+
+
+def test_the_package_lists_what_is_public():
+    listed = dir(diffusers_sde)
+    assert set(diffusers_sde.__all__) <= set(listed)
+    assert not {"sys", "Any", "register_with_diffusers", "own_index"} & set(listed)
+    assert all(hasattr(diffusers_sde, name) for name in listed)
+
+
+def test_choices_are_in_the_signature():
+    hint = inspect.signature(VPSDEScheduler.__init__).parameters["predictor"].annotation
+    assert get_args(hint) == tuple(PREDICTORS)
+    for argument in SAMPLER_ARGUMENTS:
+        for word in get_args(argument.type):
+            assert argument.check(argument.name, word) == word
+        if get_args(argument.type):
+            assert argument.default in get_args(argument.type)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -100,6 +101,29 @@ class ProbabilityFlow:
                 "probability flow has no beginning."
             )
         self.device = getattr(pipe, "_execution_device", getattr(pipe, "device", torch.device("cpu")))
+
+    def __repr__(self) -> str:
+        data = "latents" if self.is_latent else f"data in [{self.data_min:g}, {self.data_max:g}]"
+        network = type(self.network).__name__ + (", guided" if self._guided is not None else "")
+        return f"ProbabilityFlow({network}, {self._sde_in_words()}, {data}, t_min={self.t_min:g})"
+
+    def _sde_in_words(self) -> str:
+        """The SDE with its numbers, or its class alone where they are a table."""
+        text = repr(self.sde)
+        return text if len(text) < 200 else type(self.sde).__name__
+
+    def _repr_html_(self) -> str:
+        """A small table, which notebooks show."""
+        facts = {
+            "network": type(self.network).__name__,
+            "SDE": self._sde_in_words(),
+            "predicts": str(self.scheduler.config.prediction_type),
+            "works on": "latents" if self.is_latent else f"data in [{self.data_min:g}, {self.data_max:g}]",
+            "t_min": f"{self.t_min:g}",
+            "guided": "yes" if self._guided is not None else "no",
+        }
+        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
+        return f"<p>ProbabilityFlow</p><table>{rows}</table>"
 
     def denoiser(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
         """x0_hat of the network, in the precision of ``x``; see ``SDEScheduler.denoiser``."""
