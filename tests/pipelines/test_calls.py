@@ -10,7 +10,7 @@ from exact_networks import quiet, seeded
 from tiny_networks import tiny_unet
 
 import diffusers_sde
-from diffusers_sde import SDEPipeline, VPSDEScheduler
+from diffusers_sde import SDEPipeline, VESDEScheduler, VPSDEScheduler
 from diffusers_sde.guidance import Downsampling
 from diffusers_sde.pipelines import (
     PIPELINES,
@@ -178,8 +178,10 @@ def test_the_cost_of_the_flow_is_logged(caplog):
 
 
 def test_a_probability_flow_is_short_in_words():
-    flow = probability_flow.ProbabilityFlow(make())
-    assert repr(flow) == f"ProbabilityFlow(UNet2DModel, {flow.sde}, data in [-1, 1], t_min={flow.t_min:g})"
+    flow = probability_flow.ProbabilityFlow(make())  # whose SDE is a table of a thousand numbers
+    assert repr(flow) == "ProbabilityFlow(UNet2DModel, DiscreteVPSDE, data in [-1, 1], t_min=0.001)"
+    ve = probability_flow.ProbabilityFlow(quiet(SDEPipeline(tiny_unet(), VESDEScheduler())))
+    assert repr(ve) == f"ProbabilityFlow(UNet2DModel, {ve.sde}, data in [-1, 1], t_min={ve.t_min:g})"
     assert "UNet2DModel, guided" in repr(by_class().probability_flow())
     assert "<th>network</th><td>UNet2DModel</td>" in flow._repr_html_()
 

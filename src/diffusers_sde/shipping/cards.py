@@ -109,7 +109,7 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
     dataset = {**results.get("data", {}), **results.get("dataset", {})}
     metrics = _metrics(results)
     entries = [*metrics, *_sampler_metrics(results)]
-    recipes = [
+    recipes: Sequence[Mapping[str, Any]] = [
         *results.get("recipes", []),
         *(_recipe(s, shown_metrics(results, s)) for s in results.get("samplers", [])),
     ]
