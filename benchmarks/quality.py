@@ -15,8 +15,8 @@ held-out real images (networks.py).
 
 Peers run in the same process through their own packages; k-diffusion and azula join where they are installed
 (pip install -c constraints.txt -e ".[benchmark]"). In each repetition all samplers start from the same noise. Calls are
-counted by the network itself: correctors, second stages and all. Written are OUTPUT.json, OUTPUT.md (tables, whether the
-targets are met, and where a peer is better) and OUTPUT.png.
+counted by the network itself: correctors, second stages and all. Written are OUTPUT.json, OUTPUT.md (tables, whether
+the targets are met, and where a peer is better) and OUTPUT.png.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def or_none(check: Callable[..., Any], **bounds: Any) -> Callable[[str, Any], An
 
 def one_of(*words: str | None) -> Any:
     """The type of these words alone."""
-    return Literal[tuple(words)]  # type: ignore[valid-type]
+    return Literal[tuple(words)]
 
 
 # Its square, and one over that, are numbers of float32.
