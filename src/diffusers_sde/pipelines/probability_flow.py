@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -104,6 +105,29 @@ class ProbabilityFlow:
             )
         self.device = getattr(pipe, "_execution_device", getattr(pipe, "device", torch.device("cpu")))
 
+    def __repr__(self) -> str:
+        data = "latents" if self.is_latent else f"data in [{self.data_min:g}, {self.data_max:g}]"
+        network = type(self.network).__name__ + (", guided" if self._guided is not None else "")
+        return f"ProbabilityFlow({network}, {self._sde_in_words()}, {data}, t_min={self.t_min:g})"
+
+    def _sde_in_words(self) -> str:
+        """The SDE with its numbers, or its class alone where they are a table."""
+        text = repr(self.sde)
+        return text if len(text) < 200 else type(self.sde).__name__
+
+    def _repr_html_(self) -> str:
+        """A small table, which notebooks show."""
+        facts = {
+            "network": type(self.network).__name__,
+            "SDE": self._sde_in_words(),
+            "predicts": str(self.scheduler.config.prediction_type),
+            "works on": "latents" if self.is_latent else f"data in [{self.data_min:g}, {self.data_max:g}]",
+            "t_min": f"{self.t_min:g}",
+            "guided": "yes" if self._guided is not None else "no",
+        }
+        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
+        return f"<p>ProbabilityFlow</p><table>{rows}</table>"
+
     def denoiser(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
         """x0_hat of the network, in the precision of ``x``; see ``SDEScheduler.denoiser``."""
         if self._guided is not None:
@@ -170,7 +194,7 @@ class ProbabilityFlow:
         """
         x = self._state(x, "x")
         with Progress(progress_bar, len(x), "log-density") as progress:
-            return log_prob(
+            result = log_prob(
                 self.denoiser,
                 self.sde,
                 x,
@@ -181,6 +205,8 @@ class ProbabilityFlow:
                 generator=generator,
                 progress=progress,
             )
+        log_cost("log-density", result.calls, result.calls.numel())
+        return result
 
     def bits_per_dim(
         self,
@@ -228,7 +254,7 @@ class ProbabilityFlow:
         importance_samples = check_integer("importance_samples", importance_samples, at_least=1)
         images = self._shaped(as_batch(images), "images").to(self.device)
         with Progress(progress_bar, len(images) * importance_samples, "bits/dim") as progress:
-            return bits_per_dim(
+            result = bits_per_dim(
                 self.denoiser,
                 self.sde,
                 images,
@@ -243,6 +269,8 @@ class ProbabilityFlow:
                 generator=generator,
                 progress=progress,
             )
+        log_cost("bits/dim", result.calls, len(images) * importance_samples)
+        return result
 
     # ------------------------------------------------------------------ codes
 
@@ -253,10 +281,13 @@ class ProbabilityFlow:
         conditioning: Mapping[str, Tensor] | None = None,
         progress_bar: bool = False,
     ) -> Solution:
-        """Latent codes of images or latents, unit noise of shape (B, C, H, W); see ``flow.encode``."""
+        """Latent codes of images or latents, unit noise of shape (B, C, H, W); see ``flow.encode``.
+
+        The default tolerance costs 20 to 30 network calls an image; see ``options`` for closer round trips.
+        """
         x = self._state(x)
         with Progress(progress_bar, len(x), "encode") as progress:
-            return encode(
+            solution = encode(
                 self.denoiser,
                 self.sde,
                 x,
@@ -265,6 +296,8 @@ class ProbabilityFlow:
                 conditioning=self._conditioning(conditioning),
                 progress=progress,
             )
+        log_cost("encode", solution.calls, solution.calls.numel())
+        return solution
 
     def decode(
         self,
@@ -277,7 +310,7 @@ class ProbabilityFlow:
         """Data of latent codes, in the network's range; see ``flow.decode``."""
         latents = self._shaped(latents, "latents")
         with Progress(progress_bar, len(latents), "decode") as progress:
-            return decode(
+            solution = decode(
                 self.denoiser,
                 self.sde,
                 latents.to(self.device),
@@ -287,6 +320,8 @@ class ProbabilityFlow:
                 conditioning=self._conditioning(conditioning),
                 progress=progress,
             )
+        log_cost("decode", solution.calls, solution.calls.numel())
+        return solution
 
     def sample(
         self,
@@ -325,7 +360,7 @@ class ProbabilityFlow:
         num = check_integer("num", num, at_least=2)
         a, b = self._state(a, "a"), self._state(b, "b")
         with Progress(progress_bar, len(a) * (2 + num), "interpolate") as progress:
-            return interpolate(
+            solution = interpolate(
                 self.denoiser,
                 self.sde,
                 a,
@@ -335,6 +370,8 @@ class ProbabilityFlow:
                 t_min=self.t_min,
                 progress=progress,
             )
+        log_cost("interpolate", solution.calls, solution.calls.numel())
+        return solution
 
     def edit(
         self,
@@ -469,6 +506,18 @@ def _fitting_scheduler(scheduler: Any) -> SDEScheduler:
     config = config_of(scheduler)
     fitting: SDEScheduler = SCHEDULERS[fitting_class(config)].from_config(config)
     return fitting
+
+
+def log_cost(what: str, calls: Tensor, samples: int) -> None:
+    """Log what an adaptive solution cost.
+
+    Args:
+        what: What was found, such as ``codes``.
+        calls: Network calls of each image, all its samples together, shape (B,).
+        samples: How many samples were solved for.
+    """
+    total = int(calls.sum())
+    logger.info(f"{what}: {samples} samples, {total / samples:.0f} network calls each, {total} together.")
 
 
 class Progress:

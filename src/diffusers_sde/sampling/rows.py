@@ -16,6 +16,7 @@ and noise.
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ LARGEST_NUMBER = torch.finfo(torch.float32).max  # samples and their coefficient
 PLACES = ("t", "s", "langevin", "skip", "out")
 # The first columns of a linear form; the others are the weights of what is stored.
 X, MODEL, NOISE, STORED = 0, 1, 2, 3
+SHOWN_ROWS = 8  # at either end of a plan, in notebooks
 
 
 class Form(NamedTuple):
@@ -93,6 +95,24 @@ class Row(NamedTuple):
     def needs_estimate(self) -> bool:
         """Whether ``advance`` needs x0_hat beside what the model returned."""
         return self.of_estimate or self.keeps_estimate
+
+    @property
+    def kind_in_words(self) -> str:
+        """What the row does, in a few words."""
+        if self.langevin is not None:
+            return "langevin"
+        return "corrector" if self.is_corrector else "predictor, continued" if self.continues else "predictor"
+
+    def __repr__(self) -> str:
+        given = {"x": self.x, "model": self.model, "noise": self.noise, **dict(self._remembered)}
+        numbers = ", ".join(f"{name}={_brief(value)}" for name, value in given.items() if _is_present(value))
+        if self.langevin is not None:
+            numbers += f", langevin={_brief(self.langevin)}"
+        return f"Row({_brief(self.t)} -> {_end(self.s)}, {self.kind_in_words}: {numbers})"
+
+    @property
+    def _remembered(self) -> list[tuple[str, Any]]:
+        return [(f"history[{k}]", weight) for k, weight in enumerate(self.history)]
 
 
 class Kind(NamedTuple):
@@ -158,6 +178,31 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def __repr__(self) -> str:
+        rows, kinds = self.rows, [row.kind_in_words for row in self.rows]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        path = f"{_brief(rows[0].t)} -> {_end(rows[-1].s)}, " if rows else ""
+        return f"Plan({path}{len(rows)} calls: {counts or 'none'}; {self.rows_per_level} a level, memory {self.memory})"
+
+    def _repr_html_(self) -> str:
+        """A table of the rows, which notebooks show; of many rows the first and the last."""
+        shown = list(enumerate(self.rows))
+        if len(shown) > 2 * SHOWN_ROWS:
+            shown = [*shown[:SHOWN_ROWS], *shown[-SHOWN_ROWS:]]
+        head = ("", "t", "s", "row", "x", "model", "noise", *(f"history[{k}]" for k in range(self.memory)))
+        lines = [f"<tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>"]
+        before = -1
+        for number, row in shown:
+            if number != before + 1:
+                lines.append(f'<tr><td colspan="{len(head)}">... {number - before - 1} more ...</td></tr>')
+            weights = (row.x, row.model, row.noise, *row.history)
+            numbers = [_brief(value) if _is_present(value) else "" for value in weights]
+            cells = [str(number), _brief(row.t), _end(row.s), row.kind_in_words, *numbers]
+            cells += [""] * (len(head) - len(cells))
+            lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+            before = number
+        return f"<p>{html.escape(repr(self))}</p><table>{''.join(lines)}</table>"
 
     @property
     def memory(self) -> int:
@@ -345,6 +390,16 @@ def _input(model_output: Tensor, estimate: Tensor | None, of_estimate: bool) -> 
     if estimate is None:
         raise ValueError("this row takes the bounded x0_hat: pass it as estimate.")
     return estimate
+
+
+def _brief(value: Any) -> str:
+    """A number for people; a tensor, which may carry gradients, by its value."""
+    return f"{float(value):.4g}"
+
+
+def _end(s: Any) -> str:
+    """The time of a row's result for people."""
+    return "data" if s is None or math.isnan(float(s)) else _brief(s)
 
 
 def _is_present(weight: Any) -> bool:

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 from diffusers.configuration_utils import register_to_config
 
@@ -57,6 +57,11 @@ def or_none(check: Callable[..., Any], **bounds: Any) -> Callable[[str, Any], An
     return lambda name, value: None if value is None else check(name, value, **bounds)
 
 
+def one_of(*words: str | None) -> Any:
+    """The type of these words alone."""
+    return Literal[tuple(words)]
+
+
 # Its square, and one over that, are numbers of float32.
 SCALE_CHECK = partial(check_number, at_least=1e-9, at_most=1e6)
 
@@ -67,14 +72,14 @@ class SamplerArgument:
 
     Attributes:
         name: Its name, which is also its key in the config.
-        type: Its annotation.
+        type: Its annotation: a word, or the words that it may be, which editors offer.
         default: Its default, where a class does not state another.
         check: (name, value) -> the value as a plain Python one, or a ValueError.
         documentation: What it means.
     """
 
     name: str
-    type: str
+    type: Any
     default: Any
     check: Callable[[str, Any], Any]
     documentation: str
@@ -91,7 +96,7 @@ SAMPLER_ARGUMENTS = (
     ),
     SamplerArgument(
         "prediction_type",
-        "str",
+        one_of(*PREDICTION_TYPES),
         "epsilon",
         partial(check_choice, allowed=PREDICTION_TYPES),
         "The network predicts the noise (``epsilon``), the data (``sample``), alpha eps - sigma x0 (``v_prediction``), "
@@ -100,7 +105,7 @@ SAMPLER_ARGUMENTS = (
     # the sampler
     SamplerArgument(
         "predictor",
-        "str",
+        one_of(*PREDICTORS),
         "exponential",
         partial(check_choice, allowed=PREDICTORS),
         "The rule that leads from one noise level to the next is ``exponential``, ``singlestep``, ``ancestral``, "
@@ -108,7 +113,7 @@ SAMPLER_ARGUMENTS = (
     ),
     SamplerArgument(
         "corrector",
-        "str | None",
+        one_of(None, *CORRECTORS),
         None,
         partial(check_choice, allowed=(None, *CORRECTORS)),
         "MCMC at a fixed time follows each step by ``langevin``, ``annealed_langevin`` or ``ornstein_uhlenbeck``; None "
@@ -167,7 +172,7 @@ SAMPLER_ARGUMENTS = (
     ),
     SamplerArgument(
         "solver_type",
-        "str",
+        one_of(*SOLVER_TYPES),
         "heun",
         partial(check_choice, allowed=SOLVER_TYPES),
         "The weight of the slope in order 2 is that of ``heun`` or ``midpoint``, DPM-Solver++'s names; ``heun`` is "
@@ -208,7 +213,7 @@ SAMPLER_ARGUMENTS = (
     ),
     SamplerArgument(
         "langevin_norm",
-        "str",
+        one_of(*LANGEVIN_NORMS),
         "sample",
         partial(check_choice, allowed=LANGEVIN_NORMS),
         "``sample`` takes each sample's own norms; ``batch`` takes the batch mean, as the official code does.",
@@ -235,7 +240,7 @@ SAMPLER_ARGUMENTS = (
     # the grid
     SamplerArgument(
         "time_grid",
-        "str | None",
+        one_of(None, *TIME_GRIDS),
         "sech",
         partial(check_choice, allowed=(None, *TIME_GRIDS)),
         "The noise levels lie on ``sech``, ``log_snr``, ``karras``, ``uniform`` (in t, the paper's) or ``blended`` "
@@ -267,7 +272,7 @@ SAMPLER_ARGUMENTS = (
     ),
     SamplerArgument(
         "timestep_spacing",
-        "str",
+        one_of(*TIMESTEP_SPACINGS),
         "leading",
         partial(check_choice, allowed=TIMESTEP_SPACINGS),
         "diffusers' grid ``leading``, ``linspace`` or ``trailing`` is used where ``time_grid`` is None.",
@@ -298,7 +303,7 @@ SAMPLER_ARGUMENTS = (
     # the network again
     SamplerArgument(
         "variance_type",
-        "str | None",
+        one_of(*VARIANCE_TYPES),
         "fixed_small",
         partial(check_choice, allowed=VARIANCE_TYPES),
         "These are diffusers' names. ``fixed_large`` gives the ``ancestral`` predictor beta as variance; ``learned`` "
@@ -306,7 +311,7 @@ SAMPLER_ARGUMENTS = (
     ),
     SamplerArgument(
         "time_conditioning",
-        "str | None",
+        one_of(None, *TIME_CONDITIONINGS),
         "continuous",
         partial(check_choice, allowed=(None, *TIME_CONDITIONINGS)),
         "For SDE time t and u = t / t_max, the network is fed u N - 1 (``discrete``), u N (``continuous``), u (N - 1) "
