@@ -217,9 +217,9 @@ def test_words_of_rows_and_plans():
     langevin = Row(0.5, 0.5, x=-1.0, model=1.0, langevin=0.02, is_corrector=True)
     assert repr(langevin) == "Row(0.5 -> 0.5, langevin: x=-1, model=1, langevin=0.02)"
     plan = Plan.from_rows([langevin, row], order=2)
-    assert repr(plan) == "Plan(0.5 -> data, 2 calls: 1 langevin, 1 predictor; order 2, memory 1)"
+    assert repr(plan) == "Plan(0.5 -> data, 2 calls: 1 langevin, 1 predictor; 2 a level, memory 1)"
     with_gradients = Plan(plan.table.clone().requires_grad_(), plan.kinds, plan.order)
-    assert repr(with_gradients) == repr(plan) and repr(plan.until(0)) == "Plan(0 calls: none; order 2, memory 1)"
+    assert repr(with_gradients) == repr(plan) and repr(plan.until(0)) == "Plan(0 calls: none; 2 a level, memory 1)"
 
 
 def test_notebooks_show_a_plan_as_a_table():
