@@ -216,9 +216,9 @@ def test_words_of_rows_and_plans():
     assert repr(row) == "Row(0.5 -> data, predictor: x=2, model=0.25, history[0]=0.125)"
     langevin = Row(0.5, 0.5, x=-1.0, model=1.0, langevin=0.02, is_corrector=True)
     assert repr(langevin) == "Row(0.5 -> 0.5, langevin: x=-1, model=1, langevin=0.02)"
-    plan = Plan.from_rows([langevin, row], order=2)
+    plan = Plan.from_rows([langevin, row], rows_per_level=2)
     assert repr(plan) == "Plan(0.5 -> data, 2 calls: 1 langevin, 1 predictor; 2 a level, memory 1)"
-    with_gradients = Plan(plan.table.clone().requires_grad_(), plan.kinds, plan.order)
+    with_gradients = Plan(plan.table.clone().requires_grad_(), plan.kinds, plan.rows_per_level)
     assert repr(with_gradients) == repr(plan) and repr(plan.until(0)) == "Plan(0 calls: none; 2 a level, memory 1)"
 
 
