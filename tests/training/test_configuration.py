@@ -170,7 +170,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, capsys):
         main(["--output_dir", str(tmp_path / "o"), "--train_data_dir", str(tmp_path / "missing")])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("train.py: error: train_data_dir")
+    assert line.startswith("train.py: error: --train_data_dir")
     assert not (tmp_path / "o").exists()
 
 

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers import pipelines as diffusers_pipelines
 from diffusers.pipelines import pipeline_loading_utils
 
+from ..basics.modes import give_mode
 from ..shipping.cards import add_card
 from ..shipping.component import VERSION_KEY, ShipsItsCode, refuse_newer
 from ..shipping.flattening import LIBRARY
@@ -148,6 +149,9 @@ class SharedPipeline(ShipsItsCode, DiffusionPipeline):
             if config.pop("_name_or_path", None) is not None:  # the place it was loaded from, which is private
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        mode = (Path(save_directory) / self.config_name).stat().st_mode
+        for weights in Path(save_directory).glob("*/*.safetensors"):
+            give_mode(weights, mode)
 
     def push_to_hub(
         self,

@@ -30,6 +30,7 @@ from .runs import (
     execute_adaptive,
     finished,
     latents_shape,
+    names_near_arguments,
     starting_noise,
 )
 
@@ -198,6 +199,7 @@ class SDEPipeline(SharedPipeline):
         """Network calls of each image of the last run by ``method="ode"`` or ``"sde"``, shape (B,)."""
         return self._calls
 
+    @names_near_arguments
     @torch.no_grad()
     def __call__(
         self,
@@ -210,8 +212,8 @@ class SDEPipeline(SharedPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
         method: str = "scheduler",
-        rtol: float = 1e-2,
-        atol: float = 1e-2,
+        rtol: float | None = None,
+        atol: float | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate images.
 
@@ -230,15 +232,22 @@ class SDEPipeline(SharedPipeline):
             method: ``scheduler`` executes the scheduler's sampler; ``ode`` integrates the probability-flow ODE and
                 ``sde`` the reverse SDE with adaptive steps, each image with its own, and ``num_inference_steps`` is
                 left aside.
-            rtol: Relative tolerance of ``ode`` and ``sde``.
-            atol: Absolute tolerance, of ``ode`` in standard deviations of the state, of ``sde`` in units of the data.
+            rtol: Relative tolerance of ``ode`` and ``sde``; None is 1e-2. It must be None for ``scheduler``.
+            atol: Absolute tolerance, of ``ode`` in standard deviations of the state, of ``sde`` in units of the data;
+                likewise.
 
         Returns:
             The images.
 
         Raises:
             ValueError: An argument is out of range; nothing has been computed then.
+            TypeError: An argument that this pipeline does not have; the message names the nearest one.
         """
+        if isinstance(batch_size, str):
+            raise ValueError(
+                f"batch_size must be an integer >= 1, got {batch_size!r}: {type(self).__name__} draws images without a "
+                "prompt."
+            )
         run = RunOptions(
             num_inference_steps=num_inference_steps,
             generator=generator,
@@ -305,6 +314,9 @@ class SDEPipeline(SharedPipeline):
     def encode(self, images: Any, rtol: float = 1e-5, atol: float = 1e-5) -> Tensor:
         """Latent codes of images by the probability-flow ODE: unit noise, shape (B, C, H, W).
 
+        This costs many network calls. How many depends on the network and on the tolerances: hundreds at the default
+        ones, which ``decode`` needs to give the images back closely. A line of the log says how many there were.
+
         Args:
             images: PIL images, uint8 arrays or tensors, or floating-point tensors in the network's range.
             rtol: Relative tolerance.
@@ -321,7 +333,15 @@ class SDEPipeline(SharedPipeline):
         temperature: float = 1.0,
         output_type: str = "pil",
     ) -> Any:
-        """Images of latent codes, the inverse of ``encode``; ``temperature`` below 1 gives typical images."""
+        """Images of latent codes, the inverse of ``encode``, at the same cost.
+
+        Args:
+            latents: Codes, shape (B, C, H, W).
+            rtol: Relative tolerance.
+            atol: Absolute tolerance, in standard deviations of the state.
+            temperature: Factor on the codes; below 1 it gives images that are more typical and less diverse.
+            output_type: As in the call.
+        """
         check_choice("output_type", output_type, OUTPUT_TYPES)
         flow = ProbabilityFlow(self)
         solution = flow.decode(
@@ -341,6 +361,43 @@ class SDEPipeline(SharedPipeline):
         flow = ProbabilityFlow(self)
         solution = flow.interpolate(a, b, num=num, options=flow.options(rtol, atol), progress_bar=self._shows_progress)
         return [self.postprocess(strip, output_type) for strip in solution.sample]
+
+    def denoise(
+        self,
+        image: Any,
+        sigma: float,
+        num_samples: int | None = None,
+        num_inference_steps: int = 50,
+        generator: Generators = None,
+        output_type: str = "pil",
+    ) -> Any:
+        """Remove Gaussian noise from images: y = x_0 + sigma n gives E[x_0 | y], or samples of p(x_0 | y).
+
+        The mean is the estimate of least squared error, and costs one network call. The samples look like data, and
+        their spread says what the noise has hidden. They come from the scheduler's SDE and predictor, with
+        stochasticity 1, temperature 1 and no corrector, whatever its config says: with others they were no samples
+        of p(x_0 | y).
+
+        Args:
+            image: The noisy images: PIL images, arrays or tensors of bytes, which are scaled to the network's range, or
+                floating-point tensors (B, C, H, W) in that range. Bytes cut off the noise beyond black and white.
+            sigma: Standard deviation of the noise in units of the network's range, from ``data_min`` to ``data_max``.
+                For noise of s grey levels of 0..255 it is ``s * (data_max - data_min) / 255``.
+            num_samples: Samples for each image; None for the mean.
+            num_inference_steps: Noise levels of the samples, below that of the image.
+            generator: One generator for the samples, or a list with one for each.
+            output_type: As in the call.
+
+        Returns:
+            One image for each of the B given ones, or ``num_samples`` for each, those of the first one first.
+
+        Raises:
+            ValueError: A ``sigma`` that the scheduler's SDE does not pass, or another bad argument.
+        """
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        steps = check_integer("num_inference_steps", num_inference_steps, at_least=1)
+        x = ProbabilityFlow(self).denoise(image, sigma, num_samples, num_steps=steps, generator=generator)
+        return self.postprocess(x, output_type)
 
     def log_prob(
         self,
@@ -376,7 +433,11 @@ class SDEPipeline(SharedPipeline):
         trace: str = "resampled",
         generator: Generators = None,
     ) -> BitsPerDim:
-        """Bits per dimension of images; see ``ProbabilityFlow.bits_per_dim``, which has further options."""
+        """Bits per dimension of images; see ``ProbabilityFlow.bits_per_dim``, which has further options.
+
+        At the default tolerances an image costs 20 to 30 network calls with derivatives, each as long as three without,
+        for each of ``importance_samples``. A line of the log says how many there were.
+        """
         flow = ProbabilityFlow(self)
         return flow.bits_per_dim(
             images,

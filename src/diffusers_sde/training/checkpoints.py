@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..basics.files import check_folder, saving, sync, write_folder_whole
+from ..basics.modes import give_mode
 from ..pipelines.base import PIPELINE_MODULE
 from .sharding import copy_sharded, gather, load_state, save_state
 
@@ -340,6 +341,9 @@ def save_checkpoint(
             if accelerator.is_main_process:
                 averaging = {} if ema is None else {"ema_updates": ema.optimization_step}
                 _write_state(unfinished, {**state, **averaging})
+                mode = unfinished.stat().st_mode
+                for file in unfinished.glob("*.safetensors"):
+                    give_mode(file, mode)
                 if checkpoint.exists():  # of the same step, which the run has come to again
                     _discard(output_dir, checkpoint)
                 unfinished.rename(checkpoint)

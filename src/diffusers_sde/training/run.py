@@ -401,6 +401,8 @@ class TrainingRun(ABC):
 
     def _log_start(self) -> None:
         sde = self.sde
+        if self.config.resume_from_checkpoint is not None and self.resume_from is None:
+            logger.info("Resuming: %s holds no checkpoint yet, so the run starts at step 0.", self.output_dir)
         logger.info("Data: %s.", describe_source(self.source))
         logger.info("Network: %s; it %s.", describe_network(self.network), self._task())
         logger.info(
