@@ -25,7 +25,7 @@ from ..sampling.correctors import CORRECTORS
 from ..sampling.exponential import SOLVER_TYPES
 from ..sampling.policies import POLICIES
 from ..sampling.predictors import PREDICTORS
-from ..sampling.time_grids import TIME_GRIDS, TIMESTEP_SPACINGS
+from ..sampling.time_grids import TIMESTEP_SPACINGS, check_time_grid
 
 # A table is built and a time is listed for each entry: a config of a few hundred bytes must not cost gigabytes.
 LONGEST_TABLE = 100_000
@@ -235,11 +235,12 @@ SAMPLER_ARGUMENTS = (
     # the grid
     SamplerArgument(
         "time_grid",
-        "str | None",
+        "str | list[float] | None",
         "sech",
-        partial(check_choice, allowed=(None, *TIME_GRIDS)),
+        check_time_grid,
         "The noise levels lie on ``sech``, ``log_snr``, ``karras``, ``uniform`` (in t, the paper's) or ``blended`` "
-        "(the mean of ``uniform`` and ``sech``, for swapped configs). None means diffusers' grid, "
+        "(the mean of ``uniform`` and ``sech``, for swapped configs), or, between increasing numbers, which are values "
+        "of log(alpha/sigma), in equal parts: see ``profile_grid``. None means diffusers' grid, "
         "``timestep_spacing``, and so does a ``timestep_spacing`` or ``steps_offset`` that is passed alone.",
     ),
     SamplerArgument(
