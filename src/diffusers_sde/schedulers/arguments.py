@@ -16,7 +16,7 @@ from typing import Any, TypeVar, overload
 
 from diffusers.configuration_utils import register_to_config
 
-from ..basics.checks import check_choice, check_flag, check_integer, check_number, check_pair
+from ..basics.checks import check_choice, check_flag, check_integer, check_number, check_ordered, check_pair
 from ..guidance.temperature import HOTTEST
 from ..networks.conditioning import TIME_CONDITIONINGS
 from ..networks.parametrizations import PREDICTION_TYPES
@@ -55,6 +55,17 @@ _Init = TypeVar("_Init", bound=Callable[..., None])
 def or_none(check: Callable[..., Any], **bounds: Any) -> Callable[[str, Any], Any]:
     """A check that also allows None."""
     return lambda name, value: None if value is None else check(name, value, **bounds)
+
+
+def check_range(name: str, value: Any) -> list[float]:
+    """Two numbers in increasing order, as a list of Python floats, which is how a config holds them.
+
+    Raises:
+        ValueError: They are not.
+    """
+    low, high = check_pair(name, value)
+    check_ordered(f"{name}[0]", low, f"{name}[1]", high)
+    return [low, high]
 
 
 # Its square, and one over that, are numbers of float32.
@@ -296,6 +307,24 @@ SAMPLER_ARGUMENTS = (
         "True clips x0_hat of predictor calls to [-clip_sample_range, clip_sample_range].",
     ),
     SamplerArgument("clip_sample_range", "float", 1.0, SCALE_CHECK, "``clip_sample`` clips to this range."),
+    SamplerArgument(
+        "bound_above_sigma",
+        "float | None",
+        None,
+        or_none(check_number, at_least=0.0),
+        "x0_hat of predictor calls is clipped to ``data_range`` where the noise-to-signal ratio sigma/alpha is above "
+        "this number; None clips nowhere. A mean of data lies in their range, and far from the data a trained network "
+        "may return what does not, which rules that extrapolate carry on.",
+    ),
+    SamplerArgument(
+        "data_range",
+        "list[float] | None",
+        None,
+        or_none(check_range),
+        "These are the smallest and the largest value of the data, for ``bound_above_sigma``; None is "
+        "[-clip_sample_range, clip_sample_range]. For latents, pass their mean minus and plus a few of their standard "
+        "deviations.",
+    ),
     # the network again
     SamplerArgument(
         "variance_type",
