@@ -2,7 +2,8 @@
 
 Schedulers (``VESDEScheduler``, ``VPSDEScheduler``, ``SubVPSDEScheduler``, ``FlowSDEScheduler``) for existing pipelines,
 ``SDEPipeline``, exact likelihoods and latent codes (``log_prob``, ``bits_per_dim``, ``ProbabilityFlow``), and below
-them the mathematics, which needs no pipeline: ``sdes``, ``networks``, ``sampling``, ``flow``, ``guidance``.
+them the mathematics, which needs no pipeline: ``sdes``, ``networks``, ``sampling``, ``flow``, ``guidance``,
+``fitting``.
 
     import diffusers_sde
     pipe.scheduler = diffusers_sde.VPSDEScheduler.from_config(pipe.scheduler.config, corrector="langevin")
@@ -10,6 +11,7 @@ them the mathematics, which needs no pipeline: ``sdes``, ``networks``, ``samplin
 Importing the package also lets ``DiffusionPipeline.from_pretrained`` find its classes by name.
 """
 
+from .fitting import profile_grid
 from .flow import BitsPerDim, LogProb, ODEOptions, Quantization, TraceOptions, bits_per_dim, log_prob
 from .networks.classifier import NoiseConditionalClassifier
 from .networks.ncsnpp import NCSNpp
@@ -74,6 +76,7 @@ __all__ = [
     "diagnose",
     "log_prob",
     "make_plan",
+    "profile_grid",
     "restart_plan",
     "sample",
     "sample_adaptive",
