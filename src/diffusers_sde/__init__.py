@@ -18,7 +18,11 @@ from .pipelines import (
     InpaintSDEPipeline,
     ProbabilityFlow,
     RestorationSDEPipeline,
+    Rollout,
+    RolloutSteps,
     SDEPipeline,
+    collect_rollout,
+    rollout_model,
 )
 from .pipelines.diagnostics import Diagnosis, diagnose
 from .registration import register_with_diffusers
@@ -60,6 +64,8 @@ __all__ = [
     "Quantization",
     "RectifiedFlowSDE",
     "RestorationSDEPipeline",
+    "Rollout",
+    "RolloutSteps",
     "Row",
     "SDEOptions",
     "SDEPipeline",
@@ -71,10 +77,12 @@ __all__ = [
     "VPSDEScheduler",
     "__version__",
     "bits_per_dim",
+    "collect_rollout",
     "diagnose",
     "log_prob",
     "make_plan",
     "restart_plan",
+    "rollout_model",
     "sample",
     "sample_adaptive",
     "sampler_arguments",

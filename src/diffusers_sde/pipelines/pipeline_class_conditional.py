@@ -162,7 +162,7 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         )
         own_scheduler(self)
         denoiser = self.denoiser(guidance_scale, classifier_guidance_scale, guidance_interval)
-        labels = torch.tensor(self._numbers(class_labels), dtype=torch.int64, device=self._execution_device)
+        labels = torch.tensor(self.class_numbers(class_labels), dtype=torch.int64, device=self._execution_device)
         shape = (len(labels), *(self.sample_shape if latents is None else latents_shape(self, latents)[1:]))
         noise = starting_noise(self, run, shape)
         x = execute_guided(self, run, noise, lambda index: partial(denoiser, class_labels=labels[index]))
@@ -241,7 +241,12 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         denoiser = self.denoiser(guidance_scale, classifier_guidance_scale, guidance_interval)
         return ProbabilityFlow(self, denoiser=denoiser)
 
-    def _numbers(self, class_labels: Any) -> list[int]:
+    def class_numbers(self, class_labels: Any) -> list[int]:
+        """Return the number of each class, given numbers or names.
+
+        Raises:
+            ValueError: A number out of range, an unknown name, or the null class.
+        """
         if isinstance(class_labels, (Tensor, np.ndarray, np.generic)):
             class_labels = class_labels.tolist()
         if isinstance(class_labels, (int, str)):
