@@ -112,17 +112,25 @@ class Rollout:
                 f"samples, and equally many; got {k.tolist()} and {rows.tolist()}."
             )
         k = k.expand(len(rows))
-        pairs = list(zip(k.tolist(), rows.tolist(), strict=True))
-        index = tuple(self.indices[i] for i, _ in pairs)
+        index = tuple(self.indices[i] for i in k.tolist())
         device = self.log_probs.device
         return RolloutSteps(
-            x_t=torch.stack([self.x_t[i][b].to(self.dtype) for i, b in pairs]),
-            x_s=torch.stack([self.x_s[i][b].to(self.dtype) for i, b in pairs]),
+            x_t=self._gathered(self.x_t, k, rows),
+            x_s=self._gathered(self.x_s, k, rows),
             timestep=self.scheduler.timesteps[list(index)],
             index=index,
             samples=rows.to(device=device, dtype=torch.int64),
             log_prob=self.log_probs[k.to(device), rows.to(device)],
         )
+
+    def _gathered(self, states: Sequence[Tensor], k: Tensor, rows: Tensor) -> Tensor:
+        """States of steps k of samples ``rows``, both of shape (n,)."""
+        device = states[0].device
+        gathered = torch.empty((len(rows), *states[0].shape[1:]), dtype=self.dtype, device=device)
+        for i in k.unique().tolist():
+            own = (k == i).nonzero()[:, 0]
+            gathered[own.to(device)] = states[i][rows[own].to(device)].to(self.dtype)
+        return gathered
 
     def transition(self, steps: RolloutSteps, model_output: Tensor) -> Transition:
         """The law p(x_s | x_t) of these steps for a network output, with gradients; see ``SDEScheduler.transition``."""
