@@ -211,7 +211,9 @@ def test_a_run_raises_the_reward(model, tmp_path, policy):
     assert after.scheduler.config.policy is None  # the pipeline keeps its own sampler
 
 
-@pytest.mark.parametrize("options", [{}, {"updates_per_round": 3, "trained_steps": 2, "kl_weight": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"updates_per_round": 3, "trained_steps": 1, "kl_weight": 0.1, "stochastic_indices": (0, 2)}]
+)
 def test_a_resumed_run_is_the_whole_run_bit_for_bit(model, tmp_path, options):
     whole = train_policy(config(model, tmp_path / "run", max_train_steps=3, **options))
     for step in (2, 3):
@@ -241,6 +243,17 @@ def test_the_first_update_is_on_policy_and_the_kl_pulls_back(model, tmp_path):
     for _ in range(3):
         trainer.round()
     assert trainer.path_kl(trainer.network)[0] < before
+
+
+def test_every_step_of_every_image_is_in_one_update(model, tmp_path):
+    trainer = PolicyTrainer(config(model, tmp_path, updates_per_round=4, sample_batch_size=4, train_batch_size=3))
+    trainer._prepare()
+    experience, _ = trainer.explore()
+    parts = trainer._parts(experience)
+    rows = [[(r, k, b) for r, ks, bs in part for k, b in zip(ks.tolist(), bs.tolist(), strict=True)] for part in parts]
+    assert sorted(sum(rows, [])) == [(r, k, b) for r, n in ((0, 4), (1, 2)) for k in range(3) for b in range(n)]
+    assert {len(part) for part in rows} <= {4, 5}
+    assert all(len(k) <= 3 for part in parts for _, k, _ in part)
 
 
 def test_classes_take_turns_in_groups(class_model, tmp_path):
@@ -280,15 +293,19 @@ def test_every_sde_learns_whatever_sampler_was_saved(tmp_path, scheduler):
     ("options", "words"),
     [
         ({"trained_steps": 9}, "trained_steps must be at most 3"),
-        ({"updates_per_round": 100}, "updates_per_round must be at most 18"),
+        ({"updates_per_round": 100}, "updates_per_round must be at most 8"),
         ({"guidance_scale": 2.0}, "guidance_scale must be 1 for a model without classes"),
         ({"policy": "best"}, "policy must be one of exact"),
+        ({"stochastic_indices": (7, 9)}, "leave no step with noise to train on"),
+        ({"stochastic_indices": (0, 2), "trained_steps": 3}, "trained_steps must be at most 2"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_drawn(model, tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         PolicyTrainer(config(model, tmp_path / "run", **options))
     assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="output_dir must be another folder than model"):
+        PolicyTrainer(config(model, model, overwrite_output_dir=True))
 
 
 def test_the_command_line(model, tmp_path, capsys):

@@ -38,6 +38,15 @@ class PolicyOptions(CheckedOptions):
         choices=POLICIES,
     )
     stochasticity: float | None = option(None, "Noise of the policy. Default: its published number.", above=0.0)
+    stochastic_indices: tuple[int, ...] | None = option(
+        None,
+        "Draw and train on the steps from this one up to and without that one, and follow the probability flow in the "
+        "others (MixGRPO, Flow-GRPO-Fast). Default: all.",
+        least=0,
+    )
+    stochastic_sigmas: tuple[float, ...] | None = option(
+        None, "The same by the smallest and largest noise sigma/alpha at the beginning of a step.", least=0.0
+    )
     num_inference_steps: int = option(10, "Noise levels of a rollout, and of the sample grids.", least=2)
     trained_steps: int | None = option(
         None, "Train on so many steps of each image, drawn anew every round. Default: all with noise.", least=1

@@ -68,13 +68,17 @@ from .signals import EXIT_CODE, StopSignal
 logger = logging.getLogger(__name__)
 
 # Options with which a run is another one; the others count from where it is resumed.
-_OF_THE_RUN = ("reward", "policy", "stochasticity", "num_inference_steps", "guidance_scale", "use_ema", "seed")
+_OF_THE_RUN = (
+    *("reward", "policy", "stochasticity", "stochastic_indices", "stochastic_sigmas", "num_inference_steps"),
+    *("guidance_scale", "use_ema", "seed"),
+)
 _CHANGING = (
     *("learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay"),
     *("adam_epsilon", "max_grad_norm", "trained_steps", "group_size", "num_groups", "updates_per_round", "clip_range"),
     *("kl_weight", "log_prob_reduction", "rollout_storage", "ema_inv_gamma", "ema_power", "ema_max_decay"),
 )
-_SHEETS = 2**31  # numbers of the noise of sample grids, apart from those of rollouts
+# Numbers of the noise of sample grids, and of the choice of steps, apart from those of the noise of rollouts.
+_SHEETS, _DEALING = 2**40, 2**41
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,12 @@ class Experience:
     Attributes:
         rollout: The images, and the steps to them.
         advantages: Of each image, shape (B,).
+        numbers: Of each image in the round.
     """
 
     rollout: Rollout
     advantages: Tensor
+    numbers: range
 
 
 class PolicyTrainer:
@@ -105,6 +111,8 @@ class PolicyTrainer:
     def __init__(self, config: PolicyTrainingConfig, reward: Reward | None = None) -> None:
         self.config = config
         self.output_dir = Path(config.output_dir)
+        if self.output_dir.resolve() == Path(config.model).resolve():
+            raise ValueError(f"output_dir must be another folder than model, got {config.output_dir!r} for both.")
         check_unlocked(self.output_dir)
         self.resume_from = find_checkpoint(self.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)
         self.accelerator = Accelerator(
@@ -156,21 +164,26 @@ class PolicyTrainer:
         scheduler = self.reference.scheduler
         scheduler.set_timesteps(self.config.num_inference_steps)
         steps = len(scheduler.stochastic_steps)
+        if steps == 0:
+            raise ValueError("stochastic_indices and stochastic_sigmas leave no step with noise to train on.")
         wanted = self.config.trained_steps
         if wanted is not None and wanted > steps:
             raise ValueError(f"trained_steps must be at most {steps}, the steps with noise of a rollout, got {wanted}.")
-        rows = (wanted or steps) * self.images_per_round // self.accelerator.num_processes
-        if rows < self.config.updates_per_round:
-            raise ValueError(f"updates_per_round must be at most {rows}, the steps of a round on one process.")
+        most = (wanted or steps) + self.images_per_round - 1
+        if self.config.updates_per_round > most:
+            raise ValueError(
+                f"updates_per_round must be at most {most} for so few images and steps, got "
+                f"{self.config.updates_per_round}."
+            )
 
     def _policy(self) -> Any:
         """The scheduler by which rollouts are drawn: that of the model, with the policy as its sampler."""
         config, scheduler = self.config, self.pipe.scheduler
-        changes = {"predictor": "exponential", "corrector": None, "probability_flow": False}
-        changes |= {"stochastic_indices": None, "stochastic_sigmas": None}
-        return type(scheduler).from_config(
-            scheduler.config, policy=config.policy, stochasticity=config.stochasticity, **changes
-        )
+        changes: dict[str, Any] = {"predictor": "exponential", "corrector": None, "probability_flow": False}
+        for name in ("policy", "stochasticity", "stochastic_indices", "stochastic_sigmas"):
+            value = getattr(config, name)
+            changes[name] = list(value) if isinstance(value, tuple) else value
+        return type(scheduler).from_config(scheduler.config, **changes)
 
     def _classes(self) -> list[int]:
         """The classes that groups are drawn from; none for a model without."""
@@ -321,7 +334,7 @@ class PolicyTrainer:
         mine = advantages[accelerator.process_index * len(own) :][: len(own)]
         split = mine.split([len(numbers) for numbers in parts])
         values = {"reward": float(everything.mean()), "reward_std": float(everything.std())}
-        return [Experience(r, a) for r, a in zip(rollouts, split, strict=True)], values
+        return [Experience(*each) for each in zip(rollouts, split, parts, strict=True)], values
 
     def _groups(self, numbers: list[int]) -> Tensor:
         """The group of each image of a round."""
@@ -357,28 +370,33 @@ class PolicyTrainer:
 
     # ------------------------------------------------------------------ learning
 
-    def _parts(self, experience: list[Experience]) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
-        """The steps that each update is made of: (number of the rollout, numbers of steps, numbers of images)."""
-        config = self.config
-        generator = generator_of(config.seed, _SHEETS + self.step * self.accelerator.num_processes)
-        parts: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in range(config.updates_per_round)]
+    def _parts(self, experience: list[Experience]) -> list[list[tuple[int, Tensor, Tensor]]]:
+        """The steps that each update is made of: (number of the rollout, numbers of steps, numbers of images).
+
+        The steps of an image are drawn and dealt out by its number, so that they do not depend on the processes.
+        """
+        config, updates = self.config, self.config.updates_per_round
+        parts: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in range(updates)]
         for r, part in enumerate(experience):
-            steps, images = len(part.rollout), part.rollout.batch_size
-            chosen = torch.stack([torch.randperm(steps, generator=generator) for _ in range(images)])
-            chosen = chosen[:, : config.trained_steps or steps]
-            k, b = chosen.flatten(), torch.arange(images).repeat_interleave(chosen.shape[1])
-            order = torch.randperm(len(k), generator=generator)
-            for update, rows in enumerate(order.tensor_split(config.updates_per_round)):
-                rows = rows[k[rows].argsort(stable=True)]  # a batch of one step has one row of numbers
-                parts[update] += [(r, k[c], b[c]) for c in rows.split(config.train_batch_size)]
-        yield from parts
+            dealt: list[list[tuple[int, int]]] = [[] for _ in range(updates)]
+            for image, number in enumerate(part.numbers):
+                generator = generator_of(config.seed, _DEALING + self.step * self.images_per_round + number)
+                chosen = torch.randperm(len(part.rollout), generator=generator)[: config.trained_steps]
+                for j, k in enumerate(chosen.tolist()):
+                    dealt[(j + number) % updates].append((k, image))
+            for update, rows in enumerate(dealt):
+                pairs = torch.tensor(sorted(rows), dtype=torch.int64).reshape(-1, 2)  # of one step, one after the other
+                parts[update] += [(r, chunk[:, 0], chunk[:, 1]) for chunk in pairs.split(config.train_batch_size)]
+        return parts
 
     def _update(self, experience: list[Experience], part: list[tuple[int, Tensor, Tensor]]) -> dict[str, float]:
         """One optimiser step."""
         config, accelerator = self.config, self.accelerator
-        count = sum(len(k) for _, k, _ in part)
+        count = int(accelerator.reduce(torch.tensor(sum(len(k) for _, k, _ in part), device=accelerator.device)))
         sums = torch.zeros(3, device=accelerator.device)
         for r, k, b in part:
+            if not len(k):
+                continue
             rollout, advantages = experience[r].rollout, experience[r].advantages[b.to(accelerator.device)]
             steps = rollout.steps(k, b)
             law = rollout.transition(steps, rollout_model(self.policy, rollout)(steps))
@@ -391,10 +409,10 @@ class PolicyTrainer:
             with torch.no_grad():
                 off = (ratio - 1.0).abs()
                 sums += torch.stack([off.sum(), (off > config.clip_range).float().sum(), kl.sum()])
-        parameters = [p for p in self.network.parameters() if p.grad is not None]
+        parameters = list(self.network.parameters())
         if accelerator.num_processes > 1:
             for p in parameters:
-                p.grad = accelerator.reduce(p.grad, "mean")
+                p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
         accelerator.unscale_gradients()
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or float("inf"))
         if accelerator.scaler is None and not bool(torch.isfinite(norm)):
@@ -409,7 +427,7 @@ class PolicyTrainer:
             self.lr_scheduler.step()
             if self.ema is not None:
                 self.ema.step(self.network.parameters())
-        off, clipped, kl_mean = (accelerator.reduce(sums, "mean") / count).tolist()
+        off, clipped, kl_mean = (accelerator.reduce(sums, "sum") / count).tolist()
         values = {"ratio_deviation": off, "clipped": clipped, "gradient_norm": float(norm), "lr": rate}
         return values | ({"kl": kl_mean} if config.kl_weight else {})
 
