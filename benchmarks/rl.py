@@ -136,7 +136,7 @@ def main():
             noise = excess_noise(pipe.scheduler, policy, args.levels)
             runs = [learn(args, model, policy, seed, distance) for seed in range(args.seeds)]
             results.append({"model": name, "policy": policy, "excess_noise": noise, "runs": runs})
-            print(f"{policy}: excess noise at most {max(noise):.3f}, at the end {noise[-1]:.3f}")
+            print(f"{policy}: excess noise at most {max(noise):.3f}, at the end {noise[-1]:.3f}", flush=True)
             for points in zip(*(run["curve"] for run in runs), strict=True):
                 rewards = torch.tensor([point["reward"] for point in points])
                 spread = f" +- {rewards.std():.3f}" if len(runs) > 1 else ""
