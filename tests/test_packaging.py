@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import diffusers_sde
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -18,12 +20,17 @@ def build(kind, source, target):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def sdist(tmp_path_factory):
+    """The source archive, unpacked."""
     folder = tmp_path_factory.mktemp("build")
     with tarfile.open(build("sdist", ROOT, folder / "sdist")) as archive:
         archive.extractall(folder, filter="data")
-    source = next(folder.glob("diffusers_sde-*"))
-    with zipfile.ZipFile(build("wheel", source, folder / "wheel")) as archive:
+    return next(folder.glob("diffusers_sde-*"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist):
+    with zipfile.ZipFile(build("wheel", sdist, sdist.parent / "wheel")) as archive:
         yield {name: archive.read(name).decode() for name in archive.namelist()}
 
 
@@ -42,4 +49,5 @@ def test_the_metadata_says_what_it_is(wheel):
     head, _, description = metadata.partition("\n\n")
     assert "Description-Content-Type: text/markdown" in head
     assert "Requires-Dist: jinja2" in head
+    assert f"\nVersion: {diffusers_sde.__version__}\n" in head
     assert description == (ROOT / "README.md").read_text()
