@@ -51,3 +51,11 @@ def test_the_metadata_says_what_it_is(wheel):
     assert "Requires-Dist: jinja2" in head
     assert f"\nVersion: {diffusers_sde.__version__}\n" in head
     assert description == (ROOT / "README.md").read_text()
+
+
+def test_the_source_archive_holds_what_its_tests_read(sdist):
+    names = ["CITATION.cff", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "README.md"]
+    names += ["SECURITY.md", "Makefile", "constraints.txt", "mkdocs.yml", "docs/stability.md", "docs/guides/hub.md"]
+    names += [str(path.relative_to(ROOT)) for path in (ROOT / ".github").rglob("*") if path.is_file()]
+    assert not [name for name in names if not (sdist / name).is_file()]
+    assert not (sdist / "site").exists()
