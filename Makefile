@@ -37,8 +37,9 @@ types: $(VENV)/.installed-dev  ## Check the types of src and scripts.
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed-dev $(VENV)/.installed-docs  ## Run the code of the pages and build the site into site/.
-	$(BIN)/python -m pytest -q -n 2 tests/test_guides.py tests/test_gallery.py tests/test_extending.py tests/test_site.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	$(BIN)/python -m pytest -q -n 2 tests/test_guides.py tests/test_gallery.py \
+		tests/test_extending.py tests/test_course.py tests/test_site.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 dist: $(VENV)/.installed-dev  ## Build the source archive and the wheel into dist/.
 	rm -rf dist

@@ -63,7 +63,7 @@ def test_the_options_of_every_script_are_listed():
 
 def test_the_menu_has_every_page():
     menu = set(
-        re.findall(r"[\w/]+\.md", (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2])
+        re.findall(r"[\w/-]+\.md", (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2])
     )
     pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
     assert pages <= menu
