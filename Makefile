@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-lowest lint format types clean
+.PHONY: help venv demo test test-lowest lint format types docs dist test-wheel clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,8 +47,23 @@ format: $(VENV)/.installed-dev  ## Format the code and fix what can be fixed.
 types: $(VENV)/.installed-dev  ## Check the types of src and scripts.
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-dev $(VENV)/.installed-docs  ## Run the code of the pages and build the site into site/.
+	$(BIN)/python -m pytest -q -n 2 tests/test_guides.py tests/test_gallery.py \
+		tests/test_extending.py tests/test_course.py tests/test_site.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+dist: $(VENV)/.installed-dev  ## Build the source archive and the wheel into dist/.
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+
+test-wheel: dist  ## Install the wheel into an empty environment and try it there.
+	rm -rf build/empty
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip install --quiet dist/*.whl
+	cd build && empty/bin/python ../scripts/check_installed.py ../src
+
 clean:  ## Remove the environments, caches and builds; outputs stay.
-	rm -rf $(VENV) $(LOWEST) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) build dist site .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import diffusers_sde
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -47,6 +49,7 @@ def test_the_metadata_says_what_it_is(wheel):
     head, _, description = metadata.partition("\n\n")
     assert "Description-Content-Type: text/markdown" in head
     assert "Requires-Dist: jinja2" in head
+    assert f"\nVersion: {diffusers_sde.__version__}\n" in head
     links = re.findall(r"\]\(([^)\s]+)\)", description)
     assert links and all(link.startswith(("https://", "#")) for link in links), links
     home = re.search(r"^Project-URL: Homepage, (\S+)$", head, re.M)[1]
@@ -64,3 +67,11 @@ def test_the_source_archive_holds_what_the_readme_shows(source):
         assert (source / path).exists(), path
     for path in (*(ROOT / "benchmarks").glob("*.py"), *ROOT.glob("constraints*.txt")):
         assert (source / path.relative_to(ROOT)).is_file(), path
+
+
+def test_the_source_archive_holds_what_its_tests_read(source):
+    names = ["CITATION.cff", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "README.md"]
+    names += ["SECURITY.md", "Makefile", "constraints.txt", "mkdocs.yml", "docs/stability.md", "docs/guides/hub.md"]
+    names += [str(path.relative_to(ROOT)) for path in (ROOT / ".github").rglob("*") if path.is_file()]
+    assert not [name for name in names if not (source / name).is_file()]
+    assert not (source / "site").exists()

@@ -21,7 +21,6 @@ ROOT = Path(__file__).parents[1]
 
 # These modules read files of the package, which an exported file does not have. It gets these texts in their place.
 SUBSTITUTES = {
-    "shipping.version": f'__version__ = "{__version__}"',
     "shipping.flattening": """LIBRARY = "diffusers_sde"
 _SOURCE = Path(__file__).read_text(encoding="utf-8")  # now: another repository's file may take this one's place
 

@@ -23,7 +23,7 @@ def _adam_constants(options: OptimiserOptions) -> dict[str, Any]:
     }
 
 
-def check_optimizer(options: OptimisationOptions) -> None:
+def check_optimizer(options: OptimiserOptions) -> None:
     """Make sure that the optimiser is installed.
 
     Raises:
