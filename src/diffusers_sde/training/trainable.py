@@ -229,6 +229,7 @@ def build_scheduler(
     source: TrainingSource,
     prediction: PredictionOptions | None = None,
     network: NetworkTraits | None = None,
+    of_pixels: bool = True,
 ) -> SDEScheduler:
     """The scheduler that options describe, which is saved with the network.
 
@@ -237,6 +238,7 @@ def build_scheduler(
         source: The data, which are measured where a default depends on them.
         prediction: What the network predicts; None for the defaults.
         network: What the form of the network fixes, which counts where the options leave it open; None for nothing.
+        of_pixels: Whether x_0 are pixels, whose range is known; that of latents is not.
 
     Raises:
         ValueError: Options that the SDE cannot take.
@@ -248,10 +250,10 @@ def build_scheduler(
         "num_train_timesteps": options.num_train_timesteps,
         "prediction_type": prediction.prediction_type or fixed[0] or family.prediction_type,
         "time_conditioning": "continuous",
-        "bound_above_sigma": BOUND_ABOVE_SIGMA,
-        "data_range": [options.data_min, 1.0],
         **family.arguments(options, data),
     }
+    if of_pixels:
+        arguments |= {"bound_above_sigma": BOUND_ABOVE_SIGMA, "data_range": [options.data_min, 1.0]}
     if prediction.time_conditioning is not None or fixed[1] is not None:
         arguments["time_conditioning"] = prediction.time_conditioning or fixed[1]
     if network is not None and network.returns_variance:

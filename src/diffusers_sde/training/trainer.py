@@ -90,7 +90,7 @@ class Trainer(TrainingRun):
     def _build_scheduler(self) -> SDEScheduler:
         with torch.device("meta"):
             network = traits_of(self._build_network())
-        return build_scheduler(self.config, self.source, self.config, network)
+        return build_scheduler(self.config, self.source, self.config, network, of_pixels=self._latents is None)
 
     def _seen(self, source: TrainingSource) -> TrainingSource:
         self._latents: LatentSource | None = None
