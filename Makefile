@@ -4,6 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+LOWEST := .venv-lowest
+LOWEST_TESTS := $(addprefix tests/,schedulers/test_scheduler_contract.py schedulers/test_schedulers.py sampling \
+	pipelines/test_calls.py pipelines/test_saving.py pipelines/test_conditional_pipelines.py \
+	pipelines/test_pipeline_likelihood.py test_saved_by_earlier_versions.py hub/test_export.py \
+	images/test_sources.py images/test_streaming.py metrics training/test_trainer.py)
+# pillow 10.1 writes no 16-bit PGM for the first; the launched processes of the second do not end with these versions.
+LOWEST_TESTS += --deselect tests/images/test_sources.py::test_sixteen_bits_of_every_byte_order_are_the_same_image
+LOWEST_TESTS += --deselect tests/training/test_trainer.py::test_two_processes_train_like_one
 
 # Every pip, those it starts to build packages included, is held to the tested versions.
 export PIP_CONSTRAINT := constraints.txt
@@ -12,10 +20,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format types docs dist test-wheel clean
+.PHONY: help venv demo test test-lowest lint format types docs dist test-wheel clean
 
 help:  ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.installed-dev  ## Create .venv and install everything for development.
 
@@ -24,6 +32,9 @@ demo: $(VENV)/.installed-training  ## Train a score model on digits and sample i
 
 test: lint types  ## Lint, check types, run the tests (PYTEST_ARGS adds options).
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-lowest: $(LOWEST)/.installed  ## Run a part of the tests with the lowest versions that pyproject.toml declares.
+	$(LOWEST)/bin/python -m pytest -n 2 $(LOWEST_TESTS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## Check style and formatting.
 	$(BIN)/ruff check .
@@ -51,8 +62,8 @@ test-wheel: dist  ## Install the wheel into an empty environment and try it ther
 	build/empty/bin/python -m pip install --quiet dist/*.whl
 	cd build && empty/bin/python ../scripts/check_installed.py ../src
 
-clean:  ## Remove .venv, caches and builds; outputs stay.
-	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache
+clean:  ## Remove the environments, caches and builds; outputs stay.
+	rm -rf $(VENV) $(LOWEST) build dist site .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -63,4 +74,11 @@ $(BIN)/python:
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV); the first time this takes a few minutes."
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# pip builds the package with a hatchling of its own, which the lowest versions do not hold.
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	PIP_CONSTRAINT= PIP_BUILD_CONSTRAINT= $(LOWEST)/bin/python -m pip install --quiet -c constraints-lowest.txt \
+		-e '.[training]' hypothesis pytest pytest-xdist scipy
 	@touch $@

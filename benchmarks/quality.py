@@ -14,9 +14,9 @@ With --model the networks are trained ones, saved by scripts/train.py, and FD is
 held-out real images (networks.py).
 
 Peers run in the same process through their own packages; k-diffusion and azula join where they are installed
-(pip install "diffusers-sde[benchmark]"). In each repetition all samplers start from the same noise. Calls are counted
-by the network itself: correctors, second stages and all. Written are OUTPUT.json, OUTPUT.md (tables, whether the
-targets are met, and where a peer is better) and OUTPUT.png.
+(pip install -c constraints.txt -e ".[benchmark]"). In each repetition all samplers start from the same noise. Calls are
+counted by the network itself: correctors, second stages and all. Written are OUTPUT.json, OUTPUT.md (tables, whether
+the targets are met, and where a peer is better) and OUTPUT.png.
 """
 
 from __future__ import annotations

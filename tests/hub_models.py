@@ -52,6 +52,8 @@ def use_hub(monkeypatch, hub, token):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
     template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    # Before 1.0 the client reads it here.
+    monkeypatch.setattr(huggingface_hub.file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
     monkeypatch.setenv("HF_TOKEN", token)

@@ -15,15 +15,27 @@ import pytest
 import torch
 from analytic import PointwiseGaussian
 from diffusers import DDIMScheduler, DiffusionPipeline
+from paths import INSTANCES, measured_order
 from tiny_networks import tiny_unet
 
-from diffusers_sde import ODEOptions, SDEPipeline, TraceOptions, VPSDEScheduler, diagnose, log_prob
+from diffusers_sde import (
+    InpaintSDEPipeline,
+    ODEOptions,
+    SDEPipeline,
+    TraceOptions,
+    VPSDEScheduler,
+    diagnose,
+    log_prob,
+    make_plan,
+)
+from diffusers_sde.guidance import POSTERIOR_METHODS
+from diffusers_sde.sampling import PREDICTORS
 from diffusers_sde.schedulers import SCHEDULERS, families
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
-MODULE, TRAINING, TRAINER, LOADING, NETWORKS, NETWORK, NETWORK_TRAINING, SDE_FILE, SCHEDULER_FILE = re.findall(
-    r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S
-)
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+MODULE, TRAINING, TRAINER, LOADING, NETWORKS, NETWORK, NETWORK_TRAINING, SDE_FILE, SCHEDULER_FILE = BLOCKS[:9]
+PREDICTOR, POSTERIOR, FITTING, DENSITY = BLOCKS[9:]
 UNTOLD = "ignore:TutorialScheduler is saved without its code:UserWarning"
 
 
@@ -306,3 +318,61 @@ def test_every_family_is_stated_by_its_class():
     stated = {name: cls.__name__ for cls in SCHEDULERS.values() for name in cls._families}
     assert families.FITTING_SCHEDULER == stated
     assert families.FAMILIES == {name: f for cls in SCHEDULERS.values() for name, f in cls._families.items()}
+
+
+# ---------------------------------------------------------------------- samplers and posteriors of one's own
+
+
+@pytest.mark.parametrize("sde", INSTANCES.values(), ids=INSTANCES.keys())
+def test_a_predictor_of_ones_own_has_its_declared_order(sde):
+    space = {"__name__": "tutorial_predictor"}
+    exec(PREDICTOR, space)
+    try:
+        rule = space["Midpoint"]()
+        order, error = measured_order(
+            sde, lambda times: (make_plan(sde, times, rule, stochasticity=0.0, denoise_final=False), 0.0)
+        )
+        assert order == pytest.approx(rule.order, abs=0.1) and error < 0.02
+        scheduler = VPSDEScheduler(predictor="midpoint", probability_flow=True)
+        scheduler.set_timesteps(4)
+        assert scheduler.order == 2 and len(scheduler.timesteps) == 7
+        assert [row.continues for row in scheduler.rows] == [False, True] * 3 + [False]
+    finally:
+        del PREDICTORS["midpoint"]
+
+
+def test_a_posterior_method_of_ones_own_runs_in_the_pipelines():
+    exec(POSTERIOR, {"__name__": "tutorial_posterior"})
+    try:
+        unet, scheduler = tiny_unet(), VPSDEScheduler()
+        size = unet.config.sample_size
+        known = torch.zeros(size, size, dtype=torch.bool)
+        known[:, : size // 2] = True
+        image = torch.rand(1, unet.config.in_channels, size, size) * 2 - 1
+        pipe = InpaintSDEPipeline(unet, scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        run = {"num_inference_steps": 3, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+        got = pipe(image, (~known).float(), posterior="null_space", **run).images
+        assert torch.allclose(got[..., known], image[..., known], atol=1e-5)  # the last row returns x0_hat
+        with pytest.raises(ValueError, match="null_space"):
+            pipe(image, (~known).float(), posterior="none", **run)
+    finally:
+        del POSTERIOR_METHODS["null_space"]
+
+
+def test_a_table_can_be_fitted():
+    space = {}
+    exec(FITTING, space)
+    assert space["losses"][-1] < 0.1 * space["losses"][0]
+    unfitted = space["sample"](space["few"], space["denoiser"], space["noise"])
+    start = (unfitted - space["target"]).square().mean()
+    assert float(start) == pytest.approx(space["losses"][0], rel=1e-9)  # the table does what the plan does
+
+
+def test_a_step_has_a_density():
+    space = {}
+    exec(DENSITY, space)
+    law, x_s = space["law"], space["x_s"]
+    expected = torch.distributions.Normal(law.mean.detach(), law.std).log_prob(x_s).flatten(1).mean(1)
+    torch.testing.assert_close(space["log_prob"].detach(), expected)
+    assert float(space["output"].grad.abs().sum()) > 0

@@ -196,6 +196,7 @@ def calls():
         "restore": (restore, {**run, **measured, "noise_std": 0.1, "posterior": "pigdm", "method": "scheduler"}),
         "encode": (plain.encode, {**fast, "images": x}),
         "decode": (plain.decode, {**fast, "latents": x, "temperature": 1.0, "output_type": "pt"}),
+        "denoise": (plain.denoise, {**run, "image": x, "sigma": 0.3, "num_samples": 1, "generator": None}),
         "log_prob": (plain.log_prob, {**fast, "x": x, "num_probes": 1, "trace": "hutchinson", "generator": None}),
         "bits": (plain.bits_per_dim, {**fast, "images": x.byte(), "importance_samples": 1, "value_range": None}),
         "interpolate": (plain.interpolate, {**fast, "a": x, "b": x, "num": 2, "output_type": "pt"}),

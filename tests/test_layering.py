@@ -27,6 +27,7 @@ LAYERS = [
     "training",
     "hub",
     "registration",
+    "commands",
 ]
 LAYER_OF = {name: level for level, name in enumerate(LAYERS)}
 

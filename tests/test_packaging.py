@@ -1,5 +1,6 @@
 """What pip installs is the whole package, built from the source archive as pip builds it."""
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -20,17 +21,16 @@ def build(kind, source, target):
 
 
 @pytest.fixture(scope="module")
-def sdist(tmp_path_factory):
-    """The source archive, unpacked."""
-    folder = tmp_path_factory.mktemp("build")
-    with tarfile.open(build("sdist", ROOT, folder / "sdist")) as archive:
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(build("sdist", ROOT, folder / "archive")) as archive:
         archive.extractall(folder, filter="data")
     return next(folder.glob("diffusers_sde-*"))
 
 
 @pytest.fixture(scope="module")
-def wheel(sdist):
-    with zipfile.ZipFile(build("wheel", sdist, sdist.parent / "wheel")) as archive:
+def wheel(source, tmp_path_factory):
+    with zipfile.ZipFile(build("wheel", source, tmp_path_factory.mktemp("wheel"))) as archive:
         yield {name: archive.read(name).decode() for name in archive.namelist()}
 
 
@@ -50,12 +50,28 @@ def test_the_metadata_says_what_it_is(wheel):
     assert "Description-Content-Type: text/markdown" in head
     assert "Requires-Dist: jinja2" in head
     assert f"\nVersion: {diffusers_sde.__version__}\n" in head
+    links = re.findall(r"\]\(([^)\s]+)\)", description)
+    assert links and all(link.startswith(("https://", "#")) for link in links), links
+    home = re.search(r"^Project-URL: Homepage, (\S+)$", head, re.M)[1]
+    assert (
+        f"({home}/raw/main/docs/samples.png)" in description
+        and f"({home}/blob/main/pipelines/README.md)" in description
+    )
+    for kind in ("raw", "blob"):
+        description = description.replace(f"]({home}/{kind}/main/", "](")
     assert description == (ROOT / "README.md").read_text()
 
 
-def test_the_source_archive_holds_what_its_tests_read(sdist):
+def test_the_source_archive_holds_what_the_readme_shows(source):
+    for path in re.findall(r"\]\(((?![a-z]+:|#)[^)\s#]+)", (ROOT / "README.md").read_text()):
+        assert (source / path).exists(), path
+    for path in (*(ROOT / "benchmarks").glob("*.py"), *ROOT.glob("constraints*.txt")):
+        assert (source / path.relative_to(ROOT)).is_file(), path
+
+
+def test_the_source_archive_holds_what_its_tests_read(source):
     names = ["CITATION.cff", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "README.md"]
     names += ["SECURITY.md", "Makefile", "constraints.txt", "mkdocs.yml", "docs/stability.md", "docs/guides/hub.md"]
     names += [str(path.relative_to(ROOT)) for path in (ROOT / ".github").rglob("*") if path.is_file()]
-    assert not [name for name in names if not (sdist / name).is_file()]
-    assert not (sdist / "site").exists()
+    assert not [name for name in names if not (source / name).is_file()]
+    assert not (source / "site").exists()

@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 
-gr = pytest.importorskip("gradio", reason="gradio is not installed: pip install -e '.[space]'")
+gr = pytest.importorskip("gradio", reason="gradio is not installed: pip install -c constraints-space.txt -e '.[space]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 
 from diffusers_sde import SDEPipeline, VPSDEScheduler  # noqa: E402

@@ -81,3 +81,9 @@ __all__ = [
 ]
 
 register_with_diffusers()
+
+
+def __dir__() -> list[str]:
+    """What is public: the names above, and the packages whose documentation the head of this module points to."""
+    packages = ("flow", "guidance", "networks", "pipelines", "sampling", "schedulers", "sdes")
+    return sorted([*__all__, *packages, "__doc__", "__file__", "__name__", "__path__"])

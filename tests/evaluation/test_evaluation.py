@@ -120,8 +120,16 @@ def test_copies_of_training_images_are_seen(model, data):
     assert "FD-pixels" in alone["samplers"][0]["metrics"] and "IS-pixels" not in alone["samplers"][0]["metrics"]
 
 
-def test_results_become_a_model_card(model, data, tmp_path):
+def test_results_become_a_model_card(model, data, tmp_path, caplog):
     report = evaluate(EvaluationConfig(**options(model, data, tmp_path, bpd=True, num_images=3, rtol=1e-2, atol=1e-2)))
+    # 10 samples are too few for the 128 dimensions of the classifier's features.
+    types = {result.metric_type for result in eval_results(report)}
+    assert types == {"class_accuracy", "bits_per_dim"}
+    warning = "10 images are too few for 128 features: take 256 or more"
+    assert sum(warning in record.getMessage() for record in caplog.records) == 1
+    assert warning in markdown_table(report) and "FD-classifier" in markdown_table(report)
+    report["features"]["dimensions"] = 5
+    assert "too few" not in markdown_table(report)
     results = eval_results(report)
     assert all(isinstance(result, EvalResult) for result in results)
     names = [result.metric_name for result in results]

@@ -254,7 +254,7 @@ def test_a_folder_in_use_is_left_alone(model, tmp_path, capsys):
         sample_main(["--model", model, "--num_images", "2", "--output_dir", str(tmp_path)])
     assert stopped.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("sample.py: error: output_dir") and "is in use by process" in error
+    assert error.startswith("sample.py: error: --output_dir") and "is in use by process" in error
     assert not list(tmp_path.iterdir())
 
 

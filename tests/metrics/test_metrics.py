@@ -192,3 +192,19 @@ def test_inception_that_cannot_be_had(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", Module("inception"))
     with pytest.raises(ValueError, match=r"cannot be downloaded \(no network\): put https://example.com/weights.pth"):
         InceptionFeatures()
+
+
+def test_the_distance_of_few_samples_is_the_error_of_their_covariance():
+    """Two samples per dimension make 13 % of the variance, for a Gaussian against itself; the means add d / n."""
+    d, n = 64, 128
+    # Eigenvalues of the samples' covariance have Marchenko and Pastur's density, and cost (1 - lambda^(1/2))^2 each.
+    ratio = d / n
+    low, high = (1 - ratio**0.5) ** 2, (1 + ratio**0.5) ** 2
+    x = np.linspace(low, high, 100_001)[1:-1]
+    density = np.sqrt((high - x) * (x - low)) / (2 * np.pi * ratio * x)
+    share = float(np.sum(density * (1 - np.sqrt(x)) ** 2) * (x[1] - x[0]))
+    assert share == pytest.approx(0.134, abs=0.001)
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randn(50_000, d, generator=generator)
+    found = [frechet_distance(torch.randn(n, d, generator=generator), reference) for _ in range(4)]
+    assert sum(found) / 4 == pytest.approx(d * share + d / n, rel=0.08)

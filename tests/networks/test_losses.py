@@ -240,12 +240,43 @@ def test_log_normal_times(sde_type):
     assert (t[1:] <= t[:-1]).all()
 
 
+def logits(t):
+    return torch.log(t / (1.0 - t))
+
+
+@pytest.mark.parametrize("sde_type", [VPSDE, RectifiedFlowSDE])
+def test_logit_normal_times(sde_type):
+    sde, normal = sde_type(), NormalDist(0.3, 0.8)
+    t = times_from_uniform(sde, GRID, sampling="logit_normal", logit_normal=(0.3, 0.8))
+    # The end at t = 1 cuts nothing off.
+    below = normal.cdf(float(logits(torch.tensor(sde.t_min, dtype=torch.float64))))
+    cdf = torch.tensor([normal.cdf(v) for v in logits(t).tolist()], dtype=torch.float64)
+    torch.testing.assert_close((cdf - below) / (1.0 - below), 1.0 - GRID, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "log_normal", "logit_normal"])
+def test_shifted_times_have_so_many_times_the_noise_on_the_straight_path(sampling):
+    sde = RectifiedFlowSDE()
+    plain, shifted = (times_from_uniform(sde, GRID, sampling=sampling, shift=shift) for shift in (1.0, 3.0))
+    ratios = (sde.sigma(t) / sde.alpha(t) for t in (shifted, plain))
+    torch.testing.assert_close(next(ratios), 3.0 * next(ratios), rtol=1e-9, atol=0)
+    back = times_from_uniform(sde, GRID, sampling=sampling, shift=1 / 3)
+    assert back.min() >= sde.t_min and float((back < plain).double().mean()) > 0.99
+    end = times_from_uniform(sde, torch.zeros(1, dtype=torch.float64), shift=3.0)
+    assert end.tolist() == [1.0]  # the data are not reached, the noise is
+
+
 def test_time_samplings_that_cannot_be():
     u = torch.tensor([0.5], dtype=torch.float64)
-    with pytest.raises(ValueError, match="sampling must be one of uniform, importance, log_normal, got 'snr'"):
+    with pytest.raises(
+        ValueError, match="sampling must be one of uniform, importance, log_normal, logit_normal, got 'snr'"
+    ):
         times_from_uniform(VPSDE(), u, sampling="snr")
     with pytest.raises(ValueError, match="'log_normal' needs continuous time"):
         times_from_uniform(VPSDE(), u, 1000, "log_normal")
+    for arguments in ({"discrete_steps": 1000}, {"sampling": "importance"}):
+        with pytest.raises(ValueError, match="shift must be 1 with discrete_steps"):
+            times_from_uniform(VPSDE(), u, **arguments, shift=2.0)
     with pytest.raises(ValueError, match="finite log-SNR at both ends.*RectifiedFlowSDE"):
         times_from_uniform(RectifiedFlowSDE(), u, sampling="importance")
 

@@ -230,7 +230,7 @@ def test_a_latent_model_has_a_density_of_latents_only():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: pipeline(DDPMPipeline, DDPMScheduler(), out_channels=2), "1 input and 2 output channels"),
+        (lambda: pipeline(DDPMPipeline, DDPMScheduler(), out_channels=3), "1 input and 3 output channels"),
         (lambda: pipeline(DDPMPipeline, CMStochasticIterativeScheduler()), "consistency model|no SDE"),
         (
             lambda: (

@@ -153,10 +153,10 @@ def test_rows_levels_and_order(predictor, corrector, correct_steps, denoise_fina
     times = grid(sde, n)
     plan = plan_of(sde, predictor, corrector, correct_steps, times, denoise_final=denoise_final)
     calls, corrections = PREDICTORS[predictor].calls, correct_steps if corrector else 0
-    assert plan.order == calls + corrections
-    assert len(plan.rows) == (n - 1) * plan.order + (corrections + 1 if denoise_final else 0)
+    assert plan.rows_per_level == calls + corrections
+    assert len(plan.rows) == (n - 1) * plan.rows_per_level + (corrections + 1 if denoise_final else 0)
     for level in range(n - 1):
-        rows = plan.rows[level * plan.order : (level + 1) * plan.order]
+        rows = plan.rows[level * plan.rows_per_level : (level + 1) * plan.rows_per_level]
         t, s = float(times[level]), float(times[level + 1])
         assert [row.is_corrector for row in rows] == [True] * corrections + [False] * calls
         assert all((row.t, row.s) == (t, t) for row in rows[:corrections])
@@ -191,7 +191,11 @@ def test_folding_changes_what_the_model_returns_and_nothing_else(predictor, corr
     expected = sample(plan, model.denoiser(sde), x, torch.Generator().manual_seed(3))
     folded = plan.fold(parametrization, sde)
     torch.testing.assert_close(sample(folded, network, x, torch.Generator().manual_seed(3)), expected)
-    assert (folded.order, folded.memory, len(folded.rows)) == (plan.order, plan.memory, len(plan.rows))
+    assert (folded.rows_per_level, folded.memory, len(folded.rows)) == (
+        plan.rows_per_level,
+        plan.memory,
+        len(plan.rows),
+    )
     half = plan.fold(parametrization, sde, bounds_estimate=True)
     for before, after, full in zip(plan.rows, half.rows, folded.rows, strict=True):
         assert after.x == (full.x if before.is_corrector else before.x)

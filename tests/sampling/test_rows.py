@@ -37,7 +37,7 @@ def test_the_rows_are_the_table(name):
             expected[f"keep.history[{k}]"] = keep.history[k] if k < len(keep.history) else 0.0
         found = {column: float(plan.column(column)[i]) for column in plan.columns}
         assert found == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
-    again = Plan.from_rows(plan.rows, plan.order)
+    again = Plan.from_rows(plan.rows, plan.rows_per_level)
     assert again.rows == plan.rows and again.kinds == plan.kinds
     torch.testing.assert_close(again.table, plan.table, rtol=0, atol=0, equal_nan=True)
 
@@ -197,3 +197,37 @@ def test_rows_can_be_written_by_hand():
     assert plan.memory == 1 and len(plan) == 2
     x = sample(plan, lambda x, t: x + 1.0, torch.ones(1, 1, dtype=torch.float64))
     assert float(x) == pytest.approx((0.9 + 0.2 + 1.0) + 0.25 * 4.0)
+
+
+# ---------------------------------------------------------------------- for people
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_and_its_rows_are_short_in_words(name):
+    plan = PLANS[name]()
+    assert str(len(plan)) in repr(plan) and len(repr(plan)) < 120 and "\n" not in repr(plan)
+    assert all(len(repr(row)) < 200 for row in plan.rows)
+    assert repr(plan.rows[0]).startswith("Row(0.9 -> ")
+    assert repr(plan).startswith("Plan(0.9 -> data, ") == (plan.rows[-1].s is None)
+
+
+def test_words_of_rows_and_plans():
+    row = Row(0.5, None, x=2.0, model=0.25, noise=0.0, history=(0.125,))
+    assert repr(row) == "Row(0.5 -> data, predictor: x=2, model=0.25, history[0]=0.125)"
+    langevin = Row(0.5, 0.5, x=-1.0, model=1.0, langevin=0.02, is_corrector=True)
+    assert repr(langevin) == "Row(0.5 -> 0.5, langevin: x=-1, model=1, langevin=0.02)"
+    plan = Plan.from_rows([langevin, row], rows_per_level=2)
+    assert repr(plan) == "Plan(0.5 -> data, 2 calls: 1 langevin, 1 predictor; 2 a level, memory 1)"
+    with_gradients = Plan(plan.table.clone().requires_grad_(), plan.kinds, plan.rows_per_level)
+    assert repr(with_gradients) == repr(plan) and repr(plan.until(0)) == "Plan(0 calls: none; 2 a level, memory 1)"
+
+
+def test_notebooks_show_a_plan_as_a_table():
+    short, long = (
+        PLANS["langevin"](),
+        make_plan(VPSDE(), torch.linspace(0.9, 0.05, 101, dtype=torch.float64), MULTISTEP),
+    )
+    assert short._repr_html_().count("<tr>") == 1 + len(short)
+    text = long._repr_html_()
+    assert text.count("<tr>") == 1 + 16 + 1 and f"... {len(long) - 16} more ..." in text
+    assert text.count(f"<td>{long.rows[3].x:.4g}</td>") >= 1 and "-&gt; data" in text

@@ -186,6 +186,17 @@ def test_what_a_card_shows_is_what_the_scheduler_takes():
     assert "classifier_guidance_scale=3.0" in card and "scheduler='EulerDiscreteScheduler'" in card
 
 
+@pytest.mark.parametrize(("samples", "images", "shown"), [(128, 1797, True), (127, 1797, False), (500, 127, False)])
+def test_numbers_of_too_few_samples_stay_off_the_card(samples, images, shown):
+    evaluation = {**EVALUATION, "num_samples": samples, "data": {**EVALUATION["data"], "images": images}}
+    accurate = {**EVALUATION["samplers"][0]["metrics"], "class_accuracy": 0.5}
+    evaluation["samplers"] = [{**EVALUATION["samplers"][0], "metrics": accurate}]
+    card = model_card(tiny_pipeline(), "user/name", evaluation)
+    types = {result.metric_type for result in card.data.eval_results}
+    assert types == {"class_accuracy", "bits_per_dim", *(("FD-classifier", "KID") if shown else ())}
+    assert ("3.21" in str(card)) == shown and ("too few for numbers" in str(card)) != shown
+
+
 def test_a_misspelt_result_is_refused():
     with pytest.raises(ValueError, match="unknown keys licence; known are license"):
         model_card(tiny_pipeline(), "user/name", {"licence": "mit"})

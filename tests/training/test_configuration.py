@@ -170,7 +170,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(tmp_path, capsys):
         main(["--output_dir", str(tmp_path / "o"), "--train_data_dir", str(tmp_path / "missing")])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("train.py: error: train_data_dir")
+    assert line.startswith("train.py: error: --train_data_dir")
     assert not (tmp_path / "o").exists()
 
 
@@ -270,7 +270,8 @@ def test_recipes_are_complete_and_explicit_options_count_first():
 def test_recipes_train_the_papers_sdes(tmp_path):
     """The quantities of the paper's equations 30 to 33 and the time that its networks are fed."""
     data = datasets.Dataset.from_dict({"image": [np.full((32, 32, 3), v, dtype=np.uint8) for v in (0, 255)]})
-    small = {"block_out_channels": (8, 8), "layers_per_block": 1, "output_dir": str(tmp_path), "logger": "none"}
+    small = {"model_type": "unet", "block_out_channels": (8, 8), "layers_per_block": 1, "logger": "none"}
+    small["output_dir"] = str(tmp_path)
     built = {name: Trainer(TrainingConfig.from_recipe(name, **small), data) for name in RECIPES}
     t = torch.tensor([1e-5, 0.3, 1.0], dtype=torch.float64)
     variance = 1 - torch.exp(-0.1 * t - 9.95 * t**2)

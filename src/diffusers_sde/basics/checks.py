@@ -161,7 +161,7 @@ def check_generators(generator: Any, count: int) -> torch.Generator | list[torch
     if not isinstance(generator, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generator):
         raise ValueError(f"generator must be a torch.Generator, a list of them, or None, got {_shown(generator)}.")
     if len(generator) != count:
-        raise ValueError(f"generator is a list of {len(generator)}, but there are {count} samples.")
+        raise ValueError(f"generator is a list of {len(generator)}, but there are {count} samples: pass one for each.")
     return list(generator)
 
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .modes import give_mode
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -39,7 +41,11 @@ def write_whole(path: Path, save: Callable[[Path], Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
+        unfinished.unlink(missing_ok=True)
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         save(unfinished)
+        give_mode(unfinished, mode)
         sync(unfinished)
         os.replace(unfinished, path)
     except BaseException:
@@ -64,7 +70,9 @@ def write_folder_whole(folder: Path, unfinished: Path, save: Callable[[Path], An
         # An index after what it lists.
         files = sorted(p for p in unfinished.rglob("*") if p.is_file())
         files.sort(key=lambda file: file.name.endswith("index.json"))
+        mode = unfinished.stat().st_mode
         for file in files:
+            give_mode(file, mode)
             sync(file)
         for file in files:
             target = folder / file.relative_to(unfinished)

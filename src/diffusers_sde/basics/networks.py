@@ -3,7 +3,75 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NetworkTraits:
+    """What training and pipelines need to know about a network that denoises images, whatever its class is.
+
+    Attributes:
+        channels: Channels of an image; None if they are not known.
+        sides: Height and width of an image; None if they are not known.
+        divisor: Sides of images must be multiples of this number; None if it is not known.
+        fixed_sides: Whether the network takes images of ``sides`` alone.
+        num_classes: Number of labels that the network tells apart, a null class included; None for a network that is
+            told no class.
+        needs_constant_label: Whether the network must be told a label, of which it knows a single one: it is
+            unconditional, and the label is 0.
+        returns_variance: Whether the network returns a variance in as many channels again, behind those of the image.
+        prediction_type: The prediction that the form of the network fixes; None where any will do.
+        time_conditioning: The time conditioning that the form of the network fixes; None where any will do.
+    """
+
+    channels: int | None
+    sides: tuple[int, int] | None
+    divisor: int | None
+    fixed_sides: bool
+    num_classes: int | None
+    needs_constant_label: bool
+    returns_variance: bool
+    prediction_type: str | None
+    time_conditioning: str | None
+
+    def constant_labels(self, batch_size: int, device: torch.device | str) -> dict[str, Tensor]:
+        """The arguments that a network takes beside x and timestep though it is unconditional; mostly none."""
+        if not self.needs_constant_label:
+            return {}
+        return {"class_labels": torch.zeros(batch_size, dtype=torch.int64, device=device)}
+
+
+def traits_of(network: Any) -> NetworkTraits:
+    """What the config of a diffusers model tells about it.
+
+    A ``DiTTransformer2DModel`` has one label more than ``num_embeds_ada_norm``, its null class, which is the last one.
+    Other networks count their labels in ``num_class_embeds``. A network that divides its output by sigma
+    (``scale_by_sigma``) returns the score, and one that takes the logarithm of its timestep is fed sigma.
+    """
+    config: Mapping[str, Any] = getattr(network, "config", None) or {}
+    channels, size = config.get("in_channels"), config.get("sample_size")
+    labels, divisor, is_transformer = config.get("num_class_embeds"), None, False
+    if config.get("norm_type") == "ada_norm_zero" and config.get("num_embeds_ada_norm") is not None:
+        labels, divisor, is_transformer = config["num_embeds_ada_norm"] + 1, config.get("patch_size"), True
+    elif config.get("block_out_channels") is not None:
+        divisor = 2 ** (len(config["block_out_channels"]) - 1)
+    takes_sigma = config.get("time_embedding_type") == "fourier" or config.get("sigma_levels") is not None
+    return NetworkTraits(
+        channels=channels,
+        sides=None if size is None else (size, size) if isinstance(size, int) else tuple(size),
+        divisor=divisor,
+        fixed_sides=is_transformer,
+        num_classes=None if is_transformer and labels == 1 else labels,
+        needs_constant_label=is_transformer and labels == 1,
+        returns_variance=channels is not None and config.get("out_channels") == 2 * channels,
+        prediction_type="score" if config.get("scale_by_sigma") else None,
+        time_conditioning="sigma" if "scale_by_sigma" in config and takes_sigma else None,
+    )
 
 
 def describe_network(network: Any) -> str:

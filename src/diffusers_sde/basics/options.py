@@ -7,6 +7,7 @@ import dataclasses
 import math
 import numbers
 import os
+import re
 import sys
 from collections.abc import Collection, Sequence
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -119,6 +120,8 @@ def _shown(bound: float) -> str:
 def parser_of(config: type, exclude: Collection[str] = (), **arguments: Any) -> argparse.ArgumentParser:
     """A parser with one option per field of a dataclass of options, with its help text and default.
 
+    The fields that a base of the dataclass brings are a group of the help, under the first line of its docstring.
+
     Args:
         config: The dataclass.
         exclude: Fields that are no options.
@@ -126,6 +129,7 @@ def parser_of(config: type, exclude: Collection[str] = (), **arguments: Any) -> 
             for all defaults, and SUPPRESS leaves out what is not given.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False, **arguments)
+    groups: dict[str, Any] = {}
     hints = get_type_hints(config)
     for f in dataclasses.fields(config):
         if f.name in exclude:
@@ -149,8 +153,18 @@ def parser_of(config: type, exclude: Collection[str] = (), **arguments: Any) -> 
             settings["required"] = True
         shown = "" if default is None or "Default:" in f.metadata["help"] else f" Default: {default}."
         names = [f"--{name}" for name in (f.name, *f.metadata["aliases"])]
-        parser.add_argument(*names, dest=f.name, help=(f.metadata["help"] + shown).replace("%", "%%"), **settings)
+        subject = _subject(config, f.name)
+        if subject is not None and subject not in groups:
+            groups[subject] = parser.add_argument_group(subject)
+        group = parser if subject is None else groups[subject]
+        group.add_argument(*names, dest=f.name, help=(f.metadata["help"] + shown).replace("%", "%%"), **settings)
     return parser
+
+
+def _subject(config: type, name: str) -> str | None:
+    """The first line of the docstring of the base that brings a field; None for a field of the dataclass itself."""
+    owner = next((base for base in config.__mro__[1:] if name in vars(base).get("__annotations__", {})), None)
+    return None if owner is None else (owner.__doc__ or owner.__name__).splitlines()[0].rstrip(".")
 
 
 def parse_options(config: type[Options], argv: Sequence[str] | None, **arguments: Any) -> Options:
@@ -173,7 +187,40 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def fail(prog: str, error: BaseException, code: int = 2) -> SystemExit:
-    """The end of a command line: one line on stderr, and this exit code."""
-    print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+def in_option_words(text: str, names: Collection[str]) -> str:
+    """A message about fields of options, with the options of a command line in their place.
+
+    ``name`` becomes ``--name``, ``name='word'`` becomes ``--name word``, and ``name=True`` becomes ``--name``. A name
+    that is an English word too is one only where a value follows, or at the beginning, before "must".
+    """
+
+    def spelled(match: re.Match[str]) -> str:
+        name, value, flag = match["name"], match["value"], {"True": "--", "False": "--no-"}
+        if value in flag:
+            return f"{flag[value]}{name}"
+        return f"--{name}" + ("" if value is None else f" {value.strip(chr(39))}")
+
+    for name in names:
+        value = r"=(?P<value>'[^'\n]*'|True|False|-?[\d.]*\d(?:e-?\d+)?)(?!\w)"
+        text = re.sub(rf"(?<![\w./'\"-])(?P<name>{name}){value}", spelled, text)
+        anywhere = rf"(?<![\w./'\"-]){name}(?![\w/'\"(=-])" if "_" in name else rf"\A{name}(?= must )"
+        text = re.sub(anywhere, f"--{name}", text)
+    return text
+
+
+def fail(prog: str, error: BaseException, code: int = 2, names: Collection[str] = ()) -> SystemExit:
+    """The end of a command line: one line on stderr, and this exit code.
+
+    Args:
+        prog: What was run.
+        error: What went wrong.
+        code: The exit code.
+        names: Options of the command line, which the line spells as such.
+    """
+    print(f"{prog}: error: {in_option_words(one_line(error), names)}", file=sys.stderr)
     return SystemExit(code)
+
+
+def names_of(config: type) -> tuple[str, ...]:
+    """The names of the fields of a dataclass of options."""
+    return tuple(f.name for f in dataclasses.fields(config))

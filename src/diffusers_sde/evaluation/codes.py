@@ -27,7 +27,7 @@ STRIPS = 6  # number of pairs of images in the picture
 STRIP_LENGTH = 9
 
 
-def bits_per_dim(
+def measured_bits_per_dim(
     config: EvaluationConfig, flow: ProbabilityFlow, images: Images, conditional: bool, process: PartialState
 ) -> dict[str, Any]:
     """Bits per dimension of images, which are divided among the processes; given their classes if ``conditional``."""

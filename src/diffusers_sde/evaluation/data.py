@@ -54,8 +54,8 @@ def read_images(config: EvaluationConfig, pipe: Any, split: str, count: int | No
     Raises:
         ValueError: Bad data, or a network whose images are not square.
     """
-    if hasattr(pipe, "sample_shape"):
-        channels, height, width = pipe.sample_shape
+    if hasattr(pipe, "image_shape"):
+        channels, height, width = pipe.image_shape
     else:
         channels, height, width = pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2
     if height != width:

@@ -24,6 +24,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,14 @@ from ..images.pictures import sheet, tile
 from ..metrics import ClassifierFeatures, SampleQuality, make_extractor, nearest_neighbours
 from ..metrics.quality import spread
 from ..pipelines import ClassConditionalSDEPipeline, ProbabilityFlow
-from .codes import bits_per_dim, draw_codes
+from ..shipping.cards import too_few_samples
+from .codes import draw_codes, measured_bits_per_dim
 from .configuration import EvaluationConfig
 from .data import Images, data_name, read_images
-from .report import markdown_table
+from .report import markdown_table, warning_of_few_samples
 from .samplers import ImageSampler, Sampler, as_sde_pipeline, draw_images, launched_processes, load_pipeline
+
+logger = logging.getLogger(__name__)
 
 NEAREST_IMAGES = 1000  # at most this many images have their nearest neighbours looked for
 NEAREST_SHOWN, NEIGHBOURS_SHOWN = 12, 4
@@ -92,6 +96,8 @@ def _evaluate(config: EvaluationConfig, process: PartialState) -> dict[str, Any]
         judge = _Judge(config, reference, test, process) if process.is_main_process else None
         if judge is not None:
             report |= {"features": judge.description, "baseline": judge.baseline(), "samplers": []}
+            if too_few_samples(report):
+                logger.warning(warning_of_few_samples(report))
         for sampler in samplers:
             drawn, calls = draw_images(sampler, config.samples, config.batch_size, process, progress_bar=True)
             if judge is not None:
@@ -99,7 +105,7 @@ def _evaluate(config: EvaluationConfig, process: PartialState) -> dict[str, Any]
                 _write(config, report)  # so that an interruption does not lose the results so far
     images = test or reference
     if config.bpd:
-        report["bits_per_dim"] = bits_per_dim(config, flow, images, _is_conditional(pipe), process)
+        report["bits_per_dim"] = measured_bits_per_dim(config, flow, images, _is_conditional(pipe), process)
     if config.figure is not None and process.is_main_process:
         report["figure"] = {"path": config.figure, "round_trip_rms": draw_codes(config, flow, images.pixels)}
     if process.is_main_process:

@@ -66,7 +66,7 @@ def _generate(config: SamplingConfig, process: PartialState) -> dict[str, Any]:
     packed = folder / "samples.npz"
     images = folder if config.format == "png" else folder / UNPACKED
     _check_record(folder / RECORD, record)
-    shape = tuple(pipe.sample_shape)
+    shape = tuple(pipe.image_shape)
     count = _count(packed, shape)
     _check_surplus(folder, count if config.format == "npz" else 0, config)
     process.wait_for_everyone()  # nobody writes before everybody has looked

@@ -6,6 +6,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from ..shipping.cards import SAMPLES_PER_DIMENSION, shown_metrics, too_few_samples
+
 TASK = "unconditional-image-generation"
 
 
@@ -30,6 +32,8 @@ def markdown_table(report: dict[str, Any]) -> str:
             f"{report['num_samples']} samples of each sampler against {data['images']} images of {data['name']} "
             f"({data['split']}); features: {features['name']} ({features['dimensions']} dimensions{accuracy}).",
         ]
+        if too_few_samples(report):
+            lines += ["", warning_of_few_samples(report)]
     bits = report.get("bits_per_dim")
     if bits is not None:
         given = " given the class" if bits["given_class"] else ""
@@ -44,25 +48,37 @@ def markdown_table(report: dict[str, Any]) -> str:
     return "\n".join(lines).strip("\n")
 
 
+def warning_of_few_samples(report: dict[str, Any]) -> str:
+    """What is wrong with the numbers of an evaluation of too few images; see ``too_few_samples``."""
+    fewest, dimensions = min(report["num_samples"], report["data"]["images"]), report["features"]["dimensions"]
+    return (
+        f"{fewest} images are too few for {dimensions} features: take {SAMPLES_PER_DIMENSION * dimensions} or more. "
+        "Numbers about features are then mostly the error of their moments, compare with nothing, and stay off model "
+        "cards."
+    )
+
+
 def eval_results(report: dict[str, Any]) -> list[EvalResult]:
-    """The results of ``evaluate`` as ``huggingface_hub`` takes them for the model-index of a model card."""
+    """The results of ``evaluate`` as ``huggingface_hub`` takes them for the model-index of a model card.
+
+    Numbers about distributions are left out where there are too few samples for them.
+    """
     data = report["data"]
     common = {"task_type": TASK, "dataset_type": data["name"], "dataset_name": data["name"]}
     results = []
     for entry in report.get("samplers", []):
-        for name, value in entry["metrics"].items():
-            if not name.endswith("_std"):
-                results.append(
-                    EvalResult(
-                        **common,
-                        dataset_split=data["split"],
-                        metric_type=name,
-                        metric_name=f"{name} ({entry['label']}, {entry['calls_per_image']:g} calls, "
-                        f"{report['num_samples']} samples)",
-                        metric_value=value,
-                        metric_args=entry["options"] or None,
-                    )
+        for name, value in shown_metrics(report, entry).items():
+            results.append(
+                EvalResult(
+                    **common,
+                    dataset_split=data["split"],
+                    metric_type=name,
+                    metric_name=f"{name} ({entry['label']}, {entry['calls_per_image']:g} calls, "
+                    f"{report['num_samples']} samples)",
+                    metric_value=value,
+                    metric_args=entry["options"] or None,
                 )
+            )
     bits = report.get("bits_per_dim")
     if bits is not None:
         results.append(

@@ -25,6 +25,8 @@ A method is one frozen dataclass, whose fields are its options, and one line in 
 approximation with weighted particles, which it moves by itself. Replacement and resampling move the sample and not its
 estimate, so they are ways to execute a plan: ``Replacement`` and ``resampled``.
 
+``rescale_temperature`` knows no y: it makes samples more typical or more diverse, by a factor on the score.
+
 A backward pass keeps the activations of the network in memory for the whole batch. ``chunk_size`` limits this to so
 many samples at a time, and costs one more forward pass per backward pass.
 """
@@ -35,6 +37,7 @@ from .operators import ChannelMixture, Downsampling, GaussianBlur, Grayscale, Li
 from .particles import SMC, Particles
 from .posteriors import DPS, MMPS, POSTERIOR_METHODS, GaussianPosterior, PiGDM, posterior_denoiser, posterior_method
 from .replacement import Replacement, renoise, resampled
+from .temperature import rescale_temperature
 
 __all__ = [
     "DPS",
@@ -63,4 +66,5 @@ __all__ = [
     "posterior_method",
     "renoise",
     "resampled",
+    "rescale_temperature",
 ]

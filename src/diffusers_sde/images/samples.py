@@ -66,10 +66,14 @@ class TrainingSamples(Dataset, ABC):
         seed: Seed of order, augmentation, times and noise.
         random_flip: Whether half of the samples are mirrored.
         strata: Number n has its u in part n mod ``strata`` of so many equal parts of [0, 1); 1: anywhere.
+
+    Attributes:
+        noise_shape: Shape of the noise of a sample, which is that of the image where nothing else is set.
     """
 
     def __init__(self, shape: tuple[int, int, int], seed: int, random_flip: bool, strata: int = 1) -> None:
         self._shape, self._random_flip, self._strata = shape, random_flip, strata
+        self.noise_shape = shape
         self._augmentation, self._noise = SampleRandom(seed, AUGMENTATION), SampleRandom(seed, NOISE)
 
     @abstractmethod
@@ -87,8 +91,8 @@ class TrainingSamples(Dataset, ABC):
             dealt: One entry for each of B samples, from ``deal``.
 
         Returns:
-            ``images``, bytes (B, C, H, W); ``noise``, unit Gaussian, float32 (B, C, H, W); ``u``, uniform in [0, 1),
-            float64 (B,), which stands for the time; and where the data have classes ``labels``, int64 (B,), and
+            ``images``, bytes (B, C, H, W); ``noise``, unit Gaussian, float32 (B, *noise_shape); ``u``, uniform in
+            [0, 1), float64 (B,), which stands for the time; and where the data have classes ``labels``, int64 (B,), and
             ``label_draw``, uniform in [0, 1), float64 (B,), which decides whether the class is hidden.
         """
 
@@ -106,7 +110,8 @@ class TrainingSamples(Dataset, ABC):
             labels: Classes, int64 (B,), or None.
         """
         shape = (len(numbers), *self._shape)
-        images, noise = np.empty(shape, dtype=np.uint8), np.empty(shape, dtype=np.float32)
+        images = np.empty(shape, dtype=np.uint8)
+        noise = np.empty((len(numbers), *self.noise_shape), dtype=np.float32)
         u, label_draw = np.empty(len(numbers)), np.empty(len(numbers))
         for i, number in enumerate(numbers):
             augment = self._augmentation(number)

@@ -16,13 +16,17 @@ Denoiser = Callable[..., Tensor]
 
 
 def call_network(network: Callable[..., Any], x: Tensor, timestep: Tensor, **kwargs: Any) -> Tensor:
-    """Call a diffusers model or any function of (x, timestep); returns its output tensor, shape (B, ...).
+    """Call a diffusers model or any function of (x, timestep); returns its output tensor, of the shape of x.
 
-    The timestep is passed as a tensor of shape (B,): UNet2DModel truncates a Python float to an integer.
+    The timestep is passed as a tensor of shape (B,): UNet2DModel truncates a Python float to an integer, and a
+    transformer takes nothing else. Of a network that also returns a variance, in as many channels again, this is the
+    first half: the SDE fixes the variance.
     """
     timestep = timestep.to(device=x.device, dtype=x.dtype).expand(x.shape[0])
     output = network(x, timestep, **kwargs)
-    return output if isinstance(output, Tensor) else output[0]
+    output = output if isinstance(output, Tensor) else output[0]
+    has_variance = x.ndim > 2 and output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]
+    return output[:, : x.shape[1]] if has_variance else output
 
 
 def network_denoiser(

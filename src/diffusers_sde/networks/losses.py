@@ -18,7 +18,7 @@ from ..sdes import SDE, expand_like
 from .parametrizations import Parametrization
 
 WEIGHTINGS = ("paper", "likelihood", "output", "min_snr")
-TIME_SAMPLINGS = ("uniform", "importance", "log_normal")
+TIME_SAMPLINGS = ("uniform", "importance", "log_normal", "logit_normal")
 
 
 def sample_times(
@@ -48,6 +48,8 @@ def times_from_uniform(
     discrete_steps: int | None = None,
     sampling: str = "uniform",
     log_normal: tuple[float, float] = (-1.2, 1.2),
+    logit_normal: tuple[float, float] = (0.0, 1.0),
+    shift: float = 1.0,
 ) -> Tensor:
     """The training times that numbers ``u``, uniform in [0, 1), stand for, decreasing in ``u``.
 
@@ -55,6 +57,11 @@ def times_from_uniform(
     log-SNR, with which the likelihood weighting has the least variance (Song et al. 2021, arXiv:2101.09258, section
     3.2); multiply the loss by ``importance_ratio``. ``log_normal``: log(sigma/alpha) normal, cut to the SDE's times
     (Karras et al. 2022, Table 1); this changes the effective weighting on purpose, without a correction.
+    ``logit_normal``: log(r/(1 - r)) normal, with r = t / t_max, cut likewise (Esser et al. 2024, arXiv:2403.03206,
+    equation 19); on the straight path, where r/(1 - r) is sigma/alpha, that is ``log_normal``.
+
+    A ``shift`` s then moves the times towards the noise, r -> s r / (1 + (s - 1) r), which on the straight path
+    multiplies sigma/alpha by s (equation 23).
 
     Args:
         sde: Times lie in its [t_min, t_max].
@@ -62,6 +69,8 @@ def times_from_uniform(
         discrete_steps: See ``sample_times``; only with ``uniform``.
         sampling: One of ``TIME_SAMPLINGS``.
         log_normal: Mean and standard deviation of log(sigma/alpha).
+        logit_normal: Mean and standard deviation of log(r/(1 - r)).
+        shift: The factor s; other than 1 only without ``discrete_steps`` and ``importance``.
 
     Returns:
         Times, shape and dtype of ``u``.
@@ -73,6 +82,14 @@ def times_from_uniform(
         raise ValueError(f"sampling must be one of {', '.join(TIME_SAMPLINGS)}, got {sampling!r}.")
     if sampling != "uniform" and discrete_steps is not None:
         raise ValueError(f"sampling {sampling!r} needs continuous time, got discrete_steps={discrete_steps!r}.")
+    if shift != 1.0:
+        if discrete_steps is not None or sampling == "importance":
+            raise ValueError(
+                f"shift must be 1 with discrete_steps and with sampling 'importance', got {shift!r}, discrete_steps="
+                f"{discrete_steps!r} and sampling={sampling!r}."
+            )
+        t = times_from_uniform(sde, u, None, sampling, log_normal, logit_normal)
+        return (shift * t / (1.0 + (shift - 1.0) * t / sde.t_max)).clamp(sde.t_min, sde.t_max)
     if sampling == "importance":
         low, high = _log_snr_ends(sde)
         return sde.time_of(low + u * (high - low)).clamp(sde.t_min, sde.t_max)
@@ -83,6 +100,12 @@ def times_from_uniform(
         low, high = (torch.special.ndtr(end) for end in ends)
         normal = torch.special.ndtri(low + u * (high - low))
         return sde.time_of(2.0 * (std * normal - mean)).clamp(sde.t_min, sde.t_max)
+    if sampling == "logit_normal":
+        mean, std = logit_normal
+        logits = torch.special.logit(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64) / sde.t_max)
+        high, low = torch.special.ndtr((logits - mean) / std).to(u)
+        normal = torch.special.ndtri(high - u * (high - low))
+        return (sde.t_max * torch.sigmoid(mean + std * normal)).clamp(sde.t_min, sde.t_max)
     if discrete_steps is None:
         return sde.t_max - u * (sde.t_max - sde.t_min)
     index = (u * discrete_steps).long().clamp(max=discrete_steps - 1)

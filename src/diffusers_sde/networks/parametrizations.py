@@ -31,6 +31,11 @@ class Parametrization(ABC):
 
     meaning: ClassVar[str] = "a quantity of its own"
 
+    @property
+    def name(self) -> str:
+        """The name of its class, for messages."""
+        return type(self).__name__
+
     @classmethod
     def for_data(cls, sigma_data: float) -> Parametrization:
         """The parametrisation for data of standard deviation ``sigma_data``, which most do not depend on."""

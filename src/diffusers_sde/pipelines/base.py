@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers import pipelines as diffusers_pipelines
 from diffusers.pipelines import pipeline_loading_utils
 
+from ..basics.modes import give_mode
 from ..shipping.cards import add_card
 from ..shipping.component import VERSION_KEY, ShipsItsCode, refuse_newer
 from ..shipping.flattening import LIBRARY
@@ -135,6 +136,8 @@ class SharedPipeline(ShipsItsCode, DiffusionPipeline):
     def to_json_string(self) -> str:
         """The index as it is written: the class is named with the file that holds it."""
         index = json.loads(super().to_json_string())
+        if index.get("vae") == [None, None]:
+            del index["vae"]  # most pipelines have none, and versions before 0.2 know no such part
         if self._is_ours:
             index["_class_name"] = [PIPELINE_MODULE, type(self).__name__]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -146,6 +149,9 @@ class SharedPipeline(ShipsItsCode, DiffusionPipeline):
             if config.pop("_name_or_path", None) is not None:  # the place it was loaded from, which is private
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        mode = (Path(save_directory) / self.config_name).stat().st_mode
+        for weights in Path(save_directory).glob("*/*.safetensors"):
+            give_mode(weights, mode)
 
     def push_to_hub(
         self,

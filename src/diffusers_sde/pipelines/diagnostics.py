@@ -12,6 +12,7 @@ from typing import Any
 
 from diffusers import ModularPipeline
 
+from ..basics.networks import traits_of
 from ..networks.parametrizations import PREDICTION_TYPES
 from ..schedulers import SCHEDULERS, FlowSDEScheduler, SDEScheduler
 from ..schedulers.families import config_family, family_description
@@ -132,8 +133,8 @@ class _Case:
         if self.network is None or self.fitting is None:
             return False
         taken_off = self.fitting.config.variance_type in ("learned", "learned_range")
-        inputs, outputs = (self.network.config.get(key) for key in ("in_channels", "out_channels"))
-        return bool(inputs and outputs == 2 * inputs) and not taken_off and not self.name.startswith(("DiT", "PixArt"))
+        returned = traits_of(self.network).returns_variance
+        return returned and not taken_off and not self.name.startswith(("DiT", "PixArt"))
 
 
 def diagnose(pipe: Any) -> Diagnosis:
@@ -353,7 +354,9 @@ def _check_zero_snr_spacing(case: _Case) -> str | None:
 
 
 def _embedding(case: _Case) -> str | None:
-    """How a ``UNet2DModel`` embeds its timestep; None for another network, or where no scheduler fits."""
+    """How a network embeds its timestep; None for one of unknown class, or where no scheduler fits."""
+    if case.fitting is not None and type(case.network).__name__ == "DiTTransformer2DModel":
+        return "positional"
     if case.fitting is None or type(case.network).__name__ != "UNet2DModel":
         return None
     embedding: str | None = case.network.config.get("time_embedding_type")

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ImagePipelineOutput, SchedulerMixin
+from diffusers import ImagePipelineOutput, ModelMixin, SchedulerMixin
 from torch import Tensor
 
-from ..basics.checks import check_integer
+from ..basics.checks import check_generators, check_integer
+from ..basics.networks import traits_of
+from ..basics.noise import fork
 from ..guidance.classes import check_interval, classifier_free_guidance, classifier_guidance, guide_within
 from ..guidance.common import check_scale
 from ..networks.classifier import NoiseConditionalClassifier
@@ -23,6 +25,7 @@ from .runs import (
     execute_guided,
     finished,
     latents_shape,
+    names_near_arguments,
     own_scheduler,
     starting_noise,
     unet_denoiser,
@@ -38,8 +41,8 @@ class ClassConditionalSDEPipeline(SDEPipeline):
     Correctors take the guided score, which for a scale other than 1 is not the score of any marginal.
 
     Args:
-        unet: As in ``SDEPipeline``. It knows classes if its config has ``num_class_embeds``, and is then called with
-            ``class_labels``, int64 of shape (B,).
+        unet: As in ``SDEPipeline``. It knows classes if its config has ``num_class_embeds``, or if it is a
+            ``DiTTransformer2DModel``, and is then called with ``class_labels``, int64 of shape (B,).
         scheduler: One of this package's schedulers.
         data_min: As in ``SDEPipeline``.
         data_max: As in ``SDEPipeline``.
@@ -48,6 +51,9 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         null_class: Number of the null class; None for a network without one, which allows ``guidance_scale`` 1 only.
         classifier: Classifier of noisy images; optional for a network that knows classes.
         sample_shape: As in ``SDEPipeline``.
+        vae: As in ``SDEPipeline``.
+        latents_mean: As in ``SDEPipeline``.
+        latents_std: As in ``SDEPipeline``.
 
     Example:
         ```py
@@ -55,6 +61,7 @@ class ClassConditionalSDEPipeline(SDEPipeline):
 
         pipe = ClassConditionalSDEPipeline.from_pretrained("outputs/digits")
         images = pipe(class_labels=[3, "seven"], guidance_scale=2.0).images
+        images = pipe(batch_size=16, generator=torch.manual_seed(0)).images  # of random classes
 
         classifier = NoiseConditionalClassifier.from_pretrained("outputs/digits-classifier")
         pipe = ClassConditionalSDEPipeline.from_pretrained("outputs/unconditional", classifier=classifier)
@@ -62,7 +69,7 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         ```
     """
 
-    _optional_components = ["classifier"]
+    _optional_components = ["vae", "classifier"]
     _exclude_from_cpu_offload = ["classifier"]  # it takes turns with the network at every step
 
     def __init__(
@@ -75,10 +82,15 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         null_class: int | None = None,
         classifier: NoiseConditionalClassifier | None = None,
         sample_shape: Sequence[int] | None = None,
+        vae: ModelMixin | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
     ) -> None:
-        super().__init__(unet, scheduler, data_min, data_max, null_class, sample_shape)
+        super().__init__(unet, scheduler, data_min, data_max, null_class, sample_shape, vae, latents_mean, latents_std)
         if not self._knows_classes and classifier is None:
-            raise ValueError("unet has no num_class_embeds: it knows no classes. Pass a classifier or use SDEPipeline.")
+            raise ValueError(
+                "unet knows no classes (its config has no num_class_embeds): pass a classifier or use SDEPipeline."
+            )
         self.register_modules(classifier=classifier)
         if id2label is not None and not isinstance(id2label, Mapping):
             raise ValueError(f"id2label must map numbers of classes to their names, got {id2label!r}.")
@@ -92,12 +104,22 @@ class ClassConditionalSDEPipeline(SDEPipeline):
 
     @property
     def _knows_classes(self) -> bool:
-        return self.unet.config.get("num_class_embeds") is not None
+        return traits_of(self.unet).num_classes is not None
 
     @property
     def num_classes(self) -> int:
         """Classes that ``class_labels`` may hold, a null class included."""
-        return int(self.unet.config.get("num_class_embeds") or self.classifier.config.num_classes)
+        return int(traits_of(self.unet).num_classes or self.classifier.config.num_classes)
+
+    @property
+    def _classes(self) -> list[int]:
+        """Numbers of the classes that can be asked for."""
+        return [number for number in range(self.num_classes) if number != self.config.null_class]
+
+    @property
+    def drawn_classes(self) -> Tensor:
+        """Numbers of the classes of the last run's images, shape (B,); the null class stands for none."""
+        return self._drawn_classes
 
     @property
     def labels(self) -> dict[str, int]:
@@ -105,10 +127,11 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         names = self.config.id2label or (self.classifier.config.id2label if self.classifier is not None else None)
         return {name: int(number) for number, name in (names or {}).items()}
 
+    @names_near_arguments
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,
-        class_labels: int | str | Sequence[int | str] | Tensor,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         num_inference_steps: int = 100,
@@ -119,13 +142,15 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         return_dict: bool = True,
         classifier_guidance_scale: float | None = None,
         method: str = "scheduler",
-        rtol: float = 1e-2,
-        atol: float = 1e-2,
+        rtol: float | None = None,
+        atol: float | None = None,
+        batch_size: int | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate one image for each label.
 
         Args:
-            class_labels: Numbers or names.
+            class_labels: Numbers or names. None draws one class for each image, all with the same probability and from
+                ``generator``; ``drawn_classes`` says which they were. With ``guidance_scale`` 0 none is drawn.
             guidance_scale: Strength of classifier-free guidance. 1 is the class as the network knows it, larger values
                 sharpen it at the expense of variety, 0 ignores it. Other values than 0 and 1 double the batch.
             guidance_interval: Noise-to-signal ratios sigma/alpha between which to guide. Outside, ``guidance_scale``
@@ -142,12 +167,15 @@ class ClassConditionalSDEPipeline(SDEPipeline):
             method: As in ``SDEPipeline``.
             rtol: As in ``SDEPipeline``.
             atol: As in ``SDEPipeline``.
+            batch_size: How many images. It may be left out where ``class_labels`` or ``latents`` say it, and else is 1.
+                One label is repeated for all images.
 
         Returns:
             The images.
 
         Raises:
             ValueError: A label out of range or unknown, or another bad argument; nothing has been computed then.
+            TypeError: An argument that this pipeline does not have; the message names the nearest one.
         """
         run = RunOptions(
             num_inference_steps=num_inference_steps,
@@ -162,9 +190,16 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         )
         own_scheduler(self)
         denoiser = self.denoiser(guidance_scale, classifier_guidance_scale, guidance_interval)
-        labels = torch.tensor(self._numbers(class_labels), dtype=torch.int64, device=self._execution_device)
-        shape = (len(labels), *(self.sample_shape if latents is None else latents_shape(self, latents)[1:]))
+        numbers = None if class_labels is None else self._numbers(class_labels)
+        shape = self._shape_of_run(numbers, batch_size, latents)
+        if numbers is None and self._ignores_class(guidance_scale, classifier_guidance_scale, guidance_interval):
+            numbers = [self.config.null_class or 0]
+        elif numbers is None:
+            numbers = self._random_numbers(shape[0], run.generator)
+        numbers = numbers * shape[0] if len(numbers) == 1 else numbers
+        labels = torch.tensor(numbers, dtype=torch.int64, device=self._execution_device)
         noise = starting_noise(self, run, shape)
+        self._drawn_classes = labels
         x = execute_guided(self, run, noise, lambda index: partial(denoiser, class_labels=labels[index]))
         return finished(self, run, x)
 
@@ -241,6 +276,42 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         denoiser = self.denoiser(guidance_scale, classifier_guidance_scale, guidance_interval)
         return ProbabilityFlow(self, denoiser=denoiser)
 
+    def _shape_of_run(self, numbers: list[int] | None, batch_size: Any, latents: Any) -> tuple[int, ...]:
+        """Return the shape (B, C, H, W) that labels, ``batch_size`` and latents agree on.
+
+        Raises:
+            ValueError: They do not agree.
+        """
+        if latents is not None:
+            shape = latents_shape(self, latents)
+        else:
+            count = len(numbers or [0]) if batch_size is None else check_integer("batch_size", batch_size, at_least=1)
+            shape = (count, *self.sample_shape)
+        if batch_size not in (None, shape[0]):
+            raise ValueError(f"batch_size must be that of latents, {shape[0]}, or None, got {batch_size!r}.")
+        if numbers is not None and len(numbers) not in (1, shape[0]):
+            raise ValueError(f"class_labels must be one, or one for each of {shape[0]} images, got {len(numbers)}.")
+        return shape
+
+    def _ignores_class(self, scale: float, by_classifier: float | None, interval: Any) -> bool:
+        """Return whether the guided estimate is the same for every class."""
+        if not self._knows_classes:
+            return by_classifier == 0.0
+        return scale == 0.0 and not by_classifier and interval is None
+
+    def _random_numbers(self, count: int, generator: Any) -> list[int]:
+        """Draw classes other than the null class, each with the same probability.
+
+        The generators are left as they are, so that the images start from the same noise as with labels that are given.
+        """
+        allowed = self._classes
+        drawn = fork(check_generators(generator, count), torch.device(self._execution_device))
+        if isinstance(drawn, torch.Generator):
+            places = torch.randint(len(allowed), (count,), generator=drawn, device=drawn.device).tolist()
+        else:
+            places = [int(torch.randint(len(allowed), (), generator=g, device=g.device)) for g in drawn or ()]
+        return [allowed[place] for place in places]
+
     def _numbers(self, class_labels: Any) -> list[int]:
         if isinstance(class_labels, (Tensor, np.ndarray, np.generic)):
             class_labels = class_labels.tolist()
@@ -255,11 +326,10 @@ class ClassConditionalSDEPipeline(SDEPipeline):
                 known = ", ".join(names) if names else "none: this pipeline's classes have no names"
                 raise ValueError(f"class_labels holds {label!r}, but the names are {known}.")
             number = names[label] if isinstance(label, str) else label
-            number = check_integer("class_labels", number, at_least=0, at_most=self.num_classes - 1)
             if number == null_class:
                 raise ValueError(
                     f"class_labels must not hold {label!r}, the null class, which stands for any class: set "
                     "guidance_scale=0 to draw from all."
                 )
-            numbers.append(number)
+            numbers.append(check_integer("class_labels", number, at_least=0, at_most=max(self._classes)))
         return numbers

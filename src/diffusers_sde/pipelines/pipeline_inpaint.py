@@ -24,9 +24,11 @@ from .runs import (
     execute,
     finished,
     image_data,
+    names_near_arguments,
     network_output,
     own_scheduler,
     posterior_of,
+    samples_of_each,
     starting_noise,
 )
 
@@ -49,6 +51,9 @@ class InpaintSDEPipeline(SDEPipeline):
         ```
     """
 
+    _takes_vae = False  # measurements are of pixels
+
+    @names_near_arguments
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,
@@ -67,9 +72,10 @@ class InpaintSDEPipeline(SDEPipeline):
         callback_on_step_end: Callback | None = None,
         return_dict: bool = True,
         method: str = "scheduler",
-        rtol: float = 1e-2,
-        atol: float = 1e-2,
+        rtol: float | None = None,
+        atol: float | None = None,
         noise_std: float = 0.0,
+        batch_size: int | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Fill the holes.
 
@@ -100,6 +106,7 @@ class InpaintSDEPipeline(SDEPipeline):
             atol: As in ``SDEPipeline``.
             noise_std: Standard deviation of the noise in the known pixels, in the units of the network's range. Where
                 it is positive, ``keep_known=False`` lets the method take the noise out of them.
+            batch_size: How many images to draw for all images together, instead of ``num_samples`` for each.
 
         Returns:
             The images.
@@ -120,11 +127,11 @@ class InpaintSDEPipeline(SDEPipeline):
         )
         own_scheduler(self)
         check_choice("posterior", posterior, (*REPLACEMENT_METHODS, *POSTERIOR_METHODS))
-        num_samples = check_integer("num_samples", num_samples, at_least=1)
         resamplings = check_integer("resamplings", resamplings, at_least=1)
         jump_length = check_integer("jump_length", jump_length, at_least=1)
         check_noise_std(noise_std)
         known, hole = self._known_and_hole(image, mask_image)
+        num_samples = samples_of_each(num_samples, batch_size, len(known), "image")
         known, hole = known.repeat_interleave(num_samples, 0), hole.repeat_interleave(num_samples, 0)
         mask = ~hole
         if posterior in REPLACEMENT_METHODS:

@@ -9,7 +9,8 @@ import torch
 from diffusers import ImagePipelineOutput
 from torch import Tensor
 
-from ..basics.checks import check_integer, check_tensor
+from ..basics.checks import check_tensor
+from ..basics.networks import traits_of
 from ..guidance.operators import (
     ChannelMixture,
     Downsampling,
@@ -21,7 +22,17 @@ from ..guidance.operators import (
     check_noise_std,
 )
 from .pipeline_sde import SDEPipeline
-from .runs import Callback, RunOptions, draw_posterior, finished, image_data, own_scheduler, posterior_of
+from .runs import (
+    Callback,
+    RunOptions,
+    draw_posterior,
+    finished,
+    image_data,
+    names_near_arguments,
+    own_scheduler,
+    posterior_of,
+    samples_of_each,
+)
 
 
 class RestorationSDEPipeline(SDEPipeline):
@@ -48,6 +59,9 @@ class RestorationSDEPipeline(SDEPipeline):
 
     operators = {cls.__name__: cls for cls in (ChannelMixture, Downsampling, GaussianBlur, Grayscale, LinearMap, Mask)}
 
+    _takes_vae = False  # measurements are of pixels
+
+    @names_near_arguments
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,
@@ -64,8 +78,9 @@ class RestorationSDEPipeline(SDEPipeline):
         callback_on_step_end: Callback | None = None,
         return_dict: bool = True,
         method: str = "scheduler",
-        rtol: float = 1e-2,
-        atol: float = 1e-2,
+        rtol: float | None = None,
+        atol: float | None = None,
+        batch_size: int | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Restore images.
 
@@ -91,6 +106,7 @@ class RestorationSDEPipeline(SDEPipeline):
                 probability flow or the reverse SDE of the posterior with adaptive steps.
             rtol: As in ``SDEPipeline``.
             atol: As in ``SDEPipeline``.
+            batch_size: How many images to draw for all measurements together, instead of ``num_samples`` for each.
 
         Returns:
             The images.
@@ -111,15 +127,15 @@ class RestorationSDEPipeline(SDEPipeline):
         )
         own_scheduler(self)
         how = posterior_of(self, posterior, posterior_options)
-        num_samples = check_integer("num_samples", num_samples, at_least=1)
         check_noise_std(noise_std)
         y = self._measurement(measurement, operator)
+        num_samples = samples_of_each(num_samples, batch_size, len(y), "measurement")
         index = torch.arange(len(y), device=y.device).repeat_interleave(num_samples)
         return finished(self, run, draw_posterior(self, run, how, operator.select(index), y[index], noise_std))
 
     def _measurement(self, measurement: Any, operator: LinearOperator) -> Tensor:
         """Return the checked measurement in the network's range, shape (B, *operator.measurement_shape)."""
-        channels = self.unet.config.get("in_channels")
+        channels = traits_of(self.unet).channels
         if not all(hasattr(operator, name) for name in ("apply", "adjoint", "data_shape")):
             raise ValueError(f"operator must be a LinearOperator, such as Downsampling(2, ...), got {operator!r}.")
         if len(operator.data_shape) != 3 or channels not in (None, operator.data_shape[0]):

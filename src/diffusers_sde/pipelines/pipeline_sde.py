@@ -6,19 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from torch import Tensor
 
 from ..basics.checks import check_choice, check_integer, check_ordered, check_shape
+from ..basics.networks import traits_of
 from ..basics.noise import Generators
 from ..flow.likelihood import LogProb
 from ..flow.quantized import BitsPerDim
 from ..flow.trace import TraceOptions
-from ..images.arrays import from_network
 from ..schedulers import SCHEDULERS
 from .base import SharedPipeline
+from .encoders import ImageEncoder, PixelRange, latents_of
 from .plain_networks import PlainNetwork
 from .probability_flow import ProbabilityFlow
 from .runs import (
@@ -29,6 +30,7 @@ from .runs import (
     execute_adaptive,
     finished,
     latents_shape,
+    names_near_arguments,
     starting_noise,
 )
 
@@ -61,14 +63,20 @@ class SDEPipeline(SharedPipeline):
 
     Args:
         unet: The network: any diffusers model that is called as ``unet(sample, timestep, return_dict=False)``, with
-            ``class_labels`` where its config has ``num_class_embeds``; or a torch module that is called as
-            ``unet(sample, timestep)``, with timesteps of shape (B,), which can do everything but be saved.
+            timesteps of shape (B,), and with ``class_labels`` where it knows classes, as ``UNet2DModel`` and
+            ``DiTTransformer2DModel`` do; or a torch module that is called as ``unet(sample, timestep)``, which can do
+            everything but be saved.
         scheduler: One of this package's schedulers, or a stock one that fits the network.
         data_min: Value of black in the data the network was trained on: -1, or 0 for the paper's VE models.
         data_max: Value of white.
         null_class: For a network with classes: the number of the class that stands for "any", which makes it an
             unconditional one.
         sample_shape: Shape of one sample, (channels, height, width), for a network whose config does not say it.
+        vae: Autoencoder of diffusers, for a network whose data are its latents: images come out decoded. The range of
+            the data is left aside then.
+        latents_mean: Mean of each channel of the latents, which the network sees as (z - mean) / std; None for the
+            ``shift_factor`` of the autoencoder's config.
+        latents_std: Standard deviation of each channel, likewise; None for 1 / ``scaling_factor``.
 
     Raises:
         ValueError: An argument of the wrong kind, or arguments that do not fit together.
@@ -83,7 +91,9 @@ class SDEPipeline(SharedPipeline):
         ```
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]
+    _takes_vae = True
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -94,6 +104,9 @@ class SDEPipeline(SharedPipeline):
         data_max: float = 1.0,
         null_class: int | None = None,
         sample_shape: Sequence[int] | None = None,
+        vae: ModelMixin | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
     ) -> None:
         super().__init__()
         if not hasattr(scheduler, "config"):
@@ -104,16 +117,27 @@ class SDEPipeline(SharedPipeline):
             if not isinstance(unet, torch.nn.Module):
                 raise ValueError(f"unet must be a diffusers model or a torch module, got {unet!r}.")
             network = PlainNetwork.around(unet, shape)
-        channels = network.config.get("in_channels")
+        traits = traits_of(network)
+        channels = traits.channels
         if shape is not None and channels not in (None, shape[0]):
             raise ValueError(f"sample_shape must have {channels} channels, those of the network, got {sample_shape!r}.")
         data_min, data_max = check_ordered("data_min", data_min, "data_max", data_max)
-        classes = network.config.get("num_class_embeds") or 0
+        classes = traits.num_classes or 0
         if null_class is not None and not classes:
             raise ValueError(f"null_class must be None for a network without classes, got {null_class!r}.")
         if null_class is not None:
             null_class = check_integer("null_class", null_class, at_least=0, at_most=classes - 1)
-        self.register_modules(unet=network, scheduler=_adopted(scheduler))
+        moments = {"latents_mean": latents_mean, "latents_std": latents_std}
+        if vae is not None:
+            if not self._takes_vae:
+                raise ValueError(f"vae must be None: {type(self).__name__} works on pixels.")
+            latents = latents_of(vae, latents_mean, latents_std)
+            if channels not in (None, len(latents.mean)):
+                raise ValueError(f"vae has {len(latents.mean)} channels of latents, the network {channels}.")
+            self.register_to_config(latents_mean=list(latents.mean), latents_std=list(latents.std))
+        elif any(value is not None for value in moments.values()):
+            raise ValueError(f"latents_mean and latents_std must be None without a vae, got {moments}.")
+        self.register_modules(unet=network, scheduler=_adopted(scheduler), vae=vae)
         self.register_to_config(data_min=data_min, data_max=data_max, null_class=null_class)
         if shape is not None:
             self.register_to_config(sample_shape=list(shape))
@@ -128,25 +152,40 @@ class SDEPipeline(SharedPipeline):
         """
         if self.config.get("sample_shape") is not None:
             return tuple(self.config.sample_shape)
-        channels, size = (self.unet.config.get(key) for key in ("in_channels", "sample_size"))
-        if channels is None or size is None:
+        traits = traits_of(self.unet)
+        if traits.channels is None or traits.sides is None:
             raise ValueError(
                 "The network's config has no sample_size or no in_channels: pass sample_shape=(channels, height, "
                 "width) to the pipeline, or latents of the shape you want to the call."
             )
-        height, width = (size, size) if isinstance(size, int) else size
-        return (channels, height, width)
+        return (traits.channels, *traits.sides)
+
+    @property
+    def encoder(self) -> ImageEncoder:
+        """What turns images into the network's data and back."""
+        if self.vae is None:
+            return PixelRange(self.config.data_min, self.config.data_max)
+        return latents_of(self.vae, self.config.latents_mean, self.config.latents_std)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one image, (channels, height, width): ``sample_shape``, or what the autoencoder makes of it."""
+        return self.encoder.image_shape(self.sample_shape)
 
     def unconditional(self, batch_size: int) -> dict[str, Tensor]:
-        """Return the arguments that make the network unconditional: none, or the null class of one with classes.
+        """Return the arguments that make the network unconditional: none, or labels of its null or only class.
 
         Raises:
             ValueError: A network with classes and no null class.
         """
-        if self.unet.config.get("num_class_embeds") is None:
-            return {}
+        traits = traits_of(self.unet)
+        if traits.num_classes is None:
+            return traits.constant_labels(batch_size, self._execution_device)
         if self.config.null_class is None:
-            raise ValueError("unet knows classes and has no null_class: use ClassConditionalSDEPipeline.")
+            raise ValueError(
+                "unet knows classes and has no null_class: use ClassConditionalSDEPipeline, or name the class that "
+                f"stands for any, which is {traits.num_classes - 1} where it is the last of {traits.num_classes}."
+            )
         labels = torch.full((batch_size,), self.config.null_class, device=self._execution_device)
         return {"class_labels": labels}
 
@@ -160,6 +199,7 @@ class SDEPipeline(SharedPipeline):
         """Network calls of each image of the last run by ``method="ode"`` or ``"sde"``, shape (B,)."""
         return self._calls
 
+    @names_near_arguments
     @torch.no_grad()
     def __call__(
         self,
@@ -172,8 +212,8 @@ class SDEPipeline(SharedPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
         method: str = "scheduler",
-        rtol: float = 1e-2,
-        atol: float = 1e-2,
+        rtol: float | None = None,
+        atol: float | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate images.
 
@@ -192,15 +232,22 @@ class SDEPipeline(SharedPipeline):
             method: ``scheduler`` executes the scheduler's sampler; ``ode`` integrates the probability-flow ODE and
                 ``sde`` the reverse SDE with adaptive steps, each image with its own, and ``num_inference_steps`` is
                 left aside.
-            rtol: Relative tolerance of ``ode`` and ``sde``.
-            atol: Absolute tolerance, of ``ode`` in standard deviations of the state, of ``sde`` in units of the data.
+            rtol: Relative tolerance of ``ode`` and ``sde``; None is 1e-2. It must be None for ``scheduler``.
+            atol: Absolute tolerance, of ``ode`` in standard deviations of the state, of ``sde`` in units of the data;
+                likewise.
 
         Returns:
             The images.
 
         Raises:
             ValueError: An argument is out of range; nothing has been computed then.
+            TypeError: An argument that this pipeline does not have; the message names the nearest one.
         """
+        if isinstance(batch_size, str):
+            raise ValueError(
+                f"batch_size must be an integer >= 1, got {batch_size!r}: {type(self).__name__} draws images without a "
+                "prompt."
+            )
         run = RunOptions(
             num_inference_steps=num_inference_steps,
             generator=generator,
@@ -239,7 +286,8 @@ class SDEPipeline(SharedPipeline):
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 model_input = scale_input(x, t).to(self.unet.dtype)
-                output = self.unet(model_input, t, **unconditional, return_dict=False)[0].to(x.dtype)
+                fed = t.to(x.device).expand(len(x))
+                output = self.unet(model_input, fed, **unconditional, return_dict=False)[0].to(x.dtype)
                 if needs_next:
                     step_arguments["prev_timestep"] = timesteps[i + 1] if i + 1 < len(timesteps) else None
                 x = self.scheduler.step(output, t, x, **step_arguments, return_dict=False)[0]
@@ -252,7 +300,7 @@ class SDEPipeline(SharedPipeline):
         check_choice("output_type", output_type, OUTPUT_TYPES)
         if output_type == "latent":
             return x
-        images = from_network(x, self.config.data_min, self.config.data_max)
+        images = self.encoder.decode(x)
         if not bool(torch.isfinite(images).all()):
             logger.warning("Some images are not finite: does the scheduler fit this network?")
         return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
@@ -265,6 +313,9 @@ class SDEPipeline(SharedPipeline):
 
     def encode(self, images: Any, rtol: float = 1e-5, atol: float = 1e-5) -> Tensor:
         """Latent codes of images by the probability-flow ODE: unit noise, shape (B, C, H, W).
+
+        This costs many network calls. How many depends on the network and on the tolerances: hundreds at the default
+        ones, which ``decode`` needs to give the images back closely. A line of the log says how many there were.
 
         Args:
             images: PIL images, uint8 arrays or tensors, or floating-point tensors in the network's range.
@@ -282,7 +333,15 @@ class SDEPipeline(SharedPipeline):
         temperature: float = 1.0,
         output_type: str = "pil",
     ) -> Any:
-        """Images of latent codes, the inverse of ``encode``; ``temperature`` below 1 gives typical images."""
+        """Images of latent codes, the inverse of ``encode``, at the same cost.
+
+        Args:
+            latents: Codes, shape (B, C, H, W).
+            rtol: Relative tolerance.
+            atol: Absolute tolerance, in standard deviations of the state.
+            temperature: Factor on the codes; below 1 it gives images that are more typical and less diverse.
+            output_type: As in the call.
+        """
         check_choice("output_type", output_type, OUTPUT_TYPES)
         flow = ProbabilityFlow(self)
         solution = flow.decode(
@@ -302,6 +361,43 @@ class SDEPipeline(SharedPipeline):
         flow = ProbabilityFlow(self)
         solution = flow.interpolate(a, b, num=num, options=flow.options(rtol, atol), progress_bar=self._shows_progress)
         return [self.postprocess(strip, output_type) for strip in solution.sample]
+
+    def denoise(
+        self,
+        image: Any,
+        sigma: float,
+        num_samples: int | None = None,
+        num_inference_steps: int = 50,
+        generator: Generators = None,
+        output_type: str = "pil",
+    ) -> Any:
+        """Remove Gaussian noise from images: y = x_0 + sigma n gives E[x_0 | y], or samples of p(x_0 | y).
+
+        The mean is the estimate of least squared error, and costs one network call. The samples look like data, and
+        their spread says what the noise has hidden. They come from the scheduler's SDE and predictor, with
+        stochasticity 1, temperature 1 and no corrector, whatever its config says: with others they were no samples
+        of p(x_0 | y).
+
+        Args:
+            image: The noisy images: PIL images, arrays or tensors of bytes, which are scaled to the network's range, or
+                floating-point tensors (B, C, H, W) in that range. Bytes cut off the noise beyond black and white.
+            sigma: Standard deviation of the noise in units of the network's range, from ``data_min`` to ``data_max``.
+                For noise of s grey levels of 0..255 it is ``s * (data_max - data_min) / 255``.
+            num_samples: Samples for each image; None for the mean.
+            num_inference_steps: Noise levels of the samples, below that of the image.
+            generator: One generator for the samples, or a list with one for each.
+            output_type: As in the call.
+
+        Returns:
+            One image for each of the B given ones, or ``num_samples`` for each, those of the first one first.
+
+        Raises:
+            ValueError: A ``sigma`` that the scheduler's SDE does not pass, or another bad argument.
+        """
+        check_choice("output_type", output_type, OUTPUT_TYPES)
+        steps = check_integer("num_inference_steps", num_inference_steps, at_least=1)
+        x = ProbabilityFlow(self).denoise(image, sigma, num_samples, num_steps=steps, generator=generator)
+        return self.postprocess(x, output_type)
 
     def log_prob(
         self,
@@ -337,7 +433,11 @@ class SDEPipeline(SharedPipeline):
         trace: str = "resampled",
         generator: Generators = None,
     ) -> BitsPerDim:
-        """Bits per dimension of images; see ``ProbabilityFlow.bits_per_dim``, which has further options."""
+        """Bits per dimension of images; see ``ProbabilityFlow.bits_per_dim``, which has further options.
+
+        At the default tolerances an image costs 20 to 30 network calls with derivatives, each as long as three without,
+        for each of ``importance_samples``. A line of the log says how many there were.
+        """
         flow = ProbabilityFlow(self)
         return flow.bits_per_dim(
             images,

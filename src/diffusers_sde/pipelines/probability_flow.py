@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from diffusers.utils import logging
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..basics.checks import check_integer, check_number, check_ordered, check_tensor
+from ..basics.checks import check_conditioning, check_integer, check_number, check_ordered, check_tensor
+from ..basics.networks import traits_of
 from ..basics.noise import Generators
 from ..flow.codes import decode, encode, interpolate, sample_flow, state_of_codes
 from ..flow.likelihood import LogProb, log_prob
@@ -21,6 +24,8 @@ from ..flow.trace import TraceOptions
 from ..images.arrays import as_batch, in_network_range
 from ..networks.denoisers import Denoiser
 from ..sampling.editing import edit
+from ..sampling.observation import HIGH_ORDER, posterior_mean, posterior_samples
+from ..sampling.predictors import get_predictor
 from ..sampling.solution import Solution
 from ..schedulers import SCHEDULERS, SDEScheduler
 from ..schedulers.families import fitting_class
@@ -73,10 +78,10 @@ class ProbabilityFlow:
         if network is None:
             raise ValueError(f"pipe must be a pipeline with a unet or a transformer, got {type(pipe).__name__}.")
         channels = [getattr(network.config, key, None) for key in ("in_channels", "out_channels")]
-        if None not in channels and channels[0] != channels[1]:
+        if None not in channels and channels[0] != channels[1] and not traits_of(network).returns_variance:
             raise ValueError(
-                f"the network has {channels[0]} input and {channels[1]} output channels: one that also predicts a "
-                "variance, or takes a condition by concatenation, defines no probability flow by itself."
+                f"the network has {channels[0]} input and {channels[1]} output channels: one that takes a condition by "
+                "concatenation defines no probability flow by itself."
             )
         _check_deterministic(network)
         self.network, self.scheduler = network, _fitting_scheduler(pipe.scheduler)
@@ -101,6 +106,29 @@ class ProbabilityFlow:
             )
         self.device = getattr(pipe, "_execution_device", getattr(pipe, "device", torch.device("cpu")))
 
+    def __repr__(self) -> str:
+        data = "latents" if self.is_latent else f"data in [{self.data_min:g}, {self.data_max:g}]"
+        network = type(self.network).__name__ + (", guided" if self._guided is not None else "")
+        return f"ProbabilityFlow({network}, {self._sde_in_words()}, {data}, t_min={self.t_min:g})"
+
+    def _sde_in_words(self) -> str:
+        """The SDE with its numbers, or its class alone where they are a table."""
+        text = repr(self.sde)
+        return text if len(text) < 200 else type(self.sde).__name__
+
+    def _repr_html_(self) -> str:
+        """A small table, which notebooks show."""
+        facts = {
+            "network": type(self.network).__name__,
+            "SDE": self._sde_in_words(),
+            "predicts": str(self.scheduler.config.prediction_type),
+            "works on": "latents" if self.is_latent else f"data in [{self.data_min:g}, {self.data_max:g}]",
+            "t_min": f"{self.t_min:g}",
+            "guided": "yes" if self._guided is not None else "no",
+        }
+        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
+        return f"<p>ProbabilityFlow</p><table>{rows}</table>"
+
     def denoiser(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
         """x0_hat of the network, in the precision of ``x``; see ``SDEScheduler.denoiser``."""
         if self._guided is not None:
@@ -115,6 +143,10 @@ class ProbabilityFlow:
             return (output if isinstance(output, Tensor) else output[0]).to(x.dtype)
 
         return self.scheduler.denoiser(network, **conditioning)(x, t)
+
+    def sampling_denoiser(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
+        """x0_hat at the scheduler's ``temperature``, for samples; likelihoods and codes take ``denoiser``."""
+        return self.scheduler.tempered(self.denoiser)(x, t, **conditioning)
 
     def options(
         self, rtol: float = 3e-4, atol: float = 3e-4, max_calls: int = 5000, batch_size: int = 64
@@ -163,7 +195,7 @@ class ProbabilityFlow:
         """
         x = self._state(x, "x")
         with Progress(progress_bar, len(x), "log-density") as progress:
-            return log_prob(
+            result = log_prob(
                 self.denoiser,
                 self.sde,
                 x,
@@ -174,6 +206,8 @@ class ProbabilityFlow:
                 generator=generator,
                 progress=progress,
             )
+        log_cost("log-density", result.calls, result.calls.numel())
+        return result
 
     def bits_per_dim(
         self,
@@ -221,7 +255,7 @@ class ProbabilityFlow:
         importance_samples = check_integer("importance_samples", importance_samples, at_least=1)
         images = self._shaped(as_batch(images), "images").to(self.device)
         with Progress(progress_bar, len(images) * importance_samples, "bits/dim") as progress:
-            return bits_per_dim(
+            result = bits_per_dim(
                 self.denoiser,
                 self.sde,
                 images,
@@ -236,6 +270,8 @@ class ProbabilityFlow:
                 generator=generator,
                 progress=progress,
             )
+        log_cost("bits/dim", result.calls, len(images) * importance_samples)
+        return result
 
     # ------------------------------------------------------------------ codes
 
@@ -246,10 +282,13 @@ class ProbabilityFlow:
         conditioning: Mapping[str, Tensor] | None = None,
         progress_bar: bool = False,
     ) -> Solution:
-        """Latent codes of images or latents, unit noise of shape (B, C, H, W); see ``flow.encode``."""
+        """Latent codes of images or latents, unit noise of shape (B, C, H, W); see ``flow.encode``.
+
+        The default tolerance costs 20 to 30 network calls an image; see ``options`` for closer round trips.
+        """
         x = self._state(x)
         with Progress(progress_bar, len(x), "encode") as progress:
-            return encode(
+            solution = encode(
                 self.denoiser,
                 self.sde,
                 x,
@@ -258,6 +297,8 @@ class ProbabilityFlow:
                 conditioning=self._conditioning(conditioning),
                 progress=progress,
             )
+        log_cost("encode", solution.calls, solution.calls.numel())
+        return solution
 
     def decode(
         self,
@@ -270,7 +311,7 @@ class ProbabilityFlow:
         """Data of latent codes, in the network's range; see ``flow.decode``."""
         latents = self._shaped(latents, "latents")
         with Progress(progress_bar, len(latents), "decode") as progress:
-            return decode(
+            solution = decode(
                 self.denoiser,
                 self.sde,
                 latents.to(self.device),
@@ -280,6 +321,8 @@ class ProbabilityFlow:
                 conditioning=self._conditioning(conditioning),
                 progress=progress,
             )
+        log_cost("decode", solution.calls, solution.calls.numel())
+        return solution
 
     def sample(
         self,
@@ -294,13 +337,14 @@ class ProbabilityFlow:
         """Samples from unit noise by the adaptive solver; see ``flow.sample_flow``.
 
         The flow stops where the scheduler's ``sampling_sigma`` or ``sampling_eps`` says, unless ``t_min`` is given.
-        ``temperature`` is a factor on the latents, below 1 for samples that are more typical and less diverse.
+        ``temperature`` is a factor on the latents, below 1 for samples that are more typical and less diverse. The
+        scheduler's own ``temperature``, a factor on the variance of the samples, acts beside it.
         """
         t_min = max(self.scheduler.stated_last_time(), self.t_min) if t_min is None else t_min
         latents = self._shaped(latents, "latents")
         with Progress(progress_bar, len(latents), "sample") as progress:
             return sample_flow(
-                self.denoiser,
+                self.sampling_denoiser,
                 self.sde,
                 state_of_codes(self.sde, latents.to(self.device), temperature),
                 options=self._or_default(options),
@@ -317,7 +361,7 @@ class ProbabilityFlow:
         num = check_integer("num", num, at_least=2)
         a, b = self._state(a, "a"), self._state(b, "b")
         with Progress(progress_bar, len(a) * (2 + num), "interpolate") as progress:
-            return interpolate(
+            solution = interpolate(
                 self.denoiser,
                 self.sde,
                 a,
@@ -327,6 +371,8 @@ class ProbabilityFlow:
                 t_min=self.t_min,
                 progress=progress,
             )
+        log_cost("interpolate", solution.calls, solution.calls.numel())
+        return solution
 
     def edit(
         self,
@@ -347,6 +393,55 @@ class ProbabilityFlow:
                 t_min=t_min,
                 generator=generator,
             )
+
+    def denoise(
+        self,
+        x: Any,
+        sigma: float,
+        num_samples: int | None = None,
+        num_steps: int = 50,
+        conditioning: Mapping[str, Tensor] | None = None,
+        generator: Generators = None,
+    ) -> Tensor:
+        """E[x_0 | y] or samples of p(x_0 | y) for images or latents y = x_0 + sigma n; see ``sampling.observation``.
+
+        Samples take the scheduler's predictor with stochasticity 1, or ``exponential`` where it integrates no SDE. The
+        temperature is 1, and there is no corrector.
+
+        Args:
+            x: The observations y, (B, C, H, W): images, whose integers are scaled to the network's range, or
+                floating-point numbers in it.
+            sigma: Standard deviation of their noise, in units of the network's range.
+            num_samples: Samples for each observation; None for the mean, which costs one network call.
+            num_steps: Noise levels of the samples.
+            conditioning: Arguments of the network with one row per observation, such as ``class_labels``.
+            generator: Source of the samples: one generator, or one for each sample.
+
+        Returns:
+            The means, shape (B, C, H, W), or the samples, those of the first observation first, shape
+            (B * num_samples, C, H, W), in the network's range.
+
+        Raises:
+            ValueError: A noise that the SDE does not pass, or another bad argument.
+        """
+        y = self._state(x, "image")
+        rows = check_conditioning(self._conditioning(conditioning), len(y))
+        if num_samples is None:
+            return posterior_mean(partial(self.denoiser, **rows), self.sde, y, sigma, self.t_min)
+        num_samples = check_integer("num_samples", num_samples, at_least=1)
+        rows = {name: value.repeat_interleave(num_samples, dim=0) for name, value in rows.items()}
+        rule = get_predictor(self.scheduler.config.predictor).from_config(self.scheduler.config)
+        return posterior_samples(
+            partial(self.denoiser, **rows),
+            self.sde,
+            y,
+            sigma,
+            num_samples=num_samples,
+            num_steps=num_steps,
+            t_min=self.t_min,
+            predictor=HIGH_ORDER if rule.deterministic or not rule.calls else rule,
+            generator=generator,
+        )
 
     # ------------------------------------------------------------------ inputs
 
@@ -382,16 +477,23 @@ class ProbabilityFlow:
 
 
 def check_sides(network: Any, shape: tuple[int, ...], name: str) -> None:
-    """Raise a ValueError unless a U-Net takes samples of this shape: what it cannot halve it cannot join."""
-    if not isinstance(network, ModelMixin) or "block_out_channels" not in network.config:
+    """Raise a ValueError unless the network takes samples of this shape.
+
+    What a U-Net cannot halve it cannot join again, and the positions of a transformer's patches are those of one size.
+    """
+    traits = traits_of(network)
+    if not isinstance(network, ModelMixin) or traits.divisor is None:
         return
-    channels, halvings = network.config.in_channels, len(network.config.block_out_channels) - 1
-    if len(shape) != 4 or shape[1] != channels:
-        raise ValueError(f"{name} must have shape (B, {channels}, H, W), {channels} channels, got {shape}.")
-    if any(side % 2**halvings for side in shape[2:]):
+    if len(shape) != 4 or shape[1] != traits.channels:
         raise ValueError(
-            f"{name} must have sides that are multiples of {2**halvings}, since the network halves them {halvings} "
-            f"times, got {shape[2]} x {shape[3]}."
+            f"{name} must have shape (B, {traits.channels}, H, W), {traits.channels} channels, got {shape}."
+        )
+    if traits.fixed_sides and shape[2:] != traits.sides:
+        raise ValueError(f"{name} must have sides {traits.sides}, those of the transformer, got {shape[2:]}.")
+    if any(side % traits.divisor for side in shape[2:]):
+        raise ValueError(
+            f"{name} must have sides that are multiples of {traits.divisor}, since the network halves them "
+            f"{traits.divisor.bit_length() - 1} times, got {shape[2]} x {shape[3]}."
         )
 
 
@@ -412,6 +514,18 @@ def _fitting_scheduler(scheduler: Any) -> SDEScheduler:
     config = config_of(scheduler)
     fitting: SDEScheduler = SCHEDULERS[fitting_class(config)].from_config(config)
     return fitting
+
+
+def log_cost(what: str, calls: Tensor, samples: int) -> None:
+    """Log what an adaptive solution cost.
+
+    Args:
+        what: What was found, such as ``codes``.
+        calls: Network calls of each image, all its samples together, shape (B,).
+        samples: How many samples were solved for.
+    """
+    total = int(calls.sum())
+    logger.info(f"{what}: {samples} samples, {total / samples:.0f} network calls each, {total} together.")
 
 
 class Progress:

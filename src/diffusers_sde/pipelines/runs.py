@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import ImagePipelineOutput
@@ -13,6 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..basics.checks import check_choice, check_generators, check_integer, check_tensor
+from ..basics.networks import traits_of
 from ..basics.noise import Generators
 from ..guidance.methods import PosteriorMethod, PosteriorProblem
 from ..guidance.operators import LinearOperator
@@ -33,9 +36,47 @@ from .probability_flow import ProbabilityFlow, Progress, check_sides
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 METHODS = ("scheduler", "ode", "sde")  # ways to integrate
+DEFAULT_TOLERANCE = 1e-2  # of the adaptive ones
+# What other pipelines and programs call the arguments of ours.
+_OTHER_NAMES = {
+    "num_images": "batch_size",
+    "num_images_per_prompt": "batch_size",
+    "n": "batch_size",
+    "steps": "num_inference_steps",
+    "num_steps": "num_inference_steps",
+    "seed": "generator",
+    "labels": "class_labels",
+    "label": "class_labels",
+    "cfg_scale": "guidance_scale",
+    "mask": "mask_image",
+    "callback": "callback_on_step_end",
+}
 Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
 Model = Callable[[Tensor, int, Tensor], Tensor]
 """(x_t, index of the row, timestep) -> network output."""
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+
+def names_near_arguments(call: _Call) -> _Call:
+    """Let the call of a pipeline answer an argument that it does not have with the name of the one that was meant.
+
+    The signature stays as it is.
+    """
+    known = [name for name in inspect.signature(call).parameters if name != "self"]
+
+    @functools.wraps(call)
+    def checked_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        unknown = [name for name in kwargs if name not in known]
+        if unknown:
+            hints = []
+            for name in unknown:
+                other = _OTHER_NAMES.get(name)
+                near = [other] if other in known else difflib.get_close_matches(name, known, 1)
+                hints.append(repr(name) + (f" (did you mean {near[0]!r}?)" if near else ""))
+            raise TypeError(f"{type(self).__name__} takes no argument {', '.join(hints)}. It takes {', '.join(known)}.")
+        return call(self, *args, **kwargs)
+
+    return cast(_Call, checked_call)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +91,12 @@ class RunOptions:
         callback_on_step_end: Called as ``f(pipe, index, timestep, {"latents": x})`` after every network call, or None.
         return_dict: Whether an ``ImagePipelineOutput`` is returned instead of a tuple.
         method: One of ``METHODS``, the way to integrate.
-        rtol: Relative tolerance of ``ode`` and ``sde``.
-        atol: Absolute tolerance of ``ode`` and ``sde``.
+        rtol: Relative tolerance of ``ode`` and ``sde``; None means ``DEFAULT_TOLERANCE``, which takes its place.
+        atol: Absolute tolerance of ``ode`` and ``sde``; likewise.
 
     Raises:
-        ValueError: An unknown output type or method, a callback that does not fit, or no positive number of levels.
+        ValueError: An unknown output type or method, a callback that does not fit, no positive number of levels, or
+            tolerances where no step is adaptive.
     """
 
     num_inference_steps: int
@@ -64,13 +106,17 @@ class RunOptions:
     callback_on_step_end: Callback | None
     return_dict: bool
     method: str
-    rtol: float
-    atol: float
+    rtol: Any
+    atol: Any
 
     def __post_init__(self) -> None:
         check_choice("output_type", self.output_type, OUTPUT_TYPES)
         check_method(self.method)
         check_callback(self.callback_on_step_end, self.method)
+        check_needs_tolerances(self.method, {"rtol": self.rtol, "atol": self.atol})
+        for name in ("rtol", "atol"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, DEFAULT_TOLERANCE)
         steps = check_integer("num_inference_steps", self.num_inference_steps, at_least=1)
         object.__setattr__(self, "num_inference_steps", steps)
         if isinstance(self.generator, tuple):
@@ -85,6 +131,41 @@ def check_method(method: str) -> None:
             f"integrate: pass posterior={method!r} to RestorationSDEPipeline or InpaintSDEPipeline."
         )
     check_choice("method", method, METHODS)
+
+
+def check_needs_tolerances(method: str, tolerances: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a tolerance is given and the method has no adaptive steps that would follow it."""
+    given = [name for name, value in tolerances.items() if value is not None]
+    if given and method == "scheduler":
+        values = ", ".join(repr(tolerances[name]) for name in given)
+        raise ValueError(
+            f"{' and '.join(given)} must be None for method 'scheduler', whose steps num_inference_steps fixes, got "
+            f"{values}: pass method='ode' or method='sde' for adaptive steps."
+        )
+
+
+def samples_of_each(num_samples: Any, batch_size: Any, inputs: int, name: str) -> int:
+    """How many images to draw for each of some inputs.
+
+    Args:
+        num_samples: Images for each input.
+        batch_size: Images for all of them together, or None.
+        inputs: How many inputs there are.
+        name: What they are called, for messages.
+
+    Raises:
+        ValueError: A number that is no positive integer, a batch that the inputs do not share evenly, or both numbers.
+    """
+    num_samples = check_integer("num_samples", num_samples, at_least=1)
+    if batch_size is None:
+        return num_samples
+    batch_size = check_integer("batch_size", batch_size, at_least=1)
+    if num_samples not in (1, batch_size // inputs) or batch_size % inputs:
+        raise ValueError(
+            f"batch_size must be num_samples for each {name}, got {batch_size} for {inputs} of them and num_samples = "
+            f"{num_samples}: leave one of the two out."
+        )
+    return batch_size // inputs
 
 
 def own_scheduler(pipe: SharedPipeline) -> SDEScheduler:
@@ -148,7 +229,7 @@ def latents_shape(pipe: SharedPipeline, latents: Any) -> tuple[int, ...]:
     Raises:
         ValueError: No tensor, or one of another number of axes or channels.
     """
-    return tuple(check_tensor("latents", latents, (None, pipe.unet.config.get("in_channels"), None, None)).shape)
+    return tuple(check_tensor("latents", latents, (None, traits_of(pipe.unet).channels, None, None)).shape)
 
 
 def starting_noise(pipe: SharedPipeline, run: RunOptions, shape: tuple[int, ...]) -> Tensor:
@@ -191,7 +272,8 @@ def network_output(pipe: SharedPipeline, scheduler: SDEScheduler) -> Model:
 
     def model(x: Tensor, index: int, timestep: Tensor) -> Tensor:
         fed = scheduler.scale_model_input(x, timestep).to(pipe.unet.dtype)
-        output: Tensor = pipe.unet(fed, timestep, **pipe.unconditional(len(x)), return_dict=False)[0]
+        times = timestep.to(x.device).expand(len(x))
+        output: Tensor = pipe.unet(fed, times, **pipe.unconditional(len(x)), return_dict=False)[0]
         return output.to(x.dtype)
 
     return model
@@ -230,8 +312,8 @@ def execute_adaptive(
 
     Args:
         pipe: The pipeline; its ``calls`` tell what each image cost.
-        run: The method, ``ode`` or ``sde``, its tolerances and the noise. ``sde`` takes the scheduler's
-            ``stochasticity`` (None is 1) and ``sampling_eps``.
+        run: The method, ``ode`` or ``sde``, its tolerances and the noise. Both take the scheduler's
+            ``temperature``; ``sde`` takes its ``stochasticity`` (None is 1) and ``sampling_eps``.
         latents: Unit noise, shape (B, C, H, W).
         denoiser: (x_t, t, **conditioning) -> x0_hat, instead of the network.
         conditioning: Its arguments with one row per image.
@@ -256,8 +338,13 @@ def execute_adaptive(
         else:
             with Progress(pipe._shows_progress, len(latents), "reverse SDE") as progress:
                 stochasticity = 1.0 if config.stochasticity is None else config.stochasticity
+                if isinstance(stochasticity, list) or config.policy or config.stochastic_indices:
+                    raise ValueError(
+                        "method 'sde' chooses its own steps: it takes one stochasticity, and no list of them, policy "
+                        "or window of steps."
+                    )
                 solution = sample_adaptive(
-                    flow.denoiser,
+                    flow.sampling_denoiser,
                     flow.sde,
                     latents * flow.sde.prior_std,
                     SDEOptions(run.rtol, run.atol, stochasticity=stochasticity),
@@ -376,6 +463,7 @@ class PipelineRun:
             "callback_on_step_end": options.callback_on_step_end is not None,
             "list of generators": isinstance(options.generator, (list, tuple)),
             f"method {options.method!r}": options.method != "scheduler",
+            f"temperature {scheduler.config.temperature:g}": scheduler.config.temperature != 1.0,
         }
         if any(refused.values()):
             given = ", no ".join(name for name, is_given in refused.items() if is_given)

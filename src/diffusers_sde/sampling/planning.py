@@ -229,7 +229,7 @@ def _across_corrections(correction: _Block, stage: Stage) -> tuple[_Block, Stage
 # ---------------------------------------------------------------------- the table
 
 
-def _assemble(blocks: Sequence[_Block], tail: Sequence[_Block], levels: int, order: int) -> Plan:
+def _assemble(blocks: Sequence[_Block], tail: Sequence[_Block], levels: int, rows_per_level: int) -> Plan:
     """The rows of every level one after another, and behind them those of the last level, ``tail``."""
     forms = [form for block in (*blocks, *tail) for form in (block.move, block.keep) if form is not None]
     columns = max(form.shape[1] for form in forms)
@@ -244,4 +244,4 @@ def _assemble(blocks: Sequence[_Block], tail: Sequence[_Block], levels: int, ord
     rows = [torch.stack([table(block) for block in blocks], dim=1).flatten(0, 1)] if blocks and levels else []
     whole = torch.cat([*rows, *(table(block) for block in tail)])
     kinds = tuple(block.kind for block in blocks) * levels + tuple(block.kind for block in tail)
-    return without_unused_memory(Plan(whole, kinds, order))
+    return without_unused_memory(Plan(whole, kinds, rows_per_level))

@@ -89,6 +89,7 @@ def windowed(
     stochasticity: Tensor,
     indices: tuple[int, int] | None = None,
     sigmas: tuple[float, float] | None = None,
+    first: int = 0,
 ) -> Tensor:
     """The stochasticity of each interval inside a window, and 0, the probability flow, outside.
 
@@ -99,10 +100,11 @@ def windowed(
         indices: First interval of the window, and the first one behind it.
         sigmas: Smallest and largest noise-to-signal ratio sigma/alpha at the start of an interval of the window. Such
             a window means the same noise on every grid and under every shift.
+        first: Number of the first interval of the grid.
     """
     inside = torch.ones_like(stochasticity, dtype=torch.bool)
     if indices is not None:
-        number = torch.arange(len(stochasticity), device=inside.device)
+        number = first + torch.arange(len(stochasticity), device=inside.device)
         inside &= (number >= indices[0]) & (number < indices[1])
     if sigmas is not None:
         ratio = torch.exp(-0.5 * sde.log_snr(times[:-1]))

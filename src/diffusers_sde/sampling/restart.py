@@ -64,4 +64,4 @@ def _noised_at_the_end(plan: Plan, factor: Tensor, variance: Tensor, t: Tensor) 
     last[names.index("s")] = t
     last[move[0] : move[1]] = factor * last[move[0] : move[1]]
     last[names.index("noise")] = torch.hypot(last[names.index("noise")], variance.sqrt())
-    return Plan(torch.cat([plan.table[:-1], last[None]]), plan.kinds, plan.order)
+    return Plan(torch.cat([plan.table[:-1], last[None]]), plan.kinds, plan.rows_per_level)

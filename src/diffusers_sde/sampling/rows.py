@@ -16,6 +16,7 @@ and noise.
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ LARGEST_NUMBER = torch.finfo(torch.float32).max  # samples and their coefficient
 PLACES = ("t", "s", "langevin", "skip", "out")
 # The first columns of a linear form; the others are the weights of what is stored.
 X, MODEL, NOISE, STORED = 0, 1, 2, 3
+SHOWN_ROWS = 8  # at either end of a plan, in notebooks
 
 
 class Form(NamedTuple):
@@ -94,6 +96,24 @@ class Row(NamedTuple):
         """Whether ``advance`` needs x0_hat beside what the model returned."""
         return self.of_estimate or self.keeps_estimate
 
+    @property
+    def kind_in_words(self) -> str:
+        """What the row does, in a few words."""
+        if self.langevin is not None:
+            return "langevin"
+        return "corrector" if self.is_corrector else "predictor, continued" if self.continues else "predictor"
+
+    def __repr__(self) -> str:
+        given = {"x": self.x, "model": self.model, "noise": self.noise, **dict(self._remembered)}
+        numbers = ", ".join(f"{name}={_brief(value)}" for name, value in given.items() if _is_present(value))
+        if self.langevin is not None:
+            numbers += f", langevin={_brief(self.langevin)}"
+        return f"Row({_brief(self.t)} -> {_end(self.s)}, {self.kind_in_words}: {numbers})"
+
+    @property
+    def _remembered(self) -> list[tuple[str, Any]]:
+        return [(f"history[{k}]", weight) for k, weight in enumerate(self.history)]
+
 
 class Kind(NamedTuple):
     """What is fixed about a row, whatever its coefficients are; the attributes are those of ``Row``."""
@@ -114,15 +134,15 @@ class Plan:
         table: Coefficients, one row per model call, float64, shape (nfe, columns). The columns are ``PLACES`` and the
             entries of the forms ``move`` and ``keep``; ``column`` finds one by its name. It may require gradients.
         kinds: What is fixed about each row.
-        order: Rows per noise level, those of correctors and of the predictor together. The last level may have fewer.
+        rows_per_level: Those of correctors and of the predictor together. The last level may have fewer.
     """
 
     table: Tensor
     kinds: tuple[Kind, ...]
-    order: int
+    rows_per_level: int
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Row], order: int = 1) -> Plan:
+    def from_rows(cls, rows: Sequence[Row], rows_per_level: int = 1) -> Plan:
         """A plan of rows that are given as Python floats."""
         forms = [form for row in rows for form in (row, row.keep) if form is not None]
         width = max((len(form.history) for form in forms), default=0)
@@ -154,10 +174,35 @@ class Plan:
             )
             for row in rows
         )
-        return cls(torch.tensor(table, dtype=torch.float64), kinds, order)
+        return cls(torch.tensor(table, dtype=torch.float64), kinds, rows_per_level)
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def __repr__(self) -> str:
+        rows, kinds = self.rows, [row.kind_in_words for row in self.rows]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        path = f"{_brief(rows[0].t)} -> {_end(rows[-1].s)}, " if rows else ""
+        return f"Plan({path}{len(rows)} calls: {counts or 'none'}; {self.rows_per_level} a level, memory {self.memory})"
+
+    def _repr_html_(self) -> str:
+        """A table of the rows, which notebooks show; of many rows the first and the last."""
+        shown = list(enumerate(self.rows))
+        if len(shown) > 2 * SHOWN_ROWS:
+            shown = [*shown[:SHOWN_ROWS], *shown[-SHOWN_ROWS:]]
+        head = ("", "t", "s", "row", "x", "model", "noise", *(f"history[{k}]" for k in range(self.memory)))
+        lines = [f"<tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>"]
+        before = -1
+        for number, row in shown:
+            if number != before + 1:
+                lines.append(f'<tr><td colspan="{len(head)}">... {number - before - 1} more ...</td></tr>')
+            weights = (row.x, row.model, row.noise, *row.history)
+            numbers = [_brief(value) if _is_present(value) else "" for value in weights]
+            cells = [str(number), _brief(row.t), _end(row.s), row.kind_in_words, *numbers]
+            cells += [""] * (len(head) - len(cells))
+            lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+            before = number
+        return f"<p>{html.escape(repr(self))}</p><table>{''.join(lines)}</table>"
 
     @property
     def memory(self) -> int:
@@ -182,7 +227,7 @@ class Plan:
 
     def until(self, index: int) -> Plan:
         """The rows before number ``index``, as a plan."""
-        return Plan(self.table[:index], self.kinds[:index], self.order)
+        return Plan(self.table[:index], self.kinds[:index], self.rows_per_level)
 
     def fold(self, parametrization: Parametrization, sde: SDE, bounds_estimate: bool = False) -> Plan:
         """The same plan for a model that returns its raw output instead of x0_hat.
@@ -214,11 +259,11 @@ class Plan:
         # The coefficients are infinite where alpha = 0. Samples are float32, in which an alpha of 1e-39 acts like 0.
         if not is_finite(table):
             raise ValueError(
-                f"prediction_type of {type(parametrization).__name__} does not determine the data where alpha(t) = 0 "
+                f"prediction_type of {parametrization.name} does not determine the data where alpha(t) = 0 "
                 f"(t = {float(t[0])}); use 'v_prediction', 'flow_prediction', 'sample' or 'edm' there. (A "
                 "beta_start or beta_end that is too large leaves as good as no signal, too.)"
             )
-        return Plan(table, kinds, self.order)
+        return Plan(table, kinds, self.rows_per_level)
 
 
 def row_of(values: Sequence[Any] | Tensor, kind: Kind, memory: int, draws: bool | None = None) -> Row:
@@ -347,6 +392,16 @@ def _input(model_output: Tensor, estimate: Tensor | None, of_estimate: bool) -> 
     return estimate
 
 
+def _brief(value: Any) -> str:
+    """A number for people; a tensor, which may carry gradients, by its value."""
+    return f"{float(value):.4g}"
+
+
+def _end(s: Any) -> str:
+    """The time of a row's result for people."""
+    return "data" if s is None or math.isnan(float(s)) else _brief(s)
+
+
 def _is_present(weight: Any) -> bool:
     return isinstance(weight, Tensor) or weight != 0.0
 
@@ -371,7 +426,7 @@ def substitute_estimate(form: Tensor, of_x: Tensor, of_model: Tensor) -> Tensor:
 
 
 def concatenated(plans: Sequence[Plan]) -> Plan:
-    """Plans one after another; the order is that of the last."""
+    """Plans one after another; ``rows_per_level`` is that of the last."""
     memory = max(plan.memory for plan in plans)
 
     def widened(plan: Plan) -> Tensor:
@@ -380,7 +435,7 @@ def concatenated(plans: Sequence[Plan]) -> Plan:
         return torch.cat([plan.table[:, : len(PLACES)], move, missing, keep, missing], dim=1)
 
     table = torch.cat([widened(plan) for plan in plans])
-    return Plan(table, tuple(kind for plan in plans for kind in plan.kinds), plans[-1].order)
+    return Plan(table, tuple(kind for plan in plans for kind in plan.kinds), plans[-1].rows_per_level)
 
 
 def without_unused_memory(plan: Plan) -> Plan:
@@ -389,7 +444,7 @@ def without_unused_memory(plan: Plan) -> Plan:
     is_used = (move.detach() != 0.0).any(0) | (keep.detach() != 0.0).any(0)
     columns = STORED + max((k + 1 for k, used in enumerate(is_used[STORED:].tolist()) if used), default=0)
     table = torch.cat([plan.table[:, : len(PLACES)], move[:, :columns], keep[:, :columns]], dim=1)
-    return Plan(table, plan.kinds, plan.order)
+    return Plan(table, plan.kinds, plan.rows_per_level)
 
 
 def is_finite(table: Tensor) -> bool:

@@ -36,14 +36,19 @@ class Transition:
     std: float | Tensor
     memory: tuple[Tensor, ...] = ()
 
+    @torch.no_grad()
     def sample(self, generator: Generators = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Draw x_s, shape of ``mean``.
+        """Draw x_s, shape of ``mean``, without gradients: what ``log_prob`` is to score; see ``rsample``.
 
         Args:
             generator: One generator, or one for each sample.
             dtype: In which the sample is to be stored; that of ``mean`` if None. A sample that is scored later must
                 be scored as it was stored, or ratios of probabilities are not 1 where nothing has changed.
         """
+        return self.rsample(generator, dtype)
+
+    def rsample(self, generator: Generators = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Draw what ``sample`` draws, with the gradient of mean + std z; the log-probability of it has none."""
         z = standard_normal_like(self.mean, generator).to(self.mean)
         if isinstance(self.std, float):
             drawn = torch.add(self.mean, z, alpha=self.std)
@@ -56,7 +61,7 @@ class Transition:
         """log N(x; mean, std^2) in nats.
 
         Args:
-            x: x_s, shape of ``mean``; differentiate with respect to the mean only by detaching it.
+            x: x_s, shape of ``mean``, such as ``sample`` returns.
             reduction: ``mean`` over the entries of a sample, which does not depend on the resolution; ``sum``, the
                 log-density; or ``none``, entry by entry.
 

@@ -12,16 +12,18 @@ import textwrap
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 from diffusers.configuration_utils import register_to_config
 
-from ..basics.checks import check_choice, check_flag, check_integer, check_number
+from ..basics.checks import check_choice, check_flag, check_integer, check_number, check_pair
+from ..guidance.temperature import HOTTEST
 from ..networks.conditioning import TIME_CONDITIONINGS
 from ..networks.parametrizations import PREDICTION_TYPES
 from ..sampling.classical import VARIANCE_TYPES
 from ..sampling.correctors import CORRECTORS
 from ..sampling.exponential import SOLVER_TYPES
+from ..sampling.policies import POLICIES
 from ..sampling.predictors import PREDICTORS
 from ..sampling.time_grids import TIME_GRIDS, TIMESTEP_SPACINGS
 
@@ -31,12 +33,33 @@ MOST_CORRECTIONS = 1000
 SMALLEST_TIME = 1e-9  # nearer to the data coefficients leave the range of float32
 LANGEVIN_NORMS = ("sample", "batch")
 
+
+def check_stochasticity(name: str, value: Any) -> float | list[float]:
+    """A number from 0 to 1000, or a list of them."""
+    if isinstance(value, (list, tuple)):
+        return [check_number(f"{name}[{i}]", each, at_least=0.0, at_most=1000.0) for i, each in enumerate(value)]
+    return check_number(name, value, at_least=0.0, at_most=1000.0)
+
+
+def check_window(name: str, value: Any, integers: bool = False) -> list[float]:
+    """Two numbers of at least 0 that do not decrease."""
+    low, high = check_pair(name, value, at_least=0.0)
+    if integers:
+        return [check_integer(f"{name}[{i}]", each, at_least=0) for i, each in enumerate(value)]
+    return [low, high]
+
+
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
 
 def or_none(check: Callable[..., Any], **bounds: Any) -> Callable[[str, Any], Any]:
     """A check that also allows None."""
     return lambda name, value: None if value is None else check(name, value, **bounds)
+
+
+def one_of(*words: str | None) -> Any:
+    """The type of these words alone."""
+    return Literal[tuple(words)]
 
 
 # Its square, and one over that, are numbers of float32.
@@ -49,14 +72,14 @@ class SamplerArgument:
 
     Attributes:
         name: Its name, which is also its key in the config.
-        type: Its annotation.
+        type: Its annotation: a word, or the words that it may be, which editors offer.
         default: Its default, where a class does not state another.
         check: (name, value) -> the value as a plain Python one, or a ValueError.
         documentation: What it means.
     """
 
     name: str
-    type: str
+    type: Any
     default: Any
     check: Callable[[str, Any], Any]
     documentation: str
@@ -73,7 +96,7 @@ SAMPLER_ARGUMENTS = (
     ),
     SamplerArgument(
         "prediction_type",
-        "str",
+        one_of(*PREDICTION_TYPES),
         "epsilon",
         partial(check_choice, allowed=PREDICTION_TYPES),
         "The network predicts the noise (``epsilon``), the data (``sample``), alpha eps - sigma x0 (``v_prediction``), "
@@ -82,7 +105,7 @@ SAMPLER_ARGUMENTS = (
     # the sampler
     SamplerArgument(
         "predictor",
-        "str",
+        one_of(*PREDICTORS),
         "exponential",
         partial(check_choice, allowed=PREDICTORS),
         "The rule that leads from one noise level to the next is ``exponential``, ``singlestep``, ``ancestral``, "
@@ -90,7 +113,7 @@ SAMPLER_ARGUMENTS = (
     ),
     SamplerArgument(
         "corrector",
-        "str | None",
+        one_of(None, *CORRECTORS),
         None,
         partial(check_choice, allowed=(None, *CORRECTORS)),
         "MCMC at a fixed time follows each step by ``langevin``, ``annealed_langevin`` or ``ornstein_uhlenbeck``; None "
@@ -105,12 +128,38 @@ SAMPLER_ARGUMENTS = (
     ),
     SamplerArgument(
         "stochasticity",
-        "float | None",
+        "float | list[float] | None",
         None,
-        or_none(check_number, at_least=0.0, at_most=1000.0),
-        "This is eta of the reverse SDE, dx = [f x - (1 + eta^2)/2 g^2 score] dt + eta g dw; 1 is Anderson's. None is "
-        "1, and for ``exponential`` as much as each step allows: eta^2 = min(0.6/h, 2), where h is the length in "
-        "log(alpha/sigma) of the step or of the next one, whichever is longer: more noise the more steps there are.",
+        or_none(check_stochasticity),
+        "This is eta of the reverse SDE, dx = [f x - (1 + eta^2)/2 g^2 score] dt + eta g dw; 1 is Anderson's. A list "
+        "has one number for each step but the last, which draws no noise. None is 1, and for ``exponential`` as much "
+        "as each step allows: eta^2 = min(0.6/h, 2), where h is the length in log(alpha/sigma) of the step or of the "
+        "next one, whichever is longer: more noise the more steps there are.",
+    ),
+    SamplerArgument(
+        "stochastic_indices",
+        "list[int] | None",
+        None,
+        or_none(check_window, integers=True),
+        "Two numbers, the first step that draws noise and the first one that draws none again; the other steps follow "
+        "the probability flow. None means all steps.",
+    ),
+    SamplerArgument(
+        "stochastic_sigmas",
+        "list[float] | None",
+        None,
+        or_none(check_window),
+        "Two noise-to-signal ratios sigma/alpha: only steps that start between them draw noise. Such a window means "
+        "the same noise on every grid and under every shift.",
+    ),
+    SamplerArgument(
+        "policy",
+        "str | None",
+        None,
+        partial(check_choice, allowed=(None, *POLICIES)),
+        "A named stochastic policy for reinforcement learning, in place of the predictor and its options: ``exact`` "
+        "(x0_hat is frozen over a step, all else is exact), ``ddpo`` (DDIM's eta), ``flow_grpo``, ``dance_grpo`` or "
+        "``flow_cps``. ``stochasticity`` is its one number, eta or a; None is the published one.",
     ),
     SamplerArgument(
         "solver_order",
@@ -123,7 +172,7 @@ SAMPLER_ARGUMENTS = (
     ),
     SamplerArgument(
         "solver_type",
-        "str",
+        one_of(*SOLVER_TYPES),
         "heun",
         partial(check_choice, allowed=SOLVER_TYPES),
         "The weight of the slope in order 2 is that of ``heun`` or ``midpoint``, DPM-Solver++'s names; ``heun`` is "
@@ -164,15 +213,34 @@ SAMPLER_ARGUMENTS = (
     ),
     SamplerArgument(
         "langevin_norm",
-        "str",
+        one_of(*LANGEVIN_NORMS),
         "sample",
         partial(check_choice, allowed=LANGEVIN_NORMS),
         "``sample`` takes each sample's own norms; ``batch`` takes the batch mean, as the official code does.",
     ),
+    SamplerArgument(
+        "temperature",
+        "float",
+        1.0,
+        partial(check_number, above=0.0, at_most=HOTTEST),
+        "This is T of the samples, by a factor (snr c^2 + 1)/(T snr c^2 + 1) on the score (arXiv:2510.01184), for the "
+        "steps, the corrector, and the adaptive ODE and SDE. Gaussian data of standard deviation c have samples of "
+        "variance T c^2, and any data samples that are more typical below 1 and more diverse above. It costs nothing. "
+        "Likelihoods, codes and ``denoise`` stay at 1; the ``temperature`` of ``decode`` is another, a factor on "
+        "codes.",
+    ),
+    SamplerArgument(
+        "temperature_std",
+        "float | None",
+        None,
+        or_none(SCALE_CHECK),
+        "This is c of ``temperature``, in units of the data. Structure finer than c is cooled by more than T, coarser "
+        "structure hardly. None takes ``sigma_data``, whose default suits pixels in [-1, 1]; latents have about 1.",
+    ),
     # the grid
     SamplerArgument(
         "time_grid",
-        "str | None",
+        one_of(None, *TIME_GRIDS),
         "sech",
         partial(check_choice, allowed=(None, *TIME_GRIDS)),
         "The noise levels lie on ``sech``, ``log_snr``, ``karras``, ``uniform`` (in t, the paper's) or ``blended`` "
@@ -204,7 +272,7 @@ SAMPLER_ARGUMENTS = (
     ),
     SamplerArgument(
         "timestep_spacing",
-        "str",
+        one_of(*TIMESTEP_SPACINGS),
         "leading",
         partial(check_choice, allowed=TIMESTEP_SPACINGS),
         "diffusers' grid ``leading``, ``linspace`` or ``trailing`` is used where ``time_grid`` is None.",
@@ -235,7 +303,7 @@ SAMPLER_ARGUMENTS = (
     # the network again
     SamplerArgument(
         "variance_type",
-        "str | None",
+        one_of(*VARIANCE_TYPES),
         "fixed_small",
         partial(check_choice, allowed=VARIANCE_TYPES),
         "These are diffusers' names. ``fixed_large`` gives the ``ancestral`` predictor beta as variance; ``learned`` "
@@ -243,7 +311,7 @@ SAMPLER_ARGUMENTS = (
     ),
     SamplerArgument(
         "time_conditioning",
-        "str | None",
+        one_of(None, *TIME_CONDITIONINGS),
         "continuous",
         partial(check_choice, allowed=(None, *TIME_CONDITIONINGS)),
         "For SDE time t and u = t / t_max, the network is fed u N - 1 (``discrete``), u N (``continuous``), u (N - 1) "
@@ -254,7 +322,7 @@ SAMPLER_ARGUMENTS = (
         "float",
         0.5,
         SCALE_CHECK,
-        "This is the standard deviation of the data, for ``edm`` prediction.",
+        "This is the standard deviation of the data, for ``edm`` prediction and ``temperature``.",
     ),
 )
 

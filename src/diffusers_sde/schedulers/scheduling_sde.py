@@ -1,4 +1,8 @@
-"""What all SDE schedulers share: a plan, and diffusers' ``step()`` that executes one row of it."""
+"""What all SDE schedulers share: a plan, and diffusers' ``step()`` that executes one row of it.
+
+The file is long because diffusers' interface is one class: construction and configs, the time grid, the position in the
+plan, the step and its density, and the path for training. What can stand alone stands beside it.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,17 @@ from torch import Tensor
 
 from ..basics.checks import check_number, check_numbers
 from ..basics.noise import standard_normal_like
+from ..guidance.temperature import Tempered, rescale_temperature
 from ..networks.conditioning import TimeConditioning, TimeMaps
-from ..networks.denoisers import network_denoiser
+from ..networks.denoisers import Denoiser, network_denoiser
 from ..networks.parametrizations import Parametrization, get_parametrization
 from ..sampling.planning import make_plan
+from ..sampling.policies import Policy, get_policy, windowed
 from ..sampling.predictors import get_predictor
 from ..sampling.rows import Plan, Row, advance, concatenated, estimate_of, row_of
+from ..sampling.stages import Predictor
 from ..sampling.time_grids import MIN_LOG_SNR, WARPED, discrete_timesteps, get_time_grid, whole_timesteps
+from ..sampling.transitions import Transition, transition, why_not_gaussian
 from ..sdes import SDE, expand_like
 from ..shipping.component import ShipsItsCode, refuse_newer, written_before
 from .arguments import SMALLEST_TIME, document_arguments
@@ -44,7 +52,8 @@ class SDESchedulerOutput(BaseOutput):
 
     Attributes:
         prev_sample: The sample after this model call, the next model input before ``scale_model_input``.
-        pred_original_sample: The denoised estimate x0_hat = E[x_0 | x_t] that this model call implies.
+        pred_original_sample: The denoised estimate x0_hat = E[x_0 | x_t] that this model call implies. At another
+            ``temperature`` than 1 it is that of the samples, not of the data: the estimate that the step itself takes.
     """
 
     prev_sample: Tensor
@@ -121,6 +130,15 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             config.num_train_timesteps,
             self.time_conditionings.get(config.time_conditioning),
         )
+        self._sampled = self.parametrization  # of what is sampled, which may be cooler or hotter than the data
+        if config.temperature != 1.0:
+            self._sampled = Tempered(self.parametrization, config.temperature, self._temperature_std)
+        self._policy: Policy | None = None if config.policy is None else get_policy(config.policy)
+        if self._policy is not None and config.predictor != "exponential":
+            raise ValueError(
+                f"policy {config.policy!r} brings its own predictor: leave predictor at 'exponential', got "
+                f"{config.predictor!r}."
+            )
         self._clips = config.clip_sample or config.get("thresholding", False)
         self._learns_variance = config.variance_type in ("learned", "learned_range")
         self._batch_norms = config.langevin_norm == "batch"
@@ -131,8 +149,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = sde.prior_std
         self.num_inference_steps: int | None = None
         # This is a trial plan: what make_plan refuses on every grid is refused here, before anything is trained.
-        self._set_plan(torch.tensor([0.5, 0.4], dtype=torch.float64) * sde.t_max, "cpu")
-        self.order = self._order
+        self._set_plan(torch.tensor([0.5, 0.4], dtype=torch.float64) * sde.t_max, "cpu", first=None)
+        self.order = self._rows_per_level
         every = self._training_times()
         self.timesteps = self._fed(every)
         self.sigmas = torch.cat([self._sigmas(every), every.new_zeros(1)]).to(torch.float32)
@@ -206,27 +224,70 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @property
-    def stochasticity(self) -> float | None:
+    def stochasticity(self) -> float | list[float] | None:
         """``eta`` of the reverse SDE: 0 is the probability-flow ODE, 1 the reverse SDE, None is up to the predictor."""
         return 0.0 if self.config.probability_flow else self.config.stochasticity
 
-    def _make_plan(self, times: Tensor) -> Plan:
+    @property
+    def _temperature_std(self) -> float:
+        std = self.config.temperature_std
+        return float(self.config.sigma_data if std is None else std)
+
+    @property
+    def _predictor(self) -> Predictor:
+        config = self.config
+        return get_predictor(config.predictor).from_config(config) if self._policy is None else self._policy.predictor
+
+    @property
+    def _starts_from_pure_noise(self) -> bool:
+        """Whether the first step can start where alpha(t) = 0."""
+        return self._predictor.finite_at_zero_snr and (self._policy is None or self._policy.finite_at_zero_snr)
+
+    def _stochasticity_of(self, times: Tensor, first: int | None) -> Tensor | float | None:
+        """Eta of the intervals of a grid, of which the first has number ``first``; None for a grid of any length."""
+        config, value, intervals = self.config, self.stochasticity, len(times) - 1
+        if config.probability_flow:
+            return 0.0
+        eta: Tensor | float | None
+        if self._policy is not None:
+            if isinstance(value, list):
+                raise ValueError(f"stochasticity of the policy {config.policy!r} must be one number, got {value!r}.")
+            eta = self._policy.stochasticity(self.sde, times, self._policy.level if value is None else value)
+        elif isinstance(value, list):
+            if first is not None and len(value) != first + intervals:
+                raise ValueError(
+                    f"stochasticity must have one number for each step but the last, {first + intervals} here, got "
+                    f"{len(value)}."
+                )
+            eta = times.new_tensor(value[first:] if first is not None else max(value, default=0.0)).expand(intervals)
+        else:
+            eta = value
+        windows = (config.stochastic_indices, config.stochastic_sigmas)
+        if windows == (None, None):
+            return eta
+        if eta is None:
+            eta = self._predictor.default_stochasticity(self.sde, times)
+        each = torch.as_tensor(eta, dtype=times.dtype).expand(intervals)
+        return windowed(self.sde, times, each, *windows, first=first or 0)
+
+    def _make_plan(self, times: Tensor, first: int | None = None) -> Plan:
+        """Lay out the sampler over levels, of which the first has number ``first`` on its grid; None to try it out."""
         config = self.config
         # Grids of ours end where final_sigmas_type="sigma_min" would lead: a step there would be a call for nothing.
         final_time = self._final_time if config.time_grid is None else None
         plan = make_plan(
             self.sde,
             times,
-            predictor=get_predictor(config.predictor).from_config(config),
+            predictor=self._predictor,
             corrector=config.corrector,
             correct_steps=config.correct_steps,
             snr=config.snr,
-            stochasticity=self.stochasticity,
+            stochasticity=self._stochasticity_of(times, first),
             denoise_final=config.denoise_final or len(times) == 1,
             final_time=final_time,
         )
         # Where x0_hat is clipped it has to be formed; otherwise the parametrisation disappears in the coefficients.
-        return plan.fold(self.parametrization, self.sde, bounds_estimate=self._clips)
+        return plan.fold(self._sampled, self.sde, bounds_estimate=self._clips)
 
     # ------------------------------------------------------------------ the time grid
 
@@ -243,7 +304,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
                 sde, torch.from_numpy(timesteps.astype(np.float64))
             )
         start = sde.t_max
-        if not get_predictor(config.predictor).finite_at_zero_snr and math.isinf(float(sde.log_snr(start))):
+        if not self._starts_from_pure_noise and math.isinf(float(sde.log_snr(start))):
             start = float(sde.time_of(MIN_LOG_SNR))
         if left_out is not None and config.time_grid == "uniform" and config.sampling_sigma is None:
             return get_time_grid("uniform", sde, points + 1, start, left_out, warp=self._warp)[:-1]
@@ -345,7 +406,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         self.num_inference_steps = levels
         self._set_plan(self._finite_start(times), "cpu" if device is None else device, fed)
         # A pipeline that passes a list takes the number of calls, len(timesteps), for that of levels.
-        self.order = self._order if timesteps is None and sigmas is None else 1
+        self.order = self._rows_per_level if timesteps is None and sigmas is None else 1
 
     def _levels_of_lists(self, timesteps: Any, sigmas: Any) -> tuple[Tensor, Tensor]:
         """The SDE times of levels that are given by both lists, and what the network is fed there."""
@@ -356,8 +417,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
 
         Pipelines of flows choose their own levels, and start at t = 1.
         """
-        rule = get_predictor(self.config.predictor)
-        if rule.finite_at_zero_snr or not len(times) or not math.isinf(float(self.sde.log_snr(times[0]))):
+        if self._starts_from_pure_noise or not len(times) or not math.isinf(float(self.sde.log_snr(times[0]))):
             return times
         first = self.sde.time_of(MIN_LOG_SNR).to(times)
         if len(times) > 1 and not float(first) > float(times[1]):
@@ -385,9 +445,11 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             )
         return by_sigma.time(self.sde, values).clamp(0.0, self.sde.t_max)
 
-    def _set_plan(self, times: Tensor, device: str | torch.device, fed: Tensor | None = None) -> None:
+    def _set_plan(
+        self, times: Tensor, device: str | torch.device, fed: Tensor | None = None, first: int | None = 0
+    ) -> None:
         self._table_device = torch.device(device)
-        self._lay_out(self._make_plan(times))
+        self._lay_out(self._make_plan(times, first))
         plan = self._plan
         self._level_times = times
         self._stored: list[Tensor] = []
@@ -415,13 +477,16 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
 
     def _lay_out(self, plan: Plan) -> None:
         """Take a plan: its rows for eager steps, its table on the device for compiled ones, see ``_traced_row``."""
-        self._plan, self._rows, self._order = plan, plan.rows, plan.order
+        self._plan, self._rows, self._rows_per_level = plan, plan.rows, plan.rows_per_level
         self._table = plan.table.to(device=self._table_device, dtype=torch.float32)
         # The first level has every kind of row; whether a kind draws noise is what most of its rows do, and the others
         # (above all the last row) are listed.
         draws = [row.draws_noise for row in plan.rows]
-        self._draws = [2 * sum(draws[k :: plan.order]) > len(draws[k :: plan.order]) for k in range(plan.order)]
-        self._otherwise = tuple(i for i, d in enumerate(draws) if d != self._draws[i % plan.order])
+        self._draws = [
+            2 * sum(draws[k :: plan.rows_per_level]) > len(draws[k :: plan.rows_per_level])
+            for k in range(plan.rows_per_level)
+        ]
+        self._otherwise = tuple(i for i, d in enumerate(draws) if d != self._draws[i % plan.rows_per_level])
 
     def _fed(self, t: Tensor) -> Tensor:
         """Timesteps of SDE times: int64 where they are entries of a DDPM table, as in diffusers, float32 otherwise."""
@@ -490,15 +555,18 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         # starts the sample stands at the next level already, and is passed through until that begins: Heun's second
         # call; and, where order is 2, an odd index given by set_begin_index, because the SDXL family then starts one
         # call early: it takes every scheduler of order 2 for Heun.
-        level = min(index // self._order, len(self._level_times) - 1)
+        level = min(index // self._rows_per_level, len(self._level_times) - 1)
         self._first_row = index
         early = self._begin_index is not None and self.order == 2 and index % 2 == 1
         if index < len(self._rows) and (early or self._rows[index].continues):
             level += 1
-            self._first_row = level * self._order
+            self._first_row = level * self._rows_per_level
         if self._plan.memory and 0 < level < len(self._level_times) - 1:
             # Multistep rows here look back on estimates that do not exist: lay the rest of the plan out anew.
-            begun, rest = self._plan.until(level * self._order), self._make_plan(self._level_times[level:])
+            begun, rest = (
+                self._plan.until(level * self._rows_per_level),
+                self._make_plan(self._level_times[level:], level),
+            )
             self._lay_out(concatenated([begun, rest]))
         return index
 
@@ -590,6 +658,78 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         prev_sample, x0_hat = prev_sample.to(dtype), x0_hat.to(dtype)
         return SDESchedulerOutput(prev_sample, x0_hat) if return_dict else (prev_sample, x0_hat)
 
+    @property
+    def stochastic_steps(self) -> tuple[int, ...]:
+        """The rows of the plan, as indices of ``timesteps``, for which ``transition`` is defined."""
+        return tuple(i for i, row in enumerate(self._rows) if why_not_gaussian(row) is None)
+
+    def transition(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        memory: Sequence[Tensor] = (),
+        index: int | Sequence[int] | Tensor | None = None,
+    ) -> Transition:
+        """The law p(x_s | x_t) = N(mean, std^2 I) of a step, without taking it.
+
+        It depends on nothing that ``step`` has done, and changes nothing. Gradients reach ``model_output`` and
+        ``sample``. Half precision is computed in float32. ``step`` draws what ``transition(...).sample(generator)``
+        draws, bit for bit.
+
+        Args:
+            model_output: What the network returned, shape (B, ...).
+            timestep: The entry of ``timesteps`` that it was called with, or one for each sample, shape (B,).
+            sample: x_t, shape (B, ...).
+            memory: For samplers that look back, the ``memory`` of the transition before.
+            index: Index in ``timesteps``, or one for each sample, in place of the timestep. It is needed where several
+                rows share a timestep, as with correctors.
+
+        Raises:
+            ValueError: The step has no density (``stochastic_steps`` lists those that have one), several rows have this
+                timestep, or the step looks back on what is not given.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("Call set_timesteps before transition.")
+        indices = self._rows_of(timestep, index, len(sample))
+        if self._learns_variance and model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output[:, : sample.shape[1]]
+        dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
+        sample, model_output = sample.to(dtype), model_output.to(dtype)
+
+        def of_row(i: int, x: Tensor, output: Tensor) -> Transition:
+            row = self._rows[i]
+            estimate = self._clip(estimate_of(row, x, output)) if row.needs_estimate else None
+            return transition(row, x, output, memory, estimate)
+
+        if len(set(indices)) == 1:
+            return of_row(indices[0], sample, model_output)
+        # Every sample by the numbers of its own row, so that it does not depend on its batch mates.
+        each = [of_row(i, sample[k : k + 1], model_output[k : k + 1]) for k, i in enumerate(indices)]
+        std = torch.tensor([one.std for one in each], dtype=torch.float64, device=sample.device)
+        return Transition(torch.cat([one.mean for one in each]), std)
+
+    def _rows_of(self, timestep: float | Tensor, index: int | Sequence[int] | Tensor | None, samples: int) -> list[int]:
+        """The row of each sample."""
+        if index is not None:
+            given = torch.as_tensor(index).reshape(-1).tolist()
+        else:
+            values = torch.as_tensor(timestep).reshape(-1).tolist()
+            nearest = [min(self._timestep_values, key=lambda t: abs(t - value)) for value in values]
+            shared = next((t for t in nearest if self._timestep_values.count(t) > 1), None)
+            if shared is not None:
+                raise ValueError(
+                    f"{self._timestep_values.count(shared)} rows have the timestep {shared:g}: pass index, the place "
+                    "in scheduler.timesteps, instead."
+                )
+            given = [self._timestep_values.index(t) for t in nearest]
+        if len(given) not in (1, samples) or not all(0 <= i < len(self._rows) for i in given):
+            raise ValueError(
+                f"timestep and index must be one, or one for each of the {samples} samples, within the "
+                f"{len(self._rows)} rows of the plan; got {len(given)}: {given}."
+            )
+        return given if len(given) == samples else given * samples
+
     def _traced_row(self, index: int) -> Row:
         """A row with coefficients from a tensor, for ``torch.compile``.
 
@@ -597,7 +737,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         the graph depends on the place in a level only. Noise is drawn where the eager step draws it and nowhere else,
         so that the next draw is the same too.
         """
-        place = index % self._order
+        place = index % self._rows_per_level
         draws = self._draws[place]
         for i in self._otherwise:  # compared one by one: ``in`` of a traced number is no guard
             if index == i:
@@ -677,6 +817,13 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     def denoiser(self, network: Callable[..., Any], **kwargs: Any) -> Callable[[Tensor, Tensor | float], Tensor]:
         """(x_t, SDE time) -> x0_hat for a network that this scheduler describes; see ``network_denoiser``."""
         return network_denoiser(network, self.sde, self.parametrization, self.conditioning, **kwargs)
+
+    def tempered(self, denoiser: Denoiser) -> Denoiser:
+        """The denoiser whose samples have the config's ``temperature``; at 1, ``denoiser`` itself.
+
+        ``step`` does the same with what the network returns. ``denoiser`` of this class is at temperature 1.
+        """
+        return rescale_temperature(denoiser, self.sde, self.config.temperature, self._temperature_std)
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)

@@ -68,7 +68,7 @@ def stock_arguments() -> dict[str, dict[str, Any]]:
     found = {}
     for module in (diffusers, diffusers.schedulers):
         for name in dir(module):
-            cls = getattr(module, name) if name.endswith("Scheduler") else None
+            cls = getattr(module, name, None) if name.endswith("Scheduler") else None  # None: it needs a library
             if inspect.isclass(cls) and cls.__module__.split(".")[0] == "diffusers":
                 parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
                 named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

@@ -42,6 +42,7 @@ CALL_OPTIONS = (
     *("num_inference_steps", "method", "rtol", "atol", "guidance_scale", "classifier_guidance_scale"),
     "scheduler",
 )
+SAMPLES_PER_DIMENSION = 2  # of features; see ``too_few_samples``
 PICTURES = "images"
 PICTURE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 RECIPES: Sequence[Mapping[str, Any]] = (
@@ -103,12 +104,16 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
     if unknown:
         raise ValueError(f"results: unknown keys {', '.join(unknown)}; known are {', '.join(KEYS + EVALUATION_KEYS)}.")
     task, description, call = next(PIPELINES[c.__name__] for c in type(pipe).__mro__ if c.__name__ in PIPELINES)
-    channels, height, width = pipe.sample_shape
+    channels, height, width = pipe.image_shape
     label = min(pipe.labels, key=pipe.labels.__getitem__, default=0) if hasattr(pipe, "labels") else 0
     dataset = {**results.get("data", {}), **results.get("dataset", {})}
     metrics = _metrics(results)
     entries = [*metrics, *_sampler_metrics(results)]
-    recipes = [*results.get("recipes", []), *map(_recipe, results.get("samplers", []))] or RECIPES
+    recipes: Sequence[Mapping[str, Any]] = [
+        *results.get("recipes", []),
+        *(_recipe(s, shown_metrics(results, s)) for s in results.get("samplers", [])),
+    ]
+    recipes = recipes or RECIPES
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag=TASK if task.endswith("conditional-image-generation") else task,
@@ -151,6 +156,35 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
         training_command=results.get("training_command"),
         limitations=results.get("limitations") or LIMITATIONS,
     )
+
+
+def too_few_samples(results: Mapping[str, Any]) -> bool:
+    """Return whether an evaluation has too few images for numbers about the distribution of their features.
+
+    The covariance of n vectors of d dimensions is known to a relative error of about (d/n)^(1/2), and has rank n - 1 at
+    most. For n vectors of an isotropic Gaussian that error alone makes a Frechet distance of about d/(4 n) of their
+    variance to the Gaussian itself. ``SAMPLES_PER_DIMENSION`` keeps it to 13 per cent.
+
+    Args:
+        results: What ``evaluate`` returns, with samplers.
+    """
+    fewest = min(results["num_samples"], results["data"]["images"])
+    return bool(fewest < SAMPLES_PER_DIMENSION * results["features"]["dimensions"])
+
+
+def shown_metrics(results: Mapping[str, Any], sampler: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a sampler that a card shows: without deviations, and without what too few images say.
+
+    Args:
+        results: What ``evaluate`` returns.
+        sampler: One of its samplers.
+    """
+    few = too_few_samples(results)
+    return {
+        name: value
+        for name, value in sampler["metrics"].items()
+        if not name.endswith("_std") and (name == "class_accuracy" or not few)
+    }
 
 
 def add_card(folder: str | os.PathLike, pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None) -> None:
@@ -237,7 +271,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _facts(pipe: Any, dataset: Mapping[str, Any]) -> list[list[str]]:
     scheduler, unet = pipe.scheduler, pipe.unet
-    channels, height, width = pipe.sample_shape
+    channels, height, width = pipe.image_shape
     rows = []
     sde = getattr(scheduler, "sde", None)
     if sde is not None:  # then the scheduler is one of ours
@@ -256,8 +290,8 @@ def _facts(pipe: Any, dataset: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def _recipe(sampler: Mapping[str, Any]) -> dict[str, Any]:
-    """A sampler of an evaluation as a recipe."""
+def _recipe(sampler: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
+    """A sampler of an evaluation as a recipe, with these of its numbers."""
     options = dict(sampler["options"])
     if options.get("predictor", "") is None:
         options["predictor"] = "none"
@@ -267,7 +301,7 @@ def _recipe(sampler: Mapping[str, Any]) -> dict[str, Any]:
         "scheduler": options.get("scheduler"),
         "num_inference_steps": options.get("num_inference_steps", ""),
         "calls": f"{sampler['calls_per_image']:g}",
-        "metrics": {k: f"{v:.4g}" for k, v in sampler["metrics"].items() if not k.endswith("_std")},
+        "metrics": {name: f"{value:.4g}" for name, value in metrics.items()},
     }
 
 
@@ -305,6 +339,11 @@ def _features(results: Mapping[str, Any]) -> str | None:
     if not results.get("samplers"):
         return None
     features, data = results["features"], results["data"]
+    if too_few_samples(results):
+        return (
+            f"{results['num_samples']} samples of each, which are too few for numbers about the distribution of their "
+            f"{features['dimensions']} features."
+        )
     return (
         f"{results['num_samples']} samples of each against {data['images']} images of {data['name']} "
         f"({data['split']}); features: {features['name']}, {features['dimensions']} dimensions. Such numbers compare "
@@ -341,8 +380,7 @@ def _sampler_metrics(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             "value": value,
         }
         for sampler in results.get("samplers", [])
-        for name, value in sampler["metrics"].items()
-        if not name.endswith("_std")
+        for name, value in shown_metrics(results, sampler).items()
     ]
 
 
@@ -356,6 +394,7 @@ def _stock(pipe: Any) -> str | None:
         or config.time_conditioning not in ("discrete", "continuous", "score_sde")
         or (pipe.config.data_min, pipe.config.data_max) != (-1.0, 1.0)
         or type(pipe).__name__ == "ClassConditionalSDEPipeline"
+        or pipe.vae is not None
     ):
         return None
     if config.time_conditioning == "discrete":

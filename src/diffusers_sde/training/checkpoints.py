@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..basics.files import check_folder, saving, sync, write_folder_whole
+from ..basics.modes import give_mode
 from ..pipelines.base import PIPELINE_MODULE
 from .sharding import copy_sharded, gather, load_state, save_state
 
@@ -45,13 +46,16 @@ _FILES_OF_A_RUN = (
     "diffusers_sde.py",
     "unet/config.json",
     "unet/diffusion_pytorch_model*",
+    "unet/diffusers_sde.py",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model*",
     "scheduler/scheduler_config.json",
     "scheduler/diffusers_sde.py",
     "samples/step-*.png",
     "samples/.step-*.png.unfinished",
     "classifier.safetensors",
 )
-_FOLDERS_OF_A_RUN = frozenset(("unet", "scheduler", "samples"))
+_FOLDERS_OF_A_RUN = frozenset(("unet", "vae", "scheduler", "samples"))
 _FOR_ITSELF = (UNFINISHED, DISCARDED, UNFINISHED_PIPELINE)
 
 
@@ -337,6 +341,9 @@ def save_checkpoint(
             if accelerator.is_main_process:
                 averaging = {} if ema is None else {"ema_updates": ema.optimization_step}
                 _write_state(unfinished, {**state, **averaging})
+                mode = unfinished.stat().st_mode
+                for file in unfinished.glob("*.safetensors"):
+                    give_mode(file, mode)
                 if checkpoint.exists():  # of the same step, which the run has come to again
                     _discard(output_dir, checkpoint)
                 unfinished.rename(checkpoint)

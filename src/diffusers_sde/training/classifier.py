@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DModel
 from torch import Tensor
 
 from ..images.arrays import to_network
@@ -18,7 +19,7 @@ from ..networks.classifier import NoiseConditionalClassifier, classifier_logits,
 from ..sdes import expand_like
 from .checkpoints import save_model
 from .configuration import ClassifierTrainingConfig
-from .networks import checked_classes, unet_from_config, unet_sizes
+from .networks import checked_classes, network_from_config, unet_sizes
 from .run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,9 @@ class ClassifierTrainer(TrainingRun):
         config, source = self.config, self.source
         classes, path = checked_classes(source), config.model_config_name_or_path
         # The classifier is the encoder of a denoiser of these sizes.
-        sizes = unet_sizes(config, source) if path is None else unet_from_config(path, source, None).config
+        sizes = (
+            unet_sizes(config, source) if path is None else network_from_config(UNet2DModel, path, source, None).config
+        )
         with torch.device("cpu"):  # numbers are wanted even where the network is only sketched
             low, high = trained_log_snr(self.sde)
         return NoiseConditionalClassifier(

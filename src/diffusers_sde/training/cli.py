@@ -31,8 +31,8 @@ def build_parser(
         prog=prog,
         description=description,
         epilog="A step is an optimiser step: train_batch_size x processes x gradient_accumulation_steps images. "
-        f"Launch: 'accelerate launch scripts/{prog} ...'; several processes without a GPU: 'ACCELERATE_USE_CPU=true "
-        f"accelerate launch --multi_gpu --num_processes 2 scripts/{prog} ...' (accelerate's --cpu starts only one). "
+        f"Launch: 'accelerate launch {_launched(prog)} ...'; several processes without a GPU: 'ACCELERATE_USE_CPU=true "
+        f"accelerate launch --multi_gpu --num_processes 2 {_launched(prog)} ...' (accelerate's --cpu starts only one). "
         "On a CPU accelerate gives a process one thread: --num_cpu_threads_per_process changes that.",
     )
     if config_class is TrainingConfig:
@@ -42,6 +42,12 @@ def build_parser(
             help="Settings of the paper for CIFAR-10, which other options override.",
         )
     return parser
+
+
+def _launched(prog: str) -> str:
+    """What accelerate launches: a script of the clone, or a command of the package."""
+    program, _, command = prog.partition(" ")
+    return f"-m diffusers_sde.commands {command}" if command else f"scripts/{program}"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> TrainingConfig:
@@ -57,14 +63,14 @@ def parse_args(argv: Sequence[str] | None = None) -> TrainingConfig:
     return TrainingConfig.from_recipe(**vars(build_parser().parse_args(argv)))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, prog: str = "train.py") -> None:
     """Train a denoiser as the command line says; see ``run_command_line``."""
-    run_command_line(build_parser(), TrainingConfig.from_recipe, Trainer, argv)
+    run_command_line(build_parser(prog), TrainingConfig.from_recipe, Trainer, argv)
 
 
-def classifier_main(argv: Sequence[str] | None = None) -> None:
+def classifier_main(argv: Sequence[str] | None = None, prog: str = "train_classifier.py") -> None:
     """Train a classifier as the command line says; see ``run_command_line``."""
-    parser = build_parser("train_classifier.py", CLASSIFIER, ClassifierTrainingConfig)
+    parser = build_parser(prog, CLASSIFIER, ClassifierTrainingConfig)
     run_command_line(parser, ClassifierTrainingConfig, ClassifierTrainer, argv)
 
 
@@ -84,6 +90,7 @@ def run_command_line(
 
     Mistakes that are found before training end in one line and exit code 2, a disk that is full in one line and 1.
     """
+    names = tuple(action.dest for action in parser._actions)
     main_process = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(
         format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO if main_process else logging.ERROR
@@ -95,11 +102,11 @@ def run_command_line(
     except (ValueError, OSError) as error:
         if not main_process:
             raise SystemExit(2) from None
-        raise fail(parser.prog, error) from None
+        raise fail(parser.prog, error, names=names) from None
     try:
         trainer.run()
     except (FolderInUse, SaveError) as error:
         code = 2 if isinstance(error, FolderInUse) else 1
         if not main_process:
             raise SystemExit(code) from None
-        raise fail(parser.prog, error, code) from None
+        raise fail(parser.prog, error, code, names) from None

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..basics.options import option
 from ..images.options import ImageOptions, is_local
-from .networks import DenoiserNetworkOptions, NetworkOptions
+from .encoders import EncoderOptions
+from .networks import DenoiserOptions, NetworkOptions
 from .options import (
     AveragingOptions,
     ClassOptions,
@@ -21,8 +22,8 @@ from .options import (
     SampleOptions,
     TimeOptions,
 )
-from .recipes import RECIPES
-from .trainable import PredictionOptions, SDEOptions
+from .recipes import RECIPES, recipe_settings
+from .trainable import SDEOptions
 
 _HUB = tuple(f.name for f in fields(HubOptions))
 _LOCAL = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir", "logging_dir", *_HUB)
@@ -32,7 +33,7 @@ def _without_folders(name: str, word: str) -> str:
     """A word of a command line for others, without the folders of this machine."""
     word = " ".join(word.split()) if "\n" in word or "\r" in word else word  # a card shows one line
     looks_local = word.startswith(("/", "~", ".", "file:")) or "\\" in word or re.match("[A-Za-z]:", word) is not None
-    may_be_local = name in ("dataset_name", "model_config_name_or_path")  # or a name on the Hub
+    may_be_local = name in ("dataset_name", "model_config_name_or_path", "init_from", "vae")  # or a name on the Hub
     if name == "train_data_dir" or looks_local or (may_be_local and (word.count("/") > 1 or is_local(word))):
         last = re.split(r"[/\\]", word.rstrip("/\\"))[-1]
         return f"path/to/{last.strip('~.') or 'data'}"
@@ -61,6 +62,12 @@ class CommonTrainingConfig(
         super().__post_init__()
         if self.time_sampling != "uniform" and self.discrete:
             raise ValueError(f"time_sampling {self.time_sampling!r} needs continuous time, got discrete=True.")
+        shifts = self.time_shift != 1.0 or self.time_shift_base_resolution is not None
+        if shifts and (self.discrete or self.time_sampling == "importance"):
+            raise ValueError(
+                "time_shift and time_shift_base_resolution need continuous times that are not drawn by 'importance', "
+                f"got discrete={self.discrete!r} and time_sampling={self.time_sampling!r}."
+            )
 
     def check_streamed(self) -> None:
         """Check that the options suit data whose number is not known.
@@ -90,8 +97,8 @@ class TrainingConfig(
     HubOptions,
     SampleOptions,
     LossOptions,
-    PredictionOptions,
-    DenoiserNetworkOptions,
+    DenoiserOptions,
+    EncoderOptions,
     ClassOptions,
     CommonTrainingConfig,
 ):
@@ -115,6 +122,10 @@ class TrainingConfig(
             raise ValueError(
                 f"time_sampling 'importance' is for weighting 'likelihood', got weighting={self.weighting!r}."
             )
+        if self.vae is None and self.latent_scaling != "measured":
+            raise ValueError(f"latent_scaling {self.latent_scaling!r} has no effect without vae.")
+        if self.vae is not None and self.data_min != -1.0:
+            raise ValueError(f"data_min must be -1 with vae, whose images lie in [-1, 1], got {self.data_min!r}.")
         fourier = ("score", "sigma")
         if self.time_embedding_type == "fourier" and (self.prediction_type, self.time_conditioning) != fourier:
             raise ValueError(
@@ -155,7 +166,7 @@ class TrainingConfig(
         """
         if recipe is not None and recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}.")
-        settings = dict(RECIPES[recipe]) if recipe is not None else {}
+        settings = {} if recipe is None else recipe_settings(recipe, options.get("model_type"))
         if "num_epochs" in options:
             settings.pop("max_train_steps", None)  # it would count before what was asked for
         return cls(**(settings | options))

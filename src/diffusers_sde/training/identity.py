@@ -25,7 +25,7 @@ _IN_PARTS = {"scheduler": "scheduler's", "architecture": "network's"}
 # These options change what comes out, and a run may change them when it is resumed: they count from there on.
 _CHANGEABLE = (
     *("learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay"),
-    *("adam_epsilon", "max_grad_norm", "train_batch_size", "gradient_accumulation_steps", "dropout", "random_flip"),
+    *("adam_epsilon", "max_grad_norm", "train_batch_size", "gradient_accumulation_steps", "random_flip"),
     *("center_crop", "stratified_times", "sampling_eps", "ema_inv_gamma", "ema_power", "ema_max_decay"),
     *("torch_compile", "channels_last"),
 )
@@ -49,7 +49,8 @@ def identity_of(
         weighting: The weighting of its loss over time.
         network: The network.
     """
-    is_log_normal = config.time_sampling == "log_normal"
+    is_log_normal, is_logit_normal = (config.time_sampling == name for name in ("log_normal", "logit_normal"))
+    shift = config.time_shift_at(source.resolution)
     identity = {
         "sde": repr(scheduler.sde),
         "prediction_type": scheduler.config.prediction_type,
@@ -60,6 +61,10 @@ def identity_of(
         "time_sampling": config.time_sampling,
         "log_normal_mean": config.log_normal_mean if is_log_normal else None,
         "log_normal_std": config.log_normal_std if is_log_normal else None,
+        "logit_normal_mean": config.logit_normal_mean if is_logit_normal else None,
+        "logit_normal_std": config.logit_normal_std if is_logit_normal else None,
+        "time_shift": None if shift == 1.0 else shift,
+        "use_8bit_adam": config.use_8bit_adam or None,
         "train_eps": sde.t_min,
         "discrete": config.discrete,
         "data_min": config.data_min,
@@ -79,9 +84,25 @@ def identity_of(
     return as_recorded(identity)
 
 
-def changeable_options(config: CommonTrainingConfig) -> dict[str, Any]:
+def changeable_options(config: CommonTrainingConfig, network: Any) -> dict[str, Any]:
     """The options that change the result, and that a run may change when it is resumed."""
-    return {name: getattr(config, name) for name in _CHANGEABLE if hasattr(config, name)}
+    options = {name: getattr(config, name) for name in _CHANGEABLE if hasattr(config, name)}
+    return options | {"dropout": network.config.get("dropout") or 0.0}  # which a preset may have decided
+
+
+def log_other_scheduler(saved: Any, own: SDEScheduler) -> None:
+    """Warn where a network was saved with another scheduler than it is trained for: it has to learn the difference.
+
+    Args:
+        saved: The scheduler that it was saved with, of whatever class; None if there was none.
+        own: The scheduler of the run.
+    """
+    was, now = dict(getattr(saved, "config", {})), trained_config(own)
+    if isinstance(saved, SDEScheduler):
+        was = trained_config(saved)
+    changes = [f"{name} {was[name]!r} -> {now[name]!r}" for name in now if name in was and was[name] != now[name]]
+    if changes:
+        logger.warning("init_from: the network was trained for something else: %s.", ", ".join(changes))
 
 
 def as_recorded(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,21 +2,27 @@
 
 A network type is a function of the options, the images and the number of classes that the network is told, which
 returns a ``ModelMixin`` of diffusers, called as ``network(x, timestep, return_dict=...)``, and with ``class_labels``
-where it has classes. Its config holds ``sample_size`` and ``in_channels``.
+where it has classes. Its config holds ``sample_size`` and ``in_channels``; ``basics.networks.NetworkTraits`` says what
+else is read from it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import psutil
-from diffusers import ModelMixin, UNet2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, ModelMixin, UNet2DModel
 
+from ..basics.networks import denoises_images, traits_of
 from ..basics.options import CheckedOptions, option
 from ..images.samples import TrainingSource
+from ..networks.ncsnpp import PRESETS, NCSNpp
+from .trainable import PredictionOptions, SDEOptions
+from .transformers import SIZES, initialize_transformer, leave_labels, transformer_sizes
 
 TIME_EMBEDDINGS = ("positional", "fourier")
 # Entries of a network's config that may differ between a checkpoint and the run that continues it.
@@ -30,7 +36,7 @@ class NetworkOptions(CheckedOptions):
     """The sizes of a network, as far as denoisers and classifiers have them in common."""
 
     model_config_name_or_path: str | None = option(
-        None, "Config of a UNet2DModel, a folder or Hub name, instead of the options below."
+        None, "Config of a network of this kind, a folder or Hub name, instead of the options below."
     )
     block_out_channels: tuple[int, ...] | None = option(
         None, "Channels per resolution level, such as 32 64. Default: chosen from the resolution.", least=1, most=65536
@@ -39,7 +45,12 @@ class NetworkOptions(CheckedOptions):
     attention_resolutions: tuple[int, ...] = option(
         (8, 16), "Sides of feature maps that get self-attention, below the full resolution.", least=1
     )
-    dropout: float = option(0.0, "Dropout in the residual blocks.", least=0.0, most=0.999)
+    dropout: float | None = option(
+        None, "Dropout in the residual blocks. Default: 0, or that of a preset.", least=0.0, most=0.999
+    )
+    gradient_checkpointing: bool = option(
+        False, "Keep no activations of the blocks and compute them again on the way back: less memory, more time."
+    )
 
 
 def unet_sizes(options: NetworkOptions, source: TrainingSource) -> dict[str, Any]:
@@ -70,7 +81,7 @@ def unet_sizes(options: NetworkOptions, source: TrainingSource) -> dict[str, Any
         "attention_head_dim": math.gcd(*channels, 64),
         # With fewer than four channels per group, GroupNorm would remove the scale of individual features.
         "norm_num_groups": min(32, math.gcd(*channels) // 4 if math.gcd(*channels) % 4 == 0 else 1),
-        "dropout": options.dropout,
+        "dropout": options.dropout or 0.0,
     }
 
 
@@ -83,81 +94,328 @@ def default_channels(resolution: int) -> tuple[int, ...]:
     return tuple(base * min(2**level, 2 if level < 3 else 4) for level in range(levels))
 
 
-def unet_from_config(path: str, source: TrainingSource, classes: int | None) -> UNet2DModel:
+def network_from_config(
+    network_class: type[ModelMixin], path: str, source: TrainingSource, classes: int | None
+) -> ModelMixin:
     """A network by its config, a folder or a name on the Hub, for these images and so many classes.
+
+    Args:
+        network_class: What the config is one of.
+        path: The folder or name.
+        source: The images.
+        classes: Number of classes that it is told, with the null class; None for a network that is told none.
 
     Raises:
         ValueError: No such config, or one that does not fit the images.
     """
-    config = UNet2DModel.load_config(path)
+    config = network_class.load_config(path)
     try:
-        unet = UNet2DModel.from_config({**config, "num_class_embeds": classes})
+        network = network_class.from_config({**config, **label_entries(network_class, classes)})
     except Exception as error:  # diffusers checks no types, so a wrong one may raise anything
-        raise ValueError(f"model_config_name_or_path {path!r} is no config of a UNet2DModel: {error}") from error
-    has = {"in_channels": unet.config.in_channels, "out_channels": unet.config.out_channels}
+        raise ValueError(
+            f"model_config_name_or_path {path!r} is no config of a {network_class.__name__}: {error}"
+        ) from error
+    sides = traits_of(network).sides
+    if sides not in (None, (source.resolution,) * 2):
+        raise ValueError(
+            f"model_config_name_or_path {path!r} is for images of side {network.config.sample_size}, but the images "
+            f"have {source.resolution}: pass resolution={network.config.sample_size}."
+        )
+    check_images(network, source, f"model_config_name_or_path {path!r}")
+    network.register_to_config(sample_size=source.resolution)
+    return network
+
+
+def label_entries(network_class: type[ModelMixin], classes: int | None) -> dict[str, Any]:
+    """The entries of a network's config that give it so many classes, a null class included, or none.
+
+    A ``DiTTransformer2DModel`` has one label more than its config says, which ``NetworkTraits`` counts too.
+    """
+    if issubclass(network_class, DiTTransformer2DModel):
+        return {"num_embeds_ada_norm": 0 if classes is None else classes - 1}
+    return {"num_class_embeds": classes}
+
+
+def check_images(network: ModelMixin, source: TrainingSource, whose: str) -> None:
+    """Make sure that a network takes images of these channels and sides, and returns as many.
+
+    Args:
+        network: The network.
+        source: The images.
+        whose: Where the network comes from, in words.
+
+    Raises:
+        ValueError: It does not.
+    """
+    traits = traits_of(network)
+    has = {"in_channels": network.config.get("in_channels"), "out_channels": network.config.get("out_channels")}
     for name, value in has.items():
-        if value != source.channels:
+        expected = (source.channels, None, *([2 * source.channels] if traits.returns_variance else []))
+        if value not in expected:
             raise ValueError(
-                f"model_config_name_or_path {path!r} has {name}={value}, but the images have {source.channels} "
-                "channels: pass another config, or channels to convert the images."
+                f"{whose} has {name}={value}, but the images have {source.channels} channels: pass another network, or "
+                "channels to convert the images."
             )
-    if unet.config.sample_size not in (None, source.resolution, [source.resolution] * 2):
-        raise ValueError(
-            f"model_config_name_or_path {path!r} is for images of side {unet.config.sample_size}, but the images have "
-            f"{source.resolution}: pass resolution={unet.config.sample_size}."
-        )
-    halvings = len(unet.config.block_out_channels) - 1
-    if source.resolution % 2**halvings:
-        raise ValueError(
-            f"model_config_name_or_path {path!r} halves the image {halvings} times, but the resolution "
-            f"{source.resolution} is no multiple of {2**halvings}."
-        )
-    unet.register_to_config(sample_size=source.resolution)
-    return unet
+    if source.resolution % (traits.divisor or 1):
+        does = f"has patches of side {traits.divisor}"
+        if not traits.fixed_sides:
+            does = f"halves the image {(traits.divisor or 1).bit_length() - 1} times"
+        raise ValueError(f"{whose} {does}, but the resolution {source.resolution} is no multiple of {traits.divisor}.")
 
 
-def build_unet(options: DenoiserNetworkOptions, source: TrainingSource, classes: int | None) -> UNet2DModel:
+def build_unet(options: DenoiserOptions, source: TrainingSource, classes: int | None) -> ModelMixin:
     """A UNet, built from ``model_config_name_or_path``, or with a size that suits the images.
 
     Raises:
         ValueError: A given config that does not fit the images, or sizes that do not divide.
     """
     if options.model_config_name_or_path is not None:
-        return unet_from_config(options.model_config_name_or_path, source, classes)
+        return network_from_config(UNet2DModel, options.model_config_name_or_path, source, classes)
     sizes = unet_sizes(options, source)
     return UNet2DModel(**sizes, time_embedding_type=options.time_embedding_type, num_class_embeds=classes)
 
 
-NetworkBuilder = Callable[["DenoiserNetworkOptions", TrainingSource, "int | None"], ModelMixin]
+def build_dit(options: DenoiserOptions, source: TrainingSource, classes: int | None) -> ModelMixin:
+    """A transformer on patches, built from ``model_config_name_or_path``, or of the named size; see ``transformers``.
 
-NETWORKS: dict[str, NetworkBuilder] = {"unet": build_unet}
+    Raises:
+        ValueError: A given config that does not fit the images, or patches that do not cover them.
+    """
+    if options.model_config_name_or_path is not None:
+        network = network_from_config(DiTTransformer2DModel, options.model_config_name_or_path, source, classes)
+    else:
+        sizes = transformer_sizes(source, options.model_size, options.patch_size)
+        labels = label_entries(DiTTransformer2DModel, classes)
+        network = DiTTransformer2DModel(**sizes, **labels, dropout=options.dropout or 0.0)
+    initialize_transformer(network)
+    return network
+
+
+def build_ncsnpp(options: DenoiserOptions, source: TrainingSource, classes: int | None) -> ModelMixin:
+    """The paper's NCSN++: FIR resampling and the image shown to every resolution; see ``_build_paper``."""
+    return _build_paper(options, source, classes, fir_kernel=(1, 3, 3, 1), progressive_input="residual")
+
+
+def build_ddpmpp(options: DenoiserOptions, source: TrainingSource, classes: int | None) -> ModelMixin:
+    """The paper's DDPM++, NCSN++ without FIR resampling and progressive input; see ``_build_paper``."""
+    return _build_paper(options, source, classes, fir_kernel=None, progressive_input="none")
+
+
+def _build_paper(
+    options: DenoiserOptions, source: TrainingSource, classes: int | None, **resampling: Any
+) -> ModelMixin:
+    """A network of the paper: by its config, by the name of a preset, or with sizes that suit the images.
+
+    Without either, NCSN++ for the VE SDE is the paper's: it embeds log sigma, and divides its output by sigma unless
+    another prediction than the score is asked for. All others embed the timestep.
+
+    Raises:
+        ValueError: A config or a preset that does not fit the images, or sizes that do not divide.
+    """
+    path, preset = options.model_config_name_or_path, options.model_preset
+    if path is not None:
+        return network_from_config(NCSNpp, path, source, classes)
+    of_data: dict[str, Any] = {"in_channels": source.channels, "num_class_embeds": classes}
+    if options.dropout is not None:
+        of_data["dropout"] = options.dropout
+    if preset is not None:
+        side, centers = (PRESETS[preset][name] for name in ("sample_size", "center_input_sample"))
+        if side != source.resolution:
+            raise ValueError(
+                f"model_preset {preset!r} is for images of side {side}, but the images have {source.resolution}: pass "
+                f"resolution={side}."
+            )
+        if centers != (options.data_min == 0.0):
+            raise ValueError(
+                f"model_preset {preset!r} is for images in [{-1 + centers}, 1]: pass data_min={-1 + centers}, got "
+                f"{options.data_min!r}."
+            )
+        return NCSNpp.from_preset(preset, **of_data)
+    sizes = unet_sizes(options, source)
+    takes_sigma = options.model_type == "ncsnpp" and options.sde == "ve"
+    return NCSNpp(
+        **resampling,
+        **{"dropout": 0.0, **of_data},
+        sample_size=source.resolution,
+        block_out_channels=tuple(sizes["block_out_channels"]),
+        layers_per_block=options.layers_per_block,
+        attention_resolutions=tuple(side for side in options.attention_resolutions if side < source.resolution),
+        time_embedding_type="fourier" if takes_sigma else "positional",
+        scale_by_sigma=takes_sigma and options.prediction_type in (None, "score"),
+        # What edm prediction is fed is scaled, and lies nowhere near [0, 1].
+        center_input_sample=options.data_min == 0.0 and options.prediction_type != "edm",
+    )
+
+
+NetworkBuilder = Callable[["DenoiserOptions", TrainingSource, "int | None"], ModelMixin]
+
+NETWORKS: dict[str, NetworkBuilder] = {
+    "unet": build_unet,
+    "dit": build_dit,
+    "ncsnpp": build_ncsnpp,
+    "ddpmpp": build_ddpmpp,
+}
+_PAPER = ("ncsnpp", "ddpmpp")
+_OF_UNETS = ("unet", *_PAPER)
+# Of these options, those networks of the registry that take them; networks of a user's own may take any.
+_TAKEN_BY = {
+    "block_out_channels": _OF_UNETS,
+    "layers_per_block": _OF_UNETS,
+    "attention_resolutions": _OF_UNETS,
+    "time_embedding_type": ("unet",),
+    "model_size": ("dit",),
+    "patch_size": ("dit",),
+    "model_preset": _PAPER,
+}
+_BUILT_IN = tuple(NETWORKS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserNetworkOptions(NetworkOptions):
     """Which network is trained to denoise, and its sizes."""
 
-    model_type: str = option("unet", "Kind of network.", choices=NETWORKS)
+    model_type: str = option(
+        "unet",
+        "Kind of network: 'unet' (UNet2DModel), 'dit' (DiTTransformer2DModel on patches of the image), 'ncsnpp' or "
+        "'ddpmpp' (the paper's).",
+        choices=NETWORKS,
+    )
+    model_size: str | None = option(
+        None,
+        "Size of a dit: S, B, L and XL are those of its paper. Default: 4 layers of width 96 for images of up to 16 "
+        "pixels, S beyond.",
+        choices=SIZES,
+    )
+    patch_size: int | None = option(
+        None,
+        "Side of a patch of a dit, which is a token; it divides the resolution. Default: 2, and beyond 64 pixels a "
+        "32nd of the resolution.",
+        least=1,
+        most=1024,
+    )
+    model_preset: str | None = option(
+        None,
+        "Configuration of the paper for ncsnpp and ddpmpp, such as ve/cifar10_ncsnpp_continuous, instead of the sizes.",
+        choices=PRESETS,
+    )
     time_embedding_type: str = option(
         "positional",
-        "How the network embeds its timestep. 'fourier' is the paper's NCSN++: it divides the output by the timestep, "
+        "How a unet embeds its timestep. 'fourier' is the paper's NCSN++: it divides the output by the timestep, "
         "so it needs --prediction_type score --time_conditioning sigma.",
         choices=TIME_EMBEDDINGS,
     )
+    init_from: str | None = option(
+        None,
+        "Start from the averaged network of a saved pipeline, a folder or Hub name, or from a saved network, instead "
+        "of new weights. It brings its architecture, and must fit the images and the number of classes.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [f.name for f in fields(DenoiserNetworkOptions) if getattr(self, f.name) != f.default]
+        given = [name for name in given if name in (*_TAKEN_BY, "model_type", "model_config_name_or_path", "dropout")]
+        for name in given:
+            kinds = _TAKEN_BY.get(name, (self.model_type,))
+            if self.model_type in _BUILT_IN and self.model_type not in kinds:
+                raise ValueError(f"{name} is for model_type {' or '.join(kinds)}, got model_type={self.model_type!r}.")
+        if self.init_from is not None and given:
+            raise ValueError(f"{given[0]} cannot be set beside init_from, which brings its network.")
+        sizes = [name for name in given if name in (*_SIZES, "attention_resolutions", "model_config_name_or_path")]
+        if self.model_preset is not None and sizes:
+            raise ValueError(f"{sizes[0]} cannot be set beside model_preset, which says all sizes.")
 
 
-def build_network(options: DenoiserNetworkOptions, source: TrainingSource, classes: int | None) -> ModelMixin:
-    """The network that the options name.
+@dataclass(frozen=True, kw_only=True)
+class DenoiserOptions(PredictionOptions, DenoiserNetworkOptions, SDEOptions):
+    """What decides about the network of a denoiser: its own options, and what it predicts for which SDE."""
+
+
+def build_network(options: DenoiserOptions, source: TrainingSource, classes: int | None) -> ModelMixin:
+    """The network that the options name, with new weights.
 
     Args:
-        options: Its type and sizes.
+        options: Its type and sizes, and what it is trained for.
         source: The images.
         classes: Number of classes that it is told, with the null class; None for a network that is told none.
 
     Raises:
         ValueError: Options that do not fit together or do not fit the images.
     """
-    return NETWORKS[options.model_type](options, source, classes)
+    network = NETWORKS[options.model_type](options, source, classes)
+    leave_labels(network)
+    return network
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What training starts from: a trained network, and the scheduler that it was saved with.
+
+    Attributes:
+        path: The folder or the name on the Hub.
+        network: The network.
+        scheduler: The scheduler; None where the network was saved alone.
+    """
+
+    path: str
+    network: ModelMixin
+    scheduler: Any
+
+    @classmethod
+    def load(cls, path: str) -> SavedModel:
+        """Load a pipeline, or a network that was saved alone.
+
+        Raises:
+            ValueError: There is neither, or the pipeline has no network that denoises images.
+        """
+        try:
+            if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
+                name = UNet2DModel.load_config(path)["_class_name"]
+                known = {each.__name__: each for each in (UNet2DModel, DiTTransformer2DModel, NCSNpp)}
+                return cls(path, known[name].from_pretrained(path), None)
+            pipe = DiffusionPipeline.from_pretrained(path)
+        except Exception as error:  # files that do not belong to a pipeline may raise anything
+            raise ValueError(f"init_from {path!r} cannot be loaded: {type(error).__name__}: {error}") from error
+        network = getattr(pipe, "unet", None)
+        network = getattr(pipe, "transformer", None) if network is None else network
+        if not denoises_images(network):
+            raise ValueError(
+                f"init_from {path!r} is a {type(pipe).__name__}: a pipeline is needed whose unet or transformer is "
+                "called with images and timesteps, and with labels at most."
+            )
+        return cls(path, network, getattr(pipe, "scheduler", None))
+
+    def network_for(self, source: TrainingSource, classes: int | None) -> ModelMixin:
+        """A network of this one's architecture and weights, for these images and so many classes.
+
+        Args:
+            source: The images.
+            classes: Number of classes that it is told, with the null class; None for a network that is told none.
+
+        Raises:
+            ValueError: It has other channels, classes or weights.
+        """
+        whose = f"init_from {self.path!r}"
+        knows = traits_of(self.network).num_classes
+        if knows != classes:
+            counts = [f"{count} classes" if count is not None else "no classes" for count in (knows, classes)]
+            raise ValueError(
+                f"{whose} has a network of {counts[0]}, this run one of {counts[1]}, the null class counted: the data, "
+                "class_conditional and label_dropout must give as many."
+            )
+        network: ModelMixin = type(self.network).from_config({**self.network.config, "sample_size": source.resolution})
+        check_images(network, source, whose)
+        weights, own = self.network.state_dict(), network.state_dict()
+        for name in sorted(weights.keys() | own.keys()):
+            shapes = [tuple(each[name].shape) if name in each else None for each in (weights, own)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"{whose} does not fit images of side {source.resolution}: its {name} has shape {shapes[0]}, a "
+                    f"network for these images {shapes[1]}."
+                )
+        leave_labels(network)
+        if network.device.type != "meta":
+            network.load_state_dict(weights)
+        return network
 
 
 def checked_classes(source: TrainingSource) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,16 @@ def _adam_constants(options: OptimisationOptions) -> dict[str, Any]:
     }
 
 
+def check_optimizer(options: OptimisationOptions) -> None:
+    """Make sure that the optimiser is installed.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if options.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("use_8bit_adam needs bitsandbytes, which is not installed: 'pip install bitsandbytes'.")
+
+
 def build_optimizer(
     options: OptimisationOptions, parameters: Sequence[Tensor], max_steps: int, device: torch.device
 ) -> tuple[torch.optim.Optimizer, Any]:
@@ -29,9 +40,11 @@ def build_optimizer(
 
     The course counts optimiser steps: accelerate must not prepare it, which would step it once per process.
     """
-    optimizer = torch.optim.AdamW(
-        parameters, lr=options.learning_rate, **_adam_constants(options), fused=device.type in ("cpu", "cuda")
-    )
+    constants = {"lr": options.learning_rate, **_adam_constants(options)}
+    if options.use_8bit_adam:
+        optimizer = importlib.import_module("bitsandbytes").optim.AdamW8bit(parameters, **constants)
+    else:
+        optimizer = torch.optim.AdamW(parameters, **constants, fused=device.type in ("cpu", "cuda"))
     warmup = options.lr_warmup_steps
     course = get_scheduler(
         options.lr_scheduler,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from torch import Tensor
+
 from ..basics.options import CheckedOptions, option
 from ..images.options import LARGEST_SEED_OF_NUMPY
 from ..metrics import FEATURES
-from ..networks.losses import TIME_SAMPLINGS, WEIGHTINGS
+from ..networks.losses import TIME_SAMPLINGS, WEIGHTINGS, times_from_uniform
+from ..sdes import SDE
 from .checkpoints import check_logging_dir
 from .trainable import by_sde
 
@@ -49,15 +52,54 @@ class TimeOptions(CheckedOptions):
     time_sampling: str = option(
         "uniform",
         "How training times are drawn: 'uniform', 'importance' (for likelihood weighting: density g^2/sigma^2, the "
-        "loss divided by it, so that it has the same mean and less variance) or 'log_normal' (EDM's: log(sigma/alpha) "
-        "is normal, which moves weight to the middle of the noise levels).",
+        "loss divided by it, so that it has the same mean and less variance), 'log_normal' (EDM's: log(sigma/alpha) "
+        "is normal, which moves weight to the middle of the noise levels) or 'logit_normal' (that of flows in Esser et "
+        "al. 2024: log(t/(1 - t)) is normal).",
         choices=TIME_SAMPLINGS,
     )
     log_normal_mean: float = option(-1.2, "Mean of log(sigma/alpha) with log_normal; EDM's is for [-1, 1].")
     log_normal_std: float = option(1.2, "Standard deviation of log(sigma/alpha) with log_normal.", above=0.0)
+    logit_normal_mean: float = option(0.0, "Mean of log(t/(1 - t)) with logit_normal.")
+    logit_normal_std: float = option(1.0, "Standard deviation of log(t/(1 - t)) with logit_normal.", above=0.0)
+    time_shift: float = option(
+        1.0,
+        "Move training times towards the noise, t -> s t / (1 + (s - 1) t), which on a flow multiplies sigma/alpha by "
+        "s: images of more pixels need more noise (Esser et al. 2024, who take 3 for 1024 pixels).",
+        above=0.0,
+    )
+    time_shift_base_resolution: int | None = option(
+        None,
+        "Multiply time_shift by the resolution over this one, so that it is right for images of any size where it is "
+        "right for these. Default: time_shift as it is.",
+        least=1,
+    )
     stratified_times: bool = option(
         True, "Draw one time from each of B equal parts of the range in a batch of B: the same mean, less variance."
     )
+
+    def time_shift_at(self, resolution: int) -> float:
+        """The factor s of ``time_shift`` for images of this side."""
+        base = self.time_shift_base_resolution
+        return self.time_shift * (1.0 if base is None else resolution / base)
+
+    def times(self, sde: SDE, u: Tensor, discrete_steps: int | None, resolution: int) -> Tensor:
+        """Training times for numbers ``u``, uniform in [0, 1); see ``times_from_uniform``.
+
+        Args:
+            sde: Times lie in its [t_min, t_max].
+            u: Any shape.
+            discrete_steps: N for the times of a table of N entries; None for continuous time.
+            resolution: Side of the images.
+        """
+        return times_from_uniform(
+            sde,
+            u,
+            discrete_steps,
+            self.time_sampling,
+            (self.log_normal_mean, self.log_normal_std),
+            (self.logit_normal_mean, self.logit_normal_std),
+            self.time_shift_at(resolution),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +135,9 @@ class OptimisationOptions(CheckedOptions):
     adam_beta2: float = option(0.999, "Second-moment decay of AdamW.", least=0.0, most=1.0)
     adam_weight_decay: float = option(0.0, "Weight decay of AdamW.", least=0.0)
     adam_epsilon: float = option(1e-8, "Epsilon of AdamW.", above=0.0)
+    use_8bit_adam: bool = option(
+        False, "Keep AdamW's moments in 8 bits, which takes a quarter of their memory; needs bitsandbytes."
+    )
     max_grad_norm: float = option(1.0, "Clip the gradient's norm to this; 0 does not clip.", least=0.0)
     mixed_precision: str | None = option(
         None,

@@ -1,9 +1,9 @@
 """The training settings of Song et al. 2021 (arXiv:2011.13456, appendices C, F and H) for CIFAR-10, by name.
 
-A recipe is a set of options; what is given explicitly counts before it. Networks are ``UNet2DModel`` in the widths and
-depth of NCSN++ and DDPM++ (channels 128, 256, 256, 256, four blocks a level, attention at 16x16), without their FIR
-resampling and BigGAN blocks, which diffusers does not have. Losses are means over pixels, also for VE, where the
-official code sums them.
+A recipe is a set of options; what is given explicitly counts before it. The networks are the paper's, NCSN++ for VE and
+DDPM++ for VP and sub-VP. With ``model_type="unet"`` it is a ``UNet2DModel`` in their widths and depth (channels 128,
+256, 256, 256, four blocks a level, attention at 16x16), without their FIR resampling and BigGAN blocks, which diffusers
+does not have. Losses are means over pixels, also for VE, where the official code sums them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,6 @@ from typing import Any
 _COMMON: dict[str, Any] = {
     "resolution": 32,
     "random_flip": True,
-    "block_out_channels": (128, 256, 256, 256),
-    "layers_per_block": 4,
-    "attention_resolutions": (16,),
-    "dropout": 0.1,
     "weighting": "paper",
     "stratified_times": False,
     "train_eps": 1e-5,
@@ -48,15 +44,68 @@ _VP = {
 }
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "paper_ve": {**_VE, "discrete": True, "prediction_type": "epsilon", "time_conditioning": "score_sde"},
+    "paper_ve": {
+        **_VE,
+        "discrete": True,
+        "prediction_type": "score",
+        "time_conditioning": "sigma",
+        "model_type": "ncsnpp",
+        "model_preset": "ve/cifar10_ncsnpp",
+    },
     "paper_ve_continuous": {
         **_VE,
         "prediction_type": "score",
         "time_conditioning": "sigma",
-        "time_embedding_type": "fourier",
         "sampling_eps": 1e-5,
+        "model_type": "ncsnpp",
+        "model_preset": "ve/cifar10_ncsnpp_continuous",
     },
-    "paper_vp": {**_VP, "sde": "vp", "discrete": True, "time_conditioning": "discrete", "sampling_eps": None},
-    "paper_vp_continuous": {**_VP, "sde": "vp", "time_conditioning": "score_sde"},
-    "paper_sub_vp_continuous": {**_VP, "sde": "sub_vp", "time_conditioning": "score_sde"},
+    "paper_vp": {
+        **_VP,
+        "sde": "vp",
+        "discrete": True,
+        "time_conditioning": "discrete",
+        "sampling_eps": None,
+        "model_type": "ddpmpp",
+        "model_preset": "vp/cifar10_ddpmpp",
+    },
+    "paper_vp_continuous": {
+        **_VP,
+        "sde": "vp",
+        "time_conditioning": "score_sde",
+        "model_type": "ddpmpp",
+        "model_preset": "vp/cifar10_ddpmpp_continuous",
+    },
+    "paper_sub_vp_continuous": {
+        **_VP,
+        "sde": "sub_vp",
+        "time_conditioning": "score_sde",
+        "model_type": "ddpmpp",
+        "model_preset": "subvp/cifar10_ddpmpp_continuous",
+    },
 }
+_UNET: dict[str, Any] = {
+    "block_out_channels": (128, 256, 256, 256),
+    "layers_per_block": 4,
+    "attention_resolutions": (16,),
+    "dropout": 0.1,
+}
+_FOR_UNET: dict[str, dict[str, Any]] = {
+    # A UNet2DModel is not told the noise levels of a table, from which it could find the index of one.
+    "paper_ve": {"prediction_type": "epsilon", "time_conditioning": "score_sde"},
+    "paper_ve_continuous": {"time_embedding_type": "fourier"},
+}
+
+
+def recipe_settings(recipe: str, model_type: str | None = None) -> dict[str, Any]:
+    """The options of a recipe, for its own network or for another one.
+
+    Args:
+        recipe: A name in ``RECIPES``.
+        model_type: The kind of network that is asked for; None for the paper's.
+    """
+    settings = dict(RECIPES[recipe])
+    if model_type in (None, settings["model_type"]):
+        return settings
+    settings = {name: value for name, value in settings.items() if name not in ("model_type", "model_preset")}
+    return settings | (_UNET | _FOR_UNET.get(recipe, {}) if model_type == "unet" else {})

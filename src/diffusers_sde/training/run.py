@@ -25,9 +25,8 @@ from ..basics.networks import describe_network
 from ..basics.processes import lock_for_all
 from ..images.arrays import to_network
 from ..images.loading import load_images
-from ..images.samples import batches
+from ..images.samples import TrainingSource, batches
 from ..images.streaming import is_streamed, open_source
-from ..networks.losses import times_from_uniform
 from ..schedulers import SDEScheduler
 from .averaging import averaged_weights
 from .checkpoints import (
@@ -49,7 +48,7 @@ from .configuration import CommonTrainingConfig
 from .identity import changeable_options, check_same_run, identity_of, log_changes
 from .logs import describe_source, due
 from .networks import check_memory
-from .optimisation import apply_options, build_average, build_optimizer
+from .optimisation import apply_options, build_average, build_optimizer, check_optimizer
 from .precision import default_precision
 from .sharding import check_launch, compute_channels_last, is_sharded, prepare, whole
 from .signals import EXIT_CODE, StopSignal
@@ -88,6 +87,7 @@ class TrainingRun(ABC):
     ) -> None:
         self.config = config
         self.output_dir = Path(config.output_dir)
+        check_optimizer(config)
         check_unlocked(self.output_dir)
         if scheduler is not None:
             check_given_scheduler(scheduler, config)
@@ -109,21 +109,23 @@ class TrainingRun(ABC):
             images = load_images(config) if dataset is None else dataset
         if is_streamed(images, config):
             config.check_streamed()
-        self.source = open_source(images, config, show_progress=main_process)
+        self.source = self._seen(open_source(images, config, show_progress=main_process))
 
         self.has_given_scheduler = scheduler is not None
         self.scheduler = self._build_scheduler() if scheduler is None else scheduler
         self.sde = training_sde(self.scheduler, config) if scheduler is None else scheduler.sde
         self.weighting = self._weighting()
         self.discrete_steps = self.scheduler.config.num_train_timesteps if config.discrete else None
-        check_trainable(
-            self.sde, self.scheduler.parametrization, self.weighting, self.discrete_steps, config.time_sampling
-        )
+        check_trainable(self.sde, self.scheduler.parametrization, self.weighting, self.discrete_steps, self._times)
         with torch.device("meta"):  # nothing is allocated
             weights = sum(p.numel() * p.element_size() for p in self._build_network().parameters())
         check_memory(weights, self.source, config.train_batch_size)
         set_seed(config.seed)
         self.network = self._build_network()
+        if config.gradient_checkpointing:
+            if not getattr(self.network, "_supports_gradient_checkpointing", False):
+                raise ValueError(f"gradient_checkpointing is not supported by {type(self.network).__name__}.")
+            self.network.enable_gradient_checkpointing()
 
         if main_process:
             copies = (4 if config.use_ema else 3) if config.checkpointing_steps else 0  # Adam has two
@@ -146,7 +148,7 @@ class TrainingRun(ABC):
             log_changes(state.get("options"), self._options())
         self.step, self.samples_seen = state["step"], state["samples_seen"]
         self.source.resume(state)
-        if self.config.dropout and state["processes"] != self.accelerator.num_processes:
+        if self.network.config.get("dropout") and state["processes"] != self.accelerator.num_processes:
             logger.warning(
                 "The checkpoint is of %d processes, this run has %d: the same images and noise, but other dropout.",
                 state["processes"],
@@ -170,6 +172,14 @@ class TrainingRun(ABC):
     @abstractmethod
     def _task(self) -> str:
         """What the network does, in words."""
+
+    def _seen(self, source: TrainingSource) -> TrainingSource:
+        """The data as the network sees them."""
+        return source
+
+    def _x0(self, images: Tensor) -> Tensor:
+        """The network's data of images, bytes (B, C, H, W) on the device."""
+        return to_network(images, self.config.data_min)
 
     def _build_scheduler(self) -> SDEScheduler:
         """The scheduler that the options describe."""
@@ -350,12 +360,15 @@ class TrainingRun(ABC):
 
     def _inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Data in the network's range and unit noise on the device, and SDE times."""
-        config, device = self.config, self.accelerator.device
-        x0 = to_network(batch["images"].to(device, non_blocking=True), config.data_min)
+        device = self.accelerator.device
+        x0 = self._x0(batch["images"].to(device, non_blocking=True))
         eps = batch["noise"].to(device, non_blocking=True)
         # Times and their coefficients are float64 on the host, whatever the device and the precision of the network.
-        log_normal = (config.log_normal_mean, config.log_normal_std)
-        return x0, eps, times_from_uniform(self.sde, batch["u"], self.discrete_steps, config.time_sampling, log_normal)
+        return x0, eps, self._times(batch["u"])
+
+    def _times(self, u: Tensor) -> Tensor:
+        """SDE times for numbers that are uniform in [0, 1), same shape."""
+        return self.config.times(self.sde, u, self.discrete_steps, self.source.resolution)
 
     # ------------------------------------------------------------------ what is logged
 
@@ -388,6 +401,8 @@ class TrainingRun(ABC):
 
     def _log_start(self) -> None:
         sde = self.sde
+        if self.config.resume_from_checkpoint is not None and self.resume_from is None:
+            logger.info("Resuming: %s holds no checkpoint yet, so the run starts at step 0.", self.output_dir)
         logger.info("Data: %s.", describe_source(self.source))
         logger.info("Network: %s; it %s.", describe_network(self.network), self._task())
         logger.info(
@@ -434,7 +449,7 @@ class TrainingRun(ABC):
 
     def _options(self) -> dict[str, Any]:
         """The options that change the result and may change when a run is resumed."""
-        return changeable_options(self.config) | {
+        return changeable_options(self.config, self.network) | {
             "max_train_steps": self.max_steps,
             "processes": self.accelerator.num_processes,
             "mixed_precision": self.accelerator.mixed_precision,

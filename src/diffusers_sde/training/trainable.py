@@ -12,11 +12,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..basics.networks import NetworkTraits
 from ..basics.options import CheckedOptions, option
 from ..images.samples import TrainingSource
 from ..networks.conditioning import TIME_CONDITIONINGS
-from ..networks.losses import output_weight, times_from_uniform
+from ..networks.losses import output_weight
 from ..networks.parametrizations import PREDICTION_TYPES, Parametrization
 from ..schedulers import FlowSDEScheduler, SDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
 from ..schedulers.arguments import SAMPLER_ARGUMENTS
@@ -191,13 +193,15 @@ class PredictionOptions(CheckedOptions):
 
     prediction_type: str | None = option(
         None,
-        f"What the network predicts. Default: {by_sde(lambda family: family.prediction_type)}.",
+        f"What the network predicts. Default: {by_sde(lambda family: family.prediction_type)}; the score for the "
+        "paper's ncsnpp on ve.",
         choices=tuple(PREDICTION_TYPES),
     )
     time_conditioning: str | None = option(
         None,
         "What the network is fed for SDE time t: t N - 1 (discrete), t N (continuous), t (N - 1) (score_sde), or a "
-        "function of sigma/alpha. Default: discrete for --sde vp --discrete, continuous otherwise.",
+        "function of sigma/alpha. Default: discrete for --sde vp --discrete, sigma for the paper's ncsnpp on ve, "
+        "continuous otherwise.",
         choices=tuple(TIME_CONDITIONINGS),
     )
     sampling_eps: float | None = option(
@@ -218,7 +222,10 @@ OF_ANY_SDE = ("discrete", "data_min")
 
 
 def build_scheduler(
-    options: SDEOptions, source: TrainingSource, prediction: PredictionOptions | None = None
+    options: SDEOptions,
+    source: TrainingSource,
+    prediction: PredictionOptions | None = None,
+    network: NetworkTraits | None = None,
 ) -> SDEScheduler:
     """The scheduler that options describe, which is saved with the network.
 
@@ -226,26 +233,50 @@ def build_scheduler(
         options: Which SDE.
         source: The data, which are measured where a default depends on them.
         prediction: What the network predicts; None for the defaults.
+        network: What the form of the network fixes, which counts where the options leave it open; None for nothing.
 
     Raises:
         ValueError: Options that the SDE cannot take.
     """
     prediction, family = prediction or PredictionOptions(), options.family
     data = DataStatistics(source, options.data_min)
+    fixed = (None, None) if network is None else (network.prediction_type, network.time_conditioning)
     arguments: dict[str, Any] = {
         "num_train_timesteps": options.num_train_timesteps,
-        "prediction_type": prediction.prediction_type or family.prediction_type,
+        "prediction_type": prediction.prediction_type or fixed[0] or family.prediction_type,
         "time_conditioning": "continuous",
         **family.arguments(options, data),
     }
-    if prediction.time_conditioning is not None:
-        arguments["time_conditioning"] = prediction.time_conditioning
+    if prediction.time_conditioning is not None or fixed[1] is not None:
+        arguments["time_conditioning"] = prediction.time_conditioning or fixed[1]
+    if network is not None and network.returns_variance:
+        arguments["variance_type"] = "learned_range"  # so that it is dropped
     if prediction.sampling_eps is not None:
         arguments["sampling_eps"] = prediction.sampling_eps
     if arguments["prediction_type"] == "edm" or data.known:
         # Three digits are precise enough, and a person can read them in the config.
         arguments["sigma_data"] = prediction.sigma_data or _rounded(max(data.std, 1e-3))
     return family.scheduler_class(**arguments)
+
+
+def check_network(network: NetworkTraits, scheduler: SDEScheduler) -> None:
+    """Make sure that a network can be trained for what a scheduler says.
+
+    Args:
+        network: What its form fixes.
+        scheduler: What it is to be trained for.
+
+    Raises:
+        ValueError: It predicts something else or is fed something else, or its variance would not be dropped.
+    """
+    for name, fixed in (("prediction_type", network.prediction_type), ("time_conditioning", network.time_conditioning)):
+        if fixed not in (None, scheduler.config[name]):
+            raise ValueError(f"{name} must be {fixed!r} for this network by its form, got {scheduler.config[name]!r}.")
+    if network.returns_variance and scheduler.config.variance_type not in ("learned", "learned_range"):
+        raise ValueError(
+            "variance_type must be 'learned_range' for a network that also returns a variance, which is dropped then, "
+            f"got {scheduler.config.variance_type!r}."
+        )
 
 
 def check_given_scheduler(scheduler: Any, config: Any) -> None:
@@ -293,17 +324,28 @@ def default_ema_max_decay(scheduler: SDEScheduler) -> float:
 
 
 def check_trainable(
-    sde: SDE, parametrization: Parametrization, weighting: str, discrete_steps: int | None, time_sampling: str
+    sde: SDE,
+    parametrization: Parametrization,
+    weighting: str,
+    discrete_steps: int | None,
+    times: Callable[[Tensor], Tensor],
 ) -> None:
     """Make sure that the loss is finite at all training times.
 
+    Args:
+        sde: The SDE at the times of training.
+        parametrization: What the network predicts.
+        weighting: The weighting of the loss over time.
+        discrete_steps: Number of training times; None for continuous time.
+        times: The training times that numbers stand for which are uniform in [0, 1).
+
     Raises:
         ValueError: The prediction type has no finite target at some time (such as the noise where alpha = 0), or the
-            times cannot be drawn by ``time_sampling``.
+            times cannot be drawn.
     """
     u = torch.linspace(0.0, 1.0 - 1e-9, discrete_steps or 1000, dtype=torch.float64)
     u = u if discrete_steps is not None else u.clamp(min=1e-9)
-    t = times_from_uniform(sde, u, discrete_steps, time_sampling)
+    t = times(u)
     skip, out = parametrization.coefficients(sde.alpha(t), sde.sigma(t))
     values = torch.stack([skip, out, 1.0 / out, output_weight(sde, parametrization, t, weighting)])
     if not bool(torch.isfinite(values).all()):

@@ -11,20 +11,24 @@ import torch
 from torch import Tensor
 
 from ..basics.files import saving, write_whole
+from ..basics.networks import traits_of
 from ..images.arrays import to_bytes
 from ..images.pictures import sheet
+from ..images.samples import TrainingSource
 from ..networks.denoisers import call_network
 from ..networks.losses import denoising_loss, importance_ratio
 from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
 from ..schedulers import SDEScheduler
 from .checkpoints import save_model
 from .configuration import TrainingConfig
+from .encoders import LatentSource, load_autoencoder
+from .identity import log_other_scheduler
 from .logs import due, log_pictures
-from .networks import build_network, checked_classes
+from .networks import SavedModel, build_network, checked_classes
 from .progress import ProgressOfSamples
 from .publisher import Publisher
 from .run import TrainingRun
-from .trainable import build_scheduler
+from .trainable import build_scheduler, check_network
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +76,11 @@ class Trainer(TrainingRun):
         dataset: datasets.Dataset | datasets.IterableDataset | None = None,
         scheduler: SDEScheduler | None = None,
     ) -> None:
+        self._saved = None if config.init_from is None else SavedModel.load(config.init_from)
         super().__init__(config, dataset, scheduler)
+        check_network(traits_of(self.network), self.scheduler)
+        if self._saved is not None and self.resume_from is None:
+            log_other_scheduler(self._saved.scheduler, self.scheduler)
         self.sample_every = self._steps(config.save_images_epochs) or config.sample_every
         self.publisher: Publisher | None = None
         if config.push_to_hub and self.accelerator.is_main_process:
@@ -80,7 +88,21 @@ class Trainer(TrainingRun):
             self.publisher = Publisher(config, None if self.has_given_scheduler else config.command())
 
     def _build_scheduler(self) -> SDEScheduler:
-        return build_scheduler(self.config, self.source, self.config)
+        with torch.device("meta"):
+            network = traits_of(self._build_network())
+        return build_scheduler(self.config, self.source, self.config, network)
+
+    def _seen(self, source: TrainingSource) -> TrainingSource:
+        self._latents: LatentSource | None = None
+        if self.config.vae is None:
+            return source
+        with self.accelerator.main_process_first():
+            vae = load_autoencoder(self.config.vae, self.accelerator.device)
+        self._latents = LatentSource(source, self.config, vae)
+        return self._latents
+
+    def _x0(self, images: Tensor) -> Tensor:
+        return super()._x0(images) if self._latents is None else self._latents.encoder.encode(images)
 
     def _weighting(self) -> str:
         return self.config.weighting or super()._weighting()
@@ -89,6 +111,8 @@ class Trainer(TrainingRun):
         classes = None
         if self.config.class_conditional:  # the null class, which stands for a hidden label, is the last one
             classes = checked_classes(self.source) + (1 if self.config.label_dropout > 0.0 else 0)
+        if self._saved is not None:
+            return self._saved.network_for(self.source, classes)
         return build_network(self.config, self.source, classes)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
@@ -96,7 +120,7 @@ class Trainer(TrainingRun):
         config = self.config
         x0, eps, t = self._inputs(batch)
         conditioning = self.scheduler.conditioning
-        arguments: dict[str, Tensor] = {}
+        arguments = traits_of(self.network).constant_labels(len(x0), x0.device)
         if config.class_conditional:
             hidden = batch["label_draw"] < config.label_dropout
             labels = torch.where(hidden, len(self.source.class_names), batch["labels"])
@@ -174,12 +198,16 @@ class Trainer(TrainingRun):
     def _pipeline(self, network: Any) -> SDEPipeline:
         # A scheduler of its own: sampling leaves its mark on one.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        parts: dict[str, Any] = {"data_min": self.config.data_min}
+        if self._latents is not None:
+            encoder = self._latents.encoder
+            parts |= {"vae": encoder.vae, "latents_mean": list(encoder.mean), "latents_std": list(encoder.std)}
         if not self.config.class_conditional:
-            return SDEPipeline(unet=network, scheduler=scheduler, data_min=self.config.data_min)
+            return SDEPipeline(network, scheduler, **parts)
         names = self.source.class_names
         null_class = len(names) if self.config.label_dropout > 0.0 else None
         return ClassConditionalSDEPipeline(
-            network, scheduler, self.config.data_min, id2label=dict(enumerate(names)), null_class=null_class
+            network, scheduler, **parts, id2label=dict(enumerate(names)), null_class=null_class
         )
 
     def _save_result(self) -> SDEPipeline:
@@ -201,7 +229,11 @@ class Trainer(TrainingRun):
             identity["min_snr_gamma"] = config.min_snr_gamma
         if config.class_conditional:
             identity["label_dropout"] = config.label_dropout
+        if self._latents is not None:
+            identity |= self._latents.identity()
         # Checkpoints of before there was a choice do not say it.
+        if config.init_from is not None and type(self.network).__name__ != "UNet2DModel":
+            return identity | {"network": type(self.network).__name__}
         return identity | ({} if config.model_type == "unet" else {"network": config.model_type})
 
     def _task(self) -> str:
