@@ -47,8 +47,9 @@ def main(forbidden: str) -> None:
         for model in (pipe, DiffusionPipeline.from_pretrained(folder)):
             model.set_progress_bar_config(disable=True)
             images.append(model(num_inference_steps=5, generator=torch.manual_seed(0), output_type="pt").images)
+    first, second = images
     if not torch.allclose(
-        images[0], images[1], atol=1e-5
+        first, second, atol=1e-5
     ):  # weights at another place in memory may be added up in another order
         raise SystemExit("The pipeline draws another image after it was saved and loaded.")
     print(f"diffusers-sde {diffusers_sde.__version__} from {place.parent}: sampled, measured, saved, loaded.")

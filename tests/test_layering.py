@@ -19,6 +19,7 @@ LAYERS = [
     "sampling",
     "flow",
     "guidance",
+    "fitting",
     "schedulers",
     "images",
     "pipelines",
@@ -32,7 +33,7 @@ LAYERS = [
 LAYER_OF = {name: level for level, name in enumerate(LAYERS)}
 
 # The mathematics needs nothing else from outside, but for what is named here.
-MATHEMATICS, MATHEMATICAL_IMPORTS = ("sdes", "networks", "sampling", "flow", "guidance"), {"torch", "numpy"}
+MATHEMATICS, MATHEMATICAL_IMPORTS = ("sdes", "networks", "sampling", "flow", "guidance", "fitting"), {"torch", "numpy"}
 WITH_DIFFUSERS = {("diffusers_sde", "networks", name) for name in ("classifier", "ncsnpp")}  # networks themselves
 
 

@@ -2,7 +2,8 @@
 
 Schedulers (``VESDEScheduler``, ``VPSDEScheduler``, ``SubVPSDEScheduler``, ``FlowSDEScheduler``) for existing pipelines,
 ``SDEPipeline``, exact likelihoods and latent codes (``log_prob``, ``bits_per_dim``, ``ProbabilityFlow``), and below
-them the mathematics, which needs no pipeline: ``sdes``, ``networks``, ``sampling``, ``flow``, ``guidance``.
+them the mathematics, which needs no pipeline: ``sdes``, ``networks``, ``sampling``, ``flow``, ``guidance``,
+``fitting``.
 
     import diffusers_sde
     pipe.scheduler = diffusers_sde.VPSDEScheduler.from_config(pipe.scheduler.config, corrector="langevin")
@@ -10,6 +11,7 @@ them the mathematics, which needs no pipeline: ``sdes``, ``networks``, ``samplin
 Importing the package also lets ``DiffusionPipeline.from_pretrained`` find its classes by name.
 """
 
+from .fitting import profile_grid
 from .flow import BitsPerDim, LogProb, ODEOptions, Quantization, TraceOptions, bits_per_dim, log_prob
 from .networks.classifier import NoiseConditionalClassifier
 from .networks.ncsnpp import NCSNpp
@@ -18,7 +20,11 @@ from .pipelines import (
     InpaintSDEPipeline,
     ProbabilityFlow,
     RestorationSDEPipeline,
+    Rollout,
+    RolloutSteps,
     SDEPipeline,
+    collect_rollout,
+    rollout_model,
 )
 from .pipelines.diagnostics import Diagnosis, diagnose
 from .registration import register_with_diffusers
@@ -60,6 +66,8 @@ __all__ = [
     "Quantization",
     "RectifiedFlowSDE",
     "RestorationSDEPipeline",
+    "Rollout",
+    "RolloutSteps",
     "Row",
     "SDEOptions",
     "SDEPipeline",
@@ -71,10 +79,13 @@ __all__ = [
     "VPSDEScheduler",
     "__version__",
     "bits_per_dim",
+    "collect_rollout",
     "diagnose",
     "log_prob",
     "make_plan",
+    "profile_grid",
     "restart_plan",
+    "rollout_model",
     "sample",
     "sample_adaptive",
     "sampler_arguments",

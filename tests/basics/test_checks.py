@@ -166,6 +166,8 @@ WRONG = {
     "sampling_sigma": [0.0, -1.0, NAN, INF, "0.01", True, 1e-12],
     "clip_sample": ["false", 1, None],
     "clip_sample_range": [0.0, -1.0, NAN, "1", None],
+    "bound_above_sigma": [-1.0, NAN, INF, "1", True],
+    "data_range": [1.0, [1.0], [0.0, 0.0], [1.0, 0.0], [0.0, INF], [NAN, 1.0], ["a", "b"]],
     "variance_type": ["fixed", 3],
     "langevin_norm": ["all", None],
     "temperature": [0.0, -1.0, NAN, INF, 1e4, "cold", None, True],
@@ -480,7 +482,7 @@ def test_calls_of_pipelines_are_checked_before_anything_is_drawn(pipes, kind):
 def test_tolerances_of_pipelines(pipes, kind):
     for method in ("ode", "sde"):
         for name in ("rtol", "atol"):
-            for value in (0.0, -1.0, NAN, INF, "1e-2", None, True):
+            for value in (0.0, -1.0, NAN, INF, "1e-2", True):
                 with pytest.raises(ValueError, match=name):
                     CALLS[kind](pipes[kind], **{"method": method, name: value})
 

@@ -150,6 +150,16 @@ def test_thresholding_latents():
     assert not follow(pipe, diagnose(pipe).suggestions[0]).scheduler.config.thresholding
 
 
+def test_a_bound_of_pixels_on_latents():
+    pipe = latent_pipeline(diffusers.DDIMScheduler(clip_sample=False))
+    config = pipe.scheduler.config
+    pipe.scheduler = VPSDEScheduler.from_config(config, bound_above_sigma=1.0)
+    assert warned(pipe, "data_range")
+    pipe.scheduler = VPSDEScheduler.from_config(config, bound_above_sigma=1.0, data_range=[-4.0, 4.0])
+    assert not warned(pipe, "data_range")
+    assert not warned(diffusers.DDPMPipeline(unet(), VPSDEScheduler(bound_above_sigma=1.0)), "data_range")
+
+
 def test_steps_offset():
     scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
     assert warned(latent_pipeline(scheduler), "steps_offset=1")

@@ -38,6 +38,8 @@ SHARED = {
     "denoise_final": True,
     "clip_sample": False,
     "clip_sample_range": 1.0,
+    "bound_above_sigma": None,
+    "data_range": None,
     "variance_type": "fixed_small",
     "time_conditioning": None,
     "sigma_data": 0.5,

@@ -99,6 +99,8 @@ def test_defaults_of_each_sde(tmp_path, digits, sde, scheduler, expected):
     assert {name: trainer.scheduler.config[name] for name in expected} == expected
     assert trainer.sde.t_min == 1e-5
     assert trainer.scheduler.config.sampling_eps == scheduler().config.sampling_eps
+    assert trainer.scheduler.config.bound_above_sigma == 1.0
+    assert trainer.scheduler.config.data_range == [-1.0, 1.0]
     images = torch.stack([torch.tensor(np.asarray(row["image"])) for row in digits]).flatten(1).double() / 127.5 - 1
     if sde == "ve":
         assert trainer.scheduler.config.sigma_max == pytest.approx(float(torch.cdist(images, images).max()), rel=5e-3)
@@ -397,6 +399,7 @@ def test_images_in_zero_to_one(tmp_path, digits):
     usual = Trainer(tiny(tmp_path / "usual", **options), digits).scheduler.config
     trainer = Trainer(tiny(tmp_path / "o", data_min=0.0, **options), digits)
     assert (usual.sigma_min, trainer.scheduler.config.sigma_min) == (0.02, 0.01)
+    assert trainer.scheduler.config.data_range == [0.0, 1.0]
     for name in ("sigma_max", "sigma_data"):
         assert trainer.scheduler.config[name] == pytest.approx(usual[name] / 2, rel=0.01)
     trainer._prepare()

@@ -5,6 +5,7 @@ from .pipeline_inpaint import InpaintSDEPipeline
 from .pipeline_restoration import RestorationSDEPipeline
 from .pipeline_sde import SDEPipeline
 from .probability_flow import ProbabilityFlow
+from .rollouts import Rollout, RolloutSteps, collect_rollout, rollout_model
 
 PIPELINES: dict[str, type[SDEPipeline]] = {
     cls.__name__: cls for cls in (SDEPipeline, ClassConditionalSDEPipeline, InpaintSDEPipeline, RestorationSDEPipeline)
@@ -16,5 +17,9 @@ __all__ = [
     "InpaintSDEPipeline",
     "ProbabilityFlow",
     "RestorationSDEPipeline",
+    "Rollout",
+    "RolloutSteps",
     "SDEPipeline",
+    "collect_rollout",
+    "rollout_model",
 ]

@@ -326,6 +326,16 @@ def _check_clipping(case: _Case) -> str | None:
     )
 
 
+def _check_bound(case: _Case) -> str | None:
+    config = case.scheduler.config
+    if not case.latent or config.get("bound_above_sigma") is None or config.get("data_range") is not None:
+        return None
+    return (
+        "bound_above_sigma is on without a data_range, and these are latents, whose range is not that of pixels: pass "
+        "data_range, their mean minus and plus a few of their standard deviations, or bound_above_sigma=None."
+    )
+
+
 def _check_offset(case: _Case) -> str | None:
     config = case.scheduler.config
     if not case.latent or config.get("steps_offset") != 0 or config.get("set_alpha_to_one") is not False:
@@ -418,6 +428,7 @@ _CHECKS: tuple[Callable[[_Case], str | None], ...] = (
     _check_guider,
     _check_generator,
     _check_clipping,
+    _check_bound,
     _check_offset,
     _check_zero_snr_prediction,
     _check_zero_snr_spacing,

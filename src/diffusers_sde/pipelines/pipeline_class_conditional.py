@@ -190,7 +190,7 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         )
         own_scheduler(self)
         denoiser = self.denoiser(guidance_scale, classifier_guidance_scale, guidance_interval)
-        numbers = None if class_labels is None else self._numbers(class_labels)
+        numbers = None if class_labels is None else self.class_numbers(class_labels)
         shape = self._shape_of_run(numbers, batch_size, latents)
         if numbers is None and self._ignores_class(guidance_scale, classifier_guidance_scale, guidance_interval):
             numbers = [self.config.null_class or 0]
@@ -312,7 +312,12 @@ class ClassConditionalSDEPipeline(SDEPipeline):
             places = [int(torch.randint(len(allowed), (), generator=g, device=g.device)) for g in drawn or ()]
         return [allowed[place] for place in places]
 
-    def _numbers(self, class_labels: Any) -> list[int]:
+    def class_numbers(self, class_labels: Any) -> list[int]:
+        """Return the number of each class, given numbers or names.
+
+        Raises:
+            ValueError: A number out of range, an unknown name, or the null class.
+        """
         if isinstance(class_labels, (Tensor, np.ndarray, np.generic)):
             class_labels = class_labels.tolist()
         if isinstance(class_labels, (int, str)):

@@ -229,14 +229,17 @@ class Plan:
         """The rows before number ``index``, as a plan."""
         return Plan(self.table[:index], self.kinds[:index], self.rows_per_level)
 
-    def fold(self, parametrization: Parametrization, sde: SDE, bounds_estimate: bool = False) -> Plan:
+    def fold(
+        self, parametrization: Parametrization, sde: SDE, bounds_estimate: bool | Sequence[bool] | Tensor = False
+    ) -> Plan:
         """The same plan for a model that returns its raw output instead of x0_hat.
 
         Args:
             parametrization: What the model predicts.
             sde: The plan's SDE.
             bounds_estimate: True leaves the coefficients of x0_hat where they are in the predictors' rows, and in what
-                is stored, for an executor that bounds x0_hat first. Correctors always take the network's own score.
+                is stored, for an executor that bounds x0_hat first. It is one choice, or one for each row, shape
+                (nfe,). Correctors always take the network's own score.
 
         Raises:
             ValueError: The parametrisation does not determine x0_hat at one of the plan's times, or the plan has been
@@ -249,11 +252,13 @@ class Plan:
         skip, out = (c.to(torch.float64) for c in parametrization.coefficients(sde.alpha(t), sde.sigma(t)))
         move, keep = self.table[:, len(PLACES) :].chunk(2, dim=1)
         folded = substitute_estimate(move, skip, out), substitute_estimate(keep, skip, out)
-        kinds = self.kinds
-        if bounds_estimate:
-            corrects = torch.tensor([kind.is_corrector for kind in kinds], device=move.device)[:, None]
-            folded = torch.where(corrects, folded[0], move), keep
-            kinds = tuple(k._replace(of_estimate=not k.is_corrector, keeps_estimate=k.keeps) for k in kinds)
+        bounded = torch.as_tensor(bounds_estimate, dtype=torch.bool, device=move.device).expand(len(self))
+        moves = bounded & ~torch.tensor([kind.is_corrector for kind in self.kinds], device=move.device)
+        folded = torch.where(moves[:, None], move, folded[0]), torch.where(bounded[:, None], keep, folded[1])
+        kinds = tuple(
+            kind._replace(of_estimate=of_estimate, keeps_estimate=bounds and kind.keeps)
+            for kind, of_estimate, bounds in zip(self.kinds, moves.tolist(), bounded.tolist(), strict=True)
+        )
         places = torch.stack([t, self.column("s"), self.column("langevin"), skip, out], dim=1)
         table = torch.cat([places, *folded], dim=1)
         # The coefficients are infinite where alpha = 0. Samples are float32, in which an alpha of 1e-39 acts like 0.

@@ -6,13 +6,14 @@ A grid maps (sde, n, t_start, t_end) to n decreasing times, float64, with the fi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..basics.checks import check_choice, check_integer, check_number
+from ..basics.checks import check_choice, check_integer, check_number, check_numbers
 from ..sdes import SDE
 
 Warp = Callable[[Tensor], Tensor]
@@ -98,6 +99,47 @@ def blended(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0, wa
     return _with_ends(grid, t_start, t_end)
 
 
+MOST_KNOTS = 1000
+
+
+def check_time_grid(name: str, value: Any) -> Any:
+    """A key of ``TIME_GRIDS``, None, or the knots of a grid: finite, strictly increasing numbers, as a list.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if value is None or isinstance(value, str):
+        return check_choice(name, value, (None, *TIME_GRIDS))
+    knots = check_numbers(name, value, at_least=2)
+    if not bool(torch.isfinite(knots).all() & (knots[1:] > knots[:-1]).all()) or len(knots) > MOST_KNOTS:
+        raise ValueError(
+            f"{name} must be a name or 2 to {MOST_KNOTS} finite, strictly increasing values of log(alpha/sigma), got "
+            f"{value!r}."
+        )
+    return knots.tolist()
+
+
+def between_knots(sde: SDE, n: int, t_start: float, t_end: float, knots: Sequence[float]) -> Tensor:
+    """Points spread so that as many lie between any two neighbouring knots, values of lambda = log(alpha/sigma).
+
+    The knots are the quantiles of the density of points, which is constant between two of them. Beyond the first and
+    the last knot it is that of the interval next to them. So a grid of any number of points can be made of them, which
+    starts and ends at any noise level.
+    """
+    lam = np.asarray(knots, dtype=np.float64)
+    first, last = (0.5 * float(sde.log_snr(t)) for t in (t_start, t_end))
+    if math.isinf(first):
+        first = min(SECH_START, float(lam[0]), last - 1.0)
+    # One more knot beyond each end continues the outermost intervals.
+    lengths = lam[1] - lam[0], lam[-1] - lam[-2]
+    more = 1.0 + max(lam[0] - first, 0.0) / lengths[0], 1.0 + max(last - lam[-1], 0.0) / lengths[1]
+    mass = np.array([-more[0], *range(len(lam)), len(lam) - 1 + more[1]])
+    lam = np.array([lam[0] - more[0] * lengths[0], *lam, lam[-1] + more[1] * lengths[1]])
+    begin, end = np.interp([first, last], lam, mass).tolist()
+    grid = np.interp(np.linspace(begin, end, n), mass, lam)
+    return _with_ends(sde.time_of(2.0 * torch.from_numpy(grid)), t_start, t_end)
+
+
 def _with_ends(grid: Tensor, t_start: float, t_end: float) -> Tensor:
     grid[-1] = t_end
     grid[0] = t_start
@@ -115,12 +157,18 @@ WARPED = ("uniform", "blended")  # the grids that are made from uniform times
 
 
 def get_time_grid(
-    name: str, sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0, warp: Warp | None = None
+    name: str | Sequence[float],
+    sde: SDE,
+    n: int,
+    t_start: float,
+    t_end: float,
+    rho: float = 7.0,
+    warp: Warp | None = None,
 ) -> Tensor:
-    """n decreasing times from ``t_start`` to ``t_end`` on a named grid, float64.
+    """n decreasing times from ``t_start`` to ``t_end`` on a named grid, or on one of knots, float64.
 
     Args:
-        name: A key of ``TIME_GRIDS``.
+        name: A key of ``TIME_GRIDS``, or the knots of ``between_knots``.
         sde: The SDE.
         n: Number of times.
         t_start: The first time.
@@ -131,11 +179,14 @@ def get_time_grid(
     Raises:
         ValueError: Unknown name, n below 1, rho not positive, or ends that are not decreasing.
     """
-    check_choice("time_grid", name, TIME_GRIDS)
+    if isinstance(name, str):
+        check_choice("time_grid", name, TIME_GRIDS)
     n = check_integer("n, the number of time points,", n, at_least=1)
     check_number("rho", rho, above=0.0)
     if not t_end < t_start:
         raise ValueError(f"sampling runs from t_max down to sampling_eps, got {t_start!r} and {t_end!r}.")
+    if not isinstance(name, str):
+        return between_knots(sde, n, t_start, t_end, check_time_grid("time_grid", name))
     if name in WARPED:
         return TIME_GRIDS[name](sde, n, t_start, t_end, rho, warp=warp)
     return TIME_GRIDS[name](sde, n, t_start, t_end, rho)

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, overload
 
 from diffusers.configuration_utils import register_to_config
 
-from ..basics.checks import check_choice, check_flag, check_integer, check_number, check_pair
+from ..basics.checks import check_choice, check_flag, check_integer, check_number, check_ordered, check_pair
 from ..guidance.temperature import HOTTEST
 from ..networks.conditioning import TIME_CONDITIONINGS
 from ..networks.parametrizations import PREDICTION_TYPES
@@ -25,7 +25,7 @@ from ..sampling.correctors import CORRECTORS
 from ..sampling.exponential import SOLVER_TYPES
 from ..sampling.policies import POLICIES
 from ..sampling.predictors import PREDICTORS
-from ..sampling.time_grids import TIME_GRIDS, TIMESTEP_SPACINGS
+from ..sampling.time_grids import TIME_GRIDS, TIMESTEP_SPACINGS, check_time_grid
 
 # A table is built and a time is listed for each entry: a config of a few hundred bytes must not cost gigabytes.
 LONGEST_TABLE = 100_000
@@ -60,6 +60,17 @@ def or_none(check: Callable[..., Any], **bounds: Any) -> Callable[[str, Any], An
 def one_of(*words: str | None) -> Any:
     """The type of these words alone."""
     return Literal[tuple(words)]
+
+
+def check_range(name: str, value: Any) -> list[float]:
+    """Two numbers in increasing order, as a list of Python floats, which is how a config holds them.
+
+    Raises:
+        ValueError: They are not.
+    """
+    low, high = check_pair(name, value)
+    check_ordered(f"{name}[0]", low, f"{name}[1]", high)
+    return [low, high]
 
 
 # Its square, and one over that, are numbers of float32.
@@ -240,11 +251,12 @@ SAMPLER_ARGUMENTS = (
     # the grid
     SamplerArgument(
         "time_grid",
-        one_of(None, *TIME_GRIDS),
+        one_of(None, *TIME_GRIDS) | list[float],
         "sech",
-        partial(check_choice, allowed=(None, *TIME_GRIDS)),
+        check_time_grid,
         "The noise levels lie on ``sech``, ``log_snr``, ``karras``, ``uniform`` (in t, the paper's) or ``blended`` "
-        "(the mean of ``uniform`` and ``sech``, for swapped configs). None means diffusers' grid, "
+        "(the mean of ``uniform`` and ``sech``, for swapped configs), or, between increasing numbers, which are values "
+        "of log(alpha/sigma), in equal parts: see ``profile_grid``. None means diffusers' grid, "
         "``timestep_spacing``, and so does a ``timestep_spacing`` or ``steps_offset`` that is passed alone.",
     ),
     SamplerArgument(
@@ -300,6 +312,24 @@ SAMPLER_ARGUMENTS = (
         "True clips x0_hat of predictor calls to [-clip_sample_range, clip_sample_range].",
     ),
     SamplerArgument("clip_sample_range", "float", 1.0, SCALE_CHECK, "``clip_sample`` clips to this range."),
+    SamplerArgument(
+        "bound_above_sigma",
+        "float | None",
+        None,
+        or_none(check_number, at_least=0.0),
+        "x0_hat of predictor calls is clipped to ``data_range`` where the noise-to-signal ratio sigma/alpha is above "
+        "this number; None clips nowhere. A mean of data lies in their range, and far from the data a trained network "
+        "may return what does not, which rules that extrapolate carry on.",
+    ),
+    SamplerArgument(
+        "data_range",
+        "list[float] | None",
+        None,
+        or_none(check_range),
+        "These are the smallest and the largest value of the data, for ``bound_above_sigma``; None is "
+        "[-clip_sample_range, clip_sample_range]. For latents, pass their mean minus and plus a few of their standard "
+        "deviations.",
+    ),
     # the network again
     SamplerArgument(
         "variance_type",

@@ -140,6 +140,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
                 f"{config.predictor!r}."
             )
         self._clips = config.clip_sample or config.get("thresholding", False)
+        self._data_range = config.data_range or [-config.clip_sample_range, config.clip_sample_range]
         self._learns_variance = config.variance_type in ("learned", "learned_range")
         self._batch_norms = config.langevin_norm == "batch"
         check_number("sampling_eps", config.sampling_eps, at_least=SMALLEST_TIME, below=sde.t_max)
@@ -287,7 +288,16 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             final_time=final_time,
         )
         # Where x0_hat is clipped it has to be formed; otherwise the parametrisation disappears in the coefficients.
-        return plan.fold(self._sampled, self.sde, bounds_estimate=self._clips)
+        first_free = self._first_free(plan)
+        bounds = [self._clips or i < first_free for i in range(len(plan))]
+        return plan.fold(self._sampled, self.sde, bounds_estimate=bounds)
+
+    def _first_free(self, plan: Plan) -> int:
+        """The index of the first row at so little noise that ``bound_above_sigma`` does not act from there on."""
+        if self.config.bound_above_sigma is None:
+            return 0
+        is_bounded = self._noise_to_signal(plan.column("t")) > self.config.bound_above_sigma
+        return int(is_bounded.long().cumprod(0).sum())
 
     # ------------------------------------------------------------------ the time grid
 
@@ -333,6 +343,9 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
 
     def _sigmas(self, t: Tensor) -> Tensor:
         """sigma(t)/alpha(t), which pipelines and training scripts call sigma."""
+        return self._noise_to_signal(t)
+
+    def _noise_to_signal(self, t: Tensor) -> Tensor:
         return torch.exp(-0.5 * self.sde.log_snr(t))
 
     def last_time(self) -> float:
@@ -478,6 +491,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
     def _lay_out(self, plan: Plan) -> None:
         """Take a plan: its rows for eager steps, its table on the device for compiled ones, see ``_traced_row``."""
         self._plan, self._rows, self._rows_per_level = plan, plan.rows, plan.rows_per_level
+        self._bounded_rows = self._first_free(plan)
         self._table = plan.table.to(device=self._table_device, dtype=torch.float32)
         # The first level has every kind of row; whether a kind draws noise is what most of its rows do, and the others
         # (above all the last row) are listed.
@@ -647,7 +661,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             self._stored = [*self._stored, *[torch.zeros_like(sample) for _ in range(missing)]]
         else:
             row = self._rows[index]
-        x0_hat = self._clip(estimate_of(row, sample, model_output))
+        x0_hat = self._clip(estimate_of(row, sample, model_output), index)
         prev_sample = sample
         if index >= self._first_row:
             draw = partial(standard_normal_like, sample, generator)
@@ -699,7 +713,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
 
         def of_row(i: int, x: Tensor, output: Tensor) -> Transition:
             row = self._rows[i]
-            estimate = self._clip(estimate_of(row, x, output)) if row.needs_estimate else None
+            estimate = self._clip(estimate_of(row, x, output), i) if row.needs_estimate else None
             return transition(row, x, output, memory, estimate)
 
         if len(set(indices)) == 1:
@@ -742,18 +756,22 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         for i in self._otherwise:  # compared one by one: ``in`` of a traced number is no guard
             if index == i:
                 draws = not draws
-        return row_of(self._table[index], self._plan.kinds[place], self._plan.memory, draws)
+        kind = self._plan.kinds[place]
+        if not (self._clips or index < self._bounded_rows):  # of one place, the rows at less noise take F itself
+            kind = kind._replace(of_estimate=False, keeps_estimate=False)
+        return row_of(self._table[index], kind, self._plan.memory, draws)
 
-    def _clip(self, x0_hat: Tensor) -> Tensor:
+    def _clip(self, x0_hat: Tensor, index: int) -> Tensor:
+        """x0_hat of row ``index`` within the bounds that the config states."""
         config = self.config
         if config.get("thresholding", False):
             # Per sample, in the order of Saharia et al. 2022, section 2.3: clip at the quantile, then divide by it.
             quantile = torch.quantile(x0_hat.abs().flatten(1), config.dynamic_thresholding_ratio, dim=1)
             limit = expand_like(quantile.clamp(1.0, config.sample_max_value), x0_hat)
-            return torch.clamp(x0_hat, -limit, limit) / limit
-        if config.clip_sample:
-            return x0_hat.clamp(-config.clip_sample_range, config.clip_sample_range)
-        return x0_hat
+            x0_hat = torch.clamp(x0_hat, -limit, limit) / limit
+        elif config.clip_sample:
+            x0_hat = x0_hat.clamp(-config.clip_sample_range, config.clip_sample_range)
+        return x0_hat.clamp(*self._data_range) if index < self._bounded_rows else x0_hat
 
     # ------------------------------------------------------------------ the path, for training and editing
 

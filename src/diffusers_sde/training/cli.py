@@ -12,12 +12,15 @@ from ..basics.files import FolderInUse, SaveError
 from ..basics.options import fail, parser_of
 from .classifier import ClassifierTrainer
 from .configuration import ClassifierTrainingConfig, CommonTrainingConfig, TrainingConfig
+from .policy_configuration import PolicyTrainingConfig
 from .recipes import RECIPES
+from .rl import PolicyTrainer
 from .run import TrainingRun
 from .trainable import TRAINABLE
 from .trainer import Trainer
 
 DESCRIPTION = f"Train a network by denoising score matching, for one of these SDEs: {', '.join(TRAINABLE)}."
+POLICY = "Let a trained pipeline learn to draw what is rewarded, by group-relative policy optimisation."
 CLASSIFIER = "Train a classifier of noisy images, p_t(y | x_t), for the classifier guidance of a diffusion model."
 
 
@@ -74,10 +77,23 @@ def classifier_main(argv: Sequence[str] | None = None, prog: str = "train_classi
     run_command_line(parser, ClassifierTrainingConfig, ClassifierTrainer, argv)
 
 
+def policy_main(argv: Sequence[str] | None = None) -> None:
+    """Let a pipeline learn from rewards as the command line says; see ``run_command_line``."""
+    parser = parser_of(
+        PolicyTrainingConfig,
+        argument_default=argparse.SUPPRESS,
+        prog="train_rl.py",
+        description=POLICY,
+        epilog="Launch: 'accelerate launch scripts/train_rl.py ...'. On a CPU accelerate gives a process one thread: "
+        "--num_cpu_threads_per_process changes that.",
+    )
+    run_command_line(parser, PolicyTrainingConfig, PolicyTrainer, argv)
+
+
 def run_command_line(
     parser: argparse.ArgumentParser,
     make_config: Callable[..., Any],
-    make_run: Callable[[Any], TrainingRun],
+    make_run: Callable[[Any], TrainingRun | PolicyTrainer],
     argv: Sequence[str] | None,
 ) -> None:
     """Train as the command line says.

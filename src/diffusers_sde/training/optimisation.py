@@ -12,10 +12,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from .averaging import PowerEMA
-from .options import AveragingOptions, OptimisationOptions
+from .options import AveragingOptions, OptimiserOptions
 
 
-def _adam_constants(options: OptimisationOptions) -> dict[str, Any]:
+def _adam_constants(options: OptimiserOptions) -> dict[str, Any]:
     return {
         "betas": (options.adam_beta1, options.adam_beta2),
         "weight_decay": options.adam_weight_decay,
@@ -23,7 +23,7 @@ def _adam_constants(options: OptimisationOptions) -> dict[str, Any]:
     }
 
 
-def check_optimizer(options: OptimisationOptions) -> None:
+def check_optimizer(options: OptimiserOptions) -> None:
     """Make sure that the optimiser is installed.
 
     Raises:
@@ -34,7 +34,7 @@ def check_optimizer(options: OptimisationOptions) -> None:
 
 
 def build_optimizer(
-    options: OptimisationOptions, parameters: Sequence[Tensor], max_steps: int, device: torch.device
+    options: OptimiserOptions, parameters: Sequence[Tensor], max_steps: int, device: torch.device
 ) -> tuple[torch.optim.Optimizer, Any]:
     """AdamW and the course of its learning rate over ``max_steps``.
 
@@ -55,7 +55,7 @@ def build_optimizer(
     return optimizer, course
 
 
-def apply_options(options: OptimisationOptions, optimizer: Any, course: Any) -> None:
+def apply_options(options: OptimiserOptions, optimizer: Any, course: Any) -> None:
     """Let the run's own options count, where loading a checkpoint has restored those that it was trained with."""
     course.base_lrs = [options.learning_rate] * len(course.base_lrs)
     rates = [options.learning_rate * factor(course.last_epoch) for factor in course.lr_lambdas]

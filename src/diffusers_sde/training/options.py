@@ -117,15 +117,9 @@ class LossOptions(CheckedOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimisationOptions(CheckedOptions):
-    """How long, with which steps and at which precision a network is trained."""
+class OptimiserOptions(CheckedOptions):
+    """With which steps and at which precision weights are changed."""
 
-    max_train_steps: int | None = option(
-        None, "Optimiser steps to train for; counts before num_epochs. Default: from num_epochs.", least=1
-    )
-    num_epochs: int = option(100, "Passes through the data, where max_train_steps is not given.", least=1)
-    train_batch_size: int = option(64, "Images per process and forward pass.", least=1)
-    gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step.", least=1)
     learning_rate: float = option(2e-4, "Learning rate after warm-up.", above=0.0)
     lr_scheduler: str = option("cosine", "Course of the learning rate after warm-up.", choices=LR_SCHEDULERS)
     lr_warmup_steps: int | None = option(
@@ -145,6 +139,18 @@ class OptimisationOptions(CheckedOptions):
         "accelerate was launched with, or else bf16 where the hardware computes in it, or else no.",
         choices=PRECISIONS,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimisationOptions(OptimiserOptions):
+    """How long, with which steps and at which precision a network is trained on images."""
+
+    max_train_steps: int | None = option(
+        None, "Optimiser steps to train for; counts before num_epochs. Default: from num_epochs.", least=1
+    )
+    num_epochs: int = option(100, "Passes through the data, where max_train_steps is not given.", least=1)
+    train_batch_size: int = option(64, "Images per process and forward pass.", least=1)
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimiser step.", least=1)
     torch_compile: bool = option(False, "Compile the network with torch.compile; worth its minutes on GPUs.")
     channels_last: bool = option(False, "Keep the network's weights channels last; faster on GPUs.")
     seed: int = option(
@@ -185,15 +191,12 @@ class AveragingOptions(CheckedOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(CheckedOptions):
+class OutputOptions(CheckedOptions):
     """Where a run writes, what it saves and logs, and from where it goes on."""
 
     output_dir: str = option("outputs/training", "Where checkpoints, samples, logs and the final pipeline go.")
     overwrite_output_dir: bool = option(
         False, "Delete what an earlier run wrote in output_dir, and nothing else, and start anew."
-    )
-    save_model_epochs: int | None = option(
-        None, "Save the pipeline every so many epochs. It is always saved at the end.", least=1
     )
     checkpointing_steps: int = option(
         500, "Save a checkpoint for resuming every so many optimiser steps, and at the end; 0: never.", least=0
@@ -214,6 +217,15 @@ class RunOptions(CheckedOptions):
         if not self.output_dir:
             raise ValueError("output_dir must not be empty.")
         check_logging_dir(self.logging_dir)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(OutputOptions):
+    """What a run over images saves, beside what every run does."""
+
+    save_model_epochs: int | None = option(
+        None, "Save the pipeline every so many epochs. It is always saved at the end.", least=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

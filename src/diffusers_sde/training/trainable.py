@@ -24,6 +24,9 @@ from ..schedulers import FlowSDEScheduler, SDEScheduler, SubVPSDEScheduler, VESD
 from ..schedulers.arguments import SAMPLER_ARGUMENTS
 from ..sdes import BETA_SCHEDULES, SDE
 
+# At a noise-to-signal ratio above this one, x0_hat of a trained network is kept in the range of its pixels; measured in
+# docs/results.md.
+BOUND_ABOVE_SIGMA = 1.0
 # Of the arguments that all schedulers share, those that a network is trained with; the others belong to sampling.
 TRAINED_ARGUMENTS = ("num_train_timesteps", "prediction_type", "variance_type", "time_conditioning", "sigma_data")
 
@@ -245,6 +248,8 @@ def build_scheduler(
         "num_train_timesteps": options.num_train_timesteps,
         "prediction_type": prediction.prediction_type or fixed[0] or family.prediction_type,
         "time_conditioning": "continuous",
+        "bound_above_sigma": BOUND_ABOVE_SIGMA,
+        "data_range": [options.data_min, 1.0],
         **family.arguments(options, data),
     }
     if prediction.time_conditioning is not None or fixed[1] is not None:
