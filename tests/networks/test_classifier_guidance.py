@@ -213,7 +213,7 @@ def test_the_classifier_is_a_saved_component(tmp_path):
 
 
 def test_pipeline_errors():
-    with pytest.raises(ValueError, match="Pass a classifier"):
+    with pytest.raises(ValueError, match="pass a classifier"):
         ClassConditionalSDEPipeline(unet(), VPSDEScheduler())
     pipe = quiet(ClassConditionalSDEPipeline(unet(), VPSDEScheduler(), classifier=tiny()))
     free = quiet(ClassConditionalSDEPipeline(unet(num_class_embeds=4), VPSDEScheduler(), null_class=3))

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -197,7 +197,8 @@ def test_choices_are_in_the_signature():
     hint = inspect.signature(VPSDEScheduler.__init__).parameters["predictor"].annotation
     assert get_args(hint) == tuple(PREDICTORS)
     for argument in SAMPLER_ARGUMENTS:
-        for word in get_args(argument.type):
+        kinds = [argument.type, *get_args(argument.type)]  # words alone, or words beside other types
+        words = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
+        for word in words:
             assert argument.check(argument.name, word) == word
-        if get_args(argument.type):
-            assert argument.default in get_args(argument.type)
+        assert not words or argument.default in words
