@@ -1,4 +1,7 @@
-"""Unconditional generation by any SDE scheduler."""
+"""Unconditional generation by any SDE scheduler.
+
+The file is long because a pipeline is one class, whose docstrings are the manual of its calls.
+"""
 
 from __future__ import annotations
 

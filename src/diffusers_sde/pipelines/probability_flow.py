@@ -1,4 +1,7 @@
-"""The probability flow of a diffusers pipeline: likelihood, latent codes, interpolation, adaptive sampling."""
+"""The probability flow of a diffusers pipeline: likelihood, latent codes, interpolation, adaptive sampling.
+
+The file is long because all of it is one front with typed arguments; the mathematics is in ``flow``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What the pipelines share: arguments, inputs, the network as a denoiser, and the ways to run it."""
+"""What the pipelines share: arguments, inputs, the network as a denoiser, and the ways to run it.
+
+The file is long because every function of it serves several pipelines; those of posteriors stand at its end.
+"""
 
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ to the next row; it knows nothing of SDEs.
 
 One kind of row is not linear, the Langevin corrector: its step size follows from the norms of the sample's own score
 and noise.
+
+The table, its rows, how they are executed and how they read belong together, which makes the file a long one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The one list of the arguments that all SDE schedulers share: names, types, defaults, checks and documentation.
 
 A scheduler spells the arguments of its own path and takes the rest from here. A new option of the samplers is one more
-entry of ``SAMPLER_ARGUMENTS``.
+entry of ``SAMPLER_ARGUMENTS``. The file is as long as the list.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A network type is a function of the options, the images and the number of classes that the network is told, which
 returns a ``ModelMixin`` of diffusers, called as ``network(x, timestep, return_dict=...)``, and with ``class_labels``
 where it has classes. Its config holds ``sample_size`` and ``in_channels``; ``basics.networks.NetworkTraits`` says what
-else is read from it.
+else is read from it. There is a builder for each type, which makes the file a long one.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ it, compares the rewards within each group, and makes the steps towards better i
 with rho the ratio of the densities of a step under the new and the old weights, and A the reward less its group's mean,
 in standard deviations of the group (Black et al. 2024, arXiv:2305.13301; Liu et al. 2025, arXiv:2505.05470). The
 network stays in evaluation mode: with dropout, rho would not be 1 where nothing has changed.
+
+The file is long because a round, its checkpoints and its resumption are read in one place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What every training run does, on accelerate: the loop, checkpoints, logs, and the averaged weights."""
+"""What every training run does, on accelerate: the loop, checkpoints, logs, and the averaged weights.
+
+The file is long because the order of these things, across processes and interruptions, is read in one place.
+"""
 
 from __future__ import annotations
 
