@@ -77,14 +77,14 @@ def classifier_main(argv: Sequence[str] | None = None, prog: str = "train_classi
     run_command_line(parser, ClassifierTrainingConfig, ClassifierTrainer, argv)
 
 
-def policy_main(argv: Sequence[str] | None = None) -> None:
+def policy_main(argv: Sequence[str] | None = None, prog: str = "train_rl.py") -> None:
     """Let a pipeline learn from rewards as the command line says; see ``run_command_line``."""
     parser = parser_of(
         PolicyTrainingConfig,
         argument_default=argparse.SUPPRESS,
-        prog="train_rl.py",
+        prog=prog,
         description=POLICY,
-        epilog="Launch: 'accelerate launch scripts/train_rl.py ...'. On a CPU accelerate gives a process one thread: "
+        epilog=f"Launch: 'accelerate launch {_launched(prog)} ...'. On a CPU accelerate gives a process one thread: "
         "--num_cpu_threads_per_process changes that.",
     )
     run_command_line(parser, PolicyTrainingConfig, PolicyTrainer, argv)
