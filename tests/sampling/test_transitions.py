@@ -102,6 +102,9 @@ def test_rows_without_a_density_say_why(predictor, corrector, stochasticity, rea
 def test_a_row_that_looks_back_needs_the_memory_and_hands_it_on():
     plan = make_plan(VPSDE(), TIMES, Exponential(2), stochasticity=0.7)
     x, stored, memory = torch.randn(3, 2, dtype=torch.float64), [], ()
+    bounded = plan.fold(get_parametrization("sample"), VPSDE(), bounds_estimate=True)
+    with pytest.raises(ValueError, match="pass it as estimate"):
+        transition(bounded.rows[0], x, x)
     with pytest.raises(ValueError, match="looks back on 1 stored quantities, and 0 were given: pass the memory"):
         transition(plan.rows[1], x, x)
     for i, row in enumerate(plan.rows[:-1]):
@@ -117,7 +120,7 @@ def test_a_row_that_looks_back_needs_the_memory_and_hands_it_on():
 
 
 def flow_grpo(x, v, t, s, a):
-    """Liu et al. 2025, eq. 9: sigma_t = a sqrt(t/(1 - t)), Euler-Maruyama with dt = s - t."""
+    """Liu et al. 2025: dx = [v + sigma_t^2/(2 t) (x + (1 - t) v)] dt + sigma_t dw, sigma_t = a sqrt(t/(1 - t))."""
     sigma, dt = a * math.sqrt(t / (1 - t)), s - t
     mean = x + (v + sigma**2 / (2 * t) * (x + (1 - t) * v)) * dt
     return mean, sigma * math.sqrt(-dt)

@@ -65,6 +65,29 @@ def test_every_sample_can_have_its_own_step():
     assert torch.equal(by_index.mean, together.mean)
 
 
+def test_samples_at_different_steps_look_back_on_their_own_memory():
+    """Replay of shuffled steps of a multistep sampler, each with what its path had stored."""
+    scheduler = SCHEDULERS["multistep"]()
+    scheduler.set_timesteps(8)
+    x, memory, seen = torch.randn(3, 2, 4, 4), (), []
+    for i, t in list(enumerate(scheduler.timesteps))[:-1]:
+        output = network(x, t)
+        law = scheduler.transition(output, t, x, memory)
+        seen.append((x, output, memory, law))
+        assert len(law.memory) <= scheduler._plan.memory < len(scheduler.timesteps)
+        x, memory = law.sample(torch.Generator().manual_seed(i)), law.memory
+    indices = [5, 3, 6]
+    together = scheduler.transition(
+        torch.stack([seen[i][1][k] for k, i in enumerate(indices)]),
+        scheduler.timesteps[indices],
+        torch.stack([seen[i][0][k] for k, i in enumerate(indices)]),
+        [torch.stack([seen[i][2][m][k] for k, i in enumerate(indices)]) for m in range(scheduler._plan.memory)],
+    )
+    assert together.mean.shape == (3, 2, 4, 4)
+    for k, i in enumerate(indices):
+        assert torch.equal(together.mean[k], seen[i][3].mean[k])
+
+
 def test_the_ratio_on_replay_is_one_also_after_storage_in_half_precision():
     scheduler = SCHEDULERS["flow"]()
     scheduler.set_timesteps(6)

@@ -352,11 +352,11 @@ def advance(
     Returns:
         The new sample, same shape, and what the row stores, or None.
     """
-    moved = mean(row, x, _input(model_output, estimate, row.of_estimate), stored)
+    moved = mean(row, x, input_of(model_output, estimate, row.of_estimate), stored)
     z = draw() if row.draws_noise else None
     kept = None
     if row.keep is not None:
-        kept = mean(row.keep, x, _input(model_output, estimate, row.keeps_estimate), stored)
+        kept = mean(row.keep, x, input_of(model_output, estimate, row.keeps_estimate), stored)
         if z is not None and _is_present(row.keep.noise):
             kept = _add(kept, z, row.keep.noise)
     if row.langevin is not None and z is not None:
@@ -391,7 +391,12 @@ def _add(total: Tensor, value: Tensor, weight: Any) -> Tensor:
     return total.add_(value, alpha=weight) if isinstance(weight, float) else total + weight * value
 
 
-def _input(model_output: Tensor, estimate: Tensor | None, of_estimate: bool) -> Tensor:
+def input_of(model_output: Tensor, estimate: Tensor | None, of_estimate: bool) -> Tensor:
+    """What a form's ``model`` multiplies: what the model returned, or the bounded x0_hat; same shape.
+
+    Raises:
+        ValueError: It is the estimate, and that was not given.
+    """
     if not of_estimate:
         return model_output
     if estimate is None:

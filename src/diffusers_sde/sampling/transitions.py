@@ -16,7 +16,7 @@ from torch import Tensor
 from ..basics.checks import check_choice
 from ..basics.noise import Generators, standard_normal_like
 from ..sdes import expand_like
-from .rows import Row, mean
+from .rows import Row, input_of, mean
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -111,7 +111,7 @@ def transition(
         estimate: The bounded x0_hat, for rows that take it; see ``Row.needs_estimate``.
 
     Raises:
-        ValueError: A row whose result is not Gaussian, has no noise, or looks back on what is not given.
+        ValueError: A row whose result is not Gaussian, has no noise, or needs what is not given.
     """
     if (reason := why_not_gaussian(row)) is not None:
         raise ValueError(f"this row has no density: {reason}.")
@@ -124,11 +124,10 @@ def transition(
         )
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     x, model_output = x.to(dtype), model_output.to(dtype)
-    moved = mean(row, x, estimate if row.of_estimate and estimate is not None else model_output, stored)
+    moved = mean(row, x, input_of(model_output, estimate, row.of_estimate), stored)
     kept: tuple[Tensor, ...] = tuple(stored)
     if row.keep is not None:
-        source = estimate if row.keeps_estimate and estimate is not None else model_output
-        kept = (mean(row.keep, x, source, stored), *kept)
+        kept = (mean(row.keep, x, input_of(model_output, estimate, row.keeps_estimate), stored), *kept)
     return Transition(moved, float(row.noise), kept)
 
 

@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -577,11 +577,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             self._first_row = level * self._rows_per_level
         if self._plan.memory and 0 < level < len(self._level_times) - 1:
             # Multistep rows here look back on estimates that do not exist: lay the rest of the plan out anew.
-            begun, rest = (
-                self._plan.until(level * self._rows_per_level),
-                self._make_plan(self._level_times[level:], level),
-            )
-            self._lay_out(concatenated([begun, rest]))
+            rest = self._make_plan(self._level_times[level:], level)
+            self._lay_out(concatenated([self._plan.until(level * self._rows_per_level), rest]))
         return index
 
     # ------------------------------------------------------------------ sampling
@@ -695,7 +692,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             model_output: What the network returned, shape (B, ...).
             timestep: The entry of ``timesteps`` that it was called with, or one for each sample, shape (B,).
             sample: x_t, shape (B, ...).
-            memory: For samplers that look back, the ``memory`` of the transition before.
+            memory: For samplers that look back, the ``memory`` of the transition before: tensors of shape (B, ...). A
+                batch of different steps hands none on.
             index: Index in ``timesteps``, or one for each sample, in place of the timestep. It is needed where several
                 rows share a timestep, as with correctors.
 
@@ -711,15 +709,16 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
         sample, model_output = sample.to(dtype), model_output.to(dtype)
 
-        def of_row(i: int, x: Tensor, output: Tensor) -> Transition:
-            row = self._rows[i]
+        def of_row(i: int, samples: slice) -> Transition:
+            row, x, output = self._rows[i], sample[samples], model_output[samples]
             estimate = self._clip(estimate_of(row, x, output), i) if row.needs_estimate else None
-            return transition(row, x, output, memory, estimate)
+            law = transition(row, x, output, [stored[samples] for stored in memory], estimate)
+            return replace(law, memory=law.memory[: self._plan.memory])
 
         if len(set(indices)) == 1:
-            return of_row(indices[0], sample, model_output)
+            return of_row(indices[0], slice(None))
         # Every sample by the numbers of its own row, so that it does not depend on its batch mates.
-        each = [of_row(i, sample[k : k + 1], model_output[k : k + 1]) for k, i in enumerate(indices)]
+        each = [of_row(i, slice(k, k + 1)) for k, i in enumerate(indices)]
         std = torch.tensor([one.std for one in each], dtype=torch.float64, device=sample.device)
         return Transition(torch.cat([one.mean for one in each]), std)
 

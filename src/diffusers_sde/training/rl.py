@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +29,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, set_seed
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..basics.files import check_unlocked, saving, write_whole
 from ..basics.networks import describe_network
@@ -45,7 +43,6 @@ from ..sampling.transitions import Transition
 from .averaging import averaged_weights
 from .checkpoints import (
     CONFIG_FILE,
-    TRACKER,
     check_output_dir,
     clear_run,
     find_checkpoint,
@@ -58,7 +55,7 @@ from .checkpoints import (
     set_aside_later,
 )
 from .identity import as_recorded, check_same_run, log_changes
-from .logs import due, log_pictures
+from .logs import due, log_pictures, progress_bar, start_trackers
 from .optimisation import apply_options, build_average, build_optimizer
 from .policy_configuration import STORAGE, PolicyTrainingConfig
 from .policy_gradient import clipped_objective, group_advantages
@@ -262,9 +259,7 @@ class PolicyTrainer:
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.policy = self._pipeline(self.network, self._policy())
         self.ema = build_average(config, list(self.network.parameters()), 0.9, foreach=True)
-        if config.logger != "none":
-            plain = {k: v for k, v in config.public().items() if isinstance(v, (bool, int, float, str))}
-            accelerator.init_trackers(TRACKER, config=plain)
+        start_trackers(accelerator, config)
         if self.resume_from is not None:
             self._load(self.resume_from)
 
@@ -281,14 +276,7 @@ class PolicyTrainer:
 
     def _loop(self, stop: StopSignal) -> None:
         config, accelerator = self.config, self.accelerator
-        progress = tqdm(
-            total=config.max_train_steps,
-            initial=self.step,
-            desc="Learning",
-            unit="round",
-            disable=not accelerator.is_local_main_process,
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        )
+        progress = progress_bar(accelerator, config.max_train_steps, self.step, "Learning", "round")
         while self.step < config.max_train_steps:
             start = time.perf_counter()
             values = self.round()

@@ -9,7 +9,6 @@ import copy
 import json
 import logging
 import math
-import sys
 import time
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
@@ -21,7 +20,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, set_seed
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..basics.files import FolderInUse, check_unlocked, saving, write_whole
 from ..basics.networks import describe_network
@@ -34,7 +32,6 @@ from ..schedulers import SDEScheduler
 from .averaging import averaged_weights
 from .checkpoints import (
     CONFIG_FILE,
-    TRACKER,
     check_output_dir,
     check_weights,
     clear_run,
@@ -49,7 +46,7 @@ from .checkpoints import (
 )
 from .configuration import CommonTrainingConfig
 from .identity import changeable_options, check_same_run, identity_of, log_changes
-from .logs import describe_source, due
+from .logs import describe_source, due, progress_bar, start_trackers
 from .networks import check_memory
 from .optimisation import apply_options, build_average, build_optimizer, check_optimizer
 from .precision import default_precision
@@ -294,20 +291,11 @@ class TrainingRun(ABC):
         # Sharded ones that are frozen have no foreach copy.
         foreach = self._whole_network is None or all(parameter.requires_grad for parameter in parameters)
         self.ema = build_average(config, parameters, default_ema_max_decay(self.scheduler), foreach)
-        if config.logger != "none":
-            plain = {k: v for k, v in config.public().items() if isinstance(v, (bool, int, float, str))}
-            accelerator.init_trackers(TRACKER, config=plain)
+        start_trackers(accelerator, config)
 
     def _loop(self, stop: StopSignal) -> None:
         config, accelerator = self.config, self.accelerator
-        progress = tqdm(
-            total=self.max_steps,
-            initial=self.step,
-            desc="Training",
-            unit="step",
-            disable=not accelerator.is_local_main_process,
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log file needs no animation
-        )
+        progress = progress_bar(accelerator, self.max_steps, self.step, "Training", "step")
         self._loss_sum = torch.zeros((), device=accelerator.device)
         self._gradient_norm: Tensor | None = None
         self._steps_summed, self._since = 0, time.perf_counter()
