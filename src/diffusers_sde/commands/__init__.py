@@ -34,6 +34,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("training.cli", "main", "train a score model on images"),
     "classifier": Command("training.cli", "classifier_main", "train a classifier of noisy images, for guidance"),
+    "autoencoder": Command("training.cli", "autoencoder_main", "train an autoencoder for diffusion in its latents"),
     "rl": Command("training.cli", "policy_main", "let a trained pipeline learn from rewards"),
     "sample": Command("evaluation.cli", "sample_main", "draw images from a saved pipeline"),
     "evaluate": Command("evaluation.cli", "evaluate_main", "measure a saved pipeline: samples, likelihood, codes"),

@@ -10,6 +10,8 @@ from typing import Any
 
 from ..basics.files import FolderInUse, SaveError
 from ..basics.options import fail, parser_of
+from .autoencoder import AutoencoderTrainer
+from .autoencoder_configuration import AutoencoderTrainingConfig
 from .classifier import ClassifierTrainer
 from .configuration import ClassifierTrainingConfig, CommonTrainingConfig, TrainingConfig
 from .policy_configuration import PolicyTrainingConfig
@@ -21,6 +23,7 @@ from .trainer import Trainer
 
 DESCRIPTION = f"Train a network by denoising score matching, for one of these SDEs: {', '.join(TRAINABLE)}."
 POLICY = "Let a trained pipeline learn to draw what is rewarded, by group-relative policy optimisation."
+AUTOENCODER = "Train an autoencoder of images, in whose latents a diffusion model can then be trained."
 CLASSIFIER = "Train a classifier of noisy images, p_t(y | x_t), for the classifier guidance of a diffusion model."
 
 
@@ -79,21 +82,31 @@ def classifier_main(argv: Sequence[str] | None = None, prog: str = "train_classi
 
 def policy_main(argv: Sequence[str] | None = None, prog: str = "train_rl.py") -> None:
     """Let a pipeline learn from rewards as the command line says; see ``run_command_line``."""
-    parser = parser_of(
-        PolicyTrainingConfig,
+    run_command_line(_plain_parser(prog, POLICY, PolicyTrainingConfig), PolicyTrainingConfig, PolicyTrainer, argv)
+
+
+def autoencoder_main(argv: Sequence[str] | None = None, prog: str = "train_autoencoder.py") -> None:
+    """Train an autoencoder as the command line says; see ``run_command_line``."""
+    parser = _plain_parser(prog, AUTOENCODER, AutoencoderTrainingConfig)
+    run_command_line(parser, AutoencoderTrainingConfig, AutoencoderTrainer, argv)
+
+
+def _plain_parser(prog: str, description: str, config_class: type[Any]) -> argparse.ArgumentParser:
+    """The parser of a configuration that has no SDE and no recipes."""
+    return parser_of(
+        config_class,
         argument_default=argparse.SUPPRESS,
         prog=prog,
-        description=POLICY,
+        description=description,
         epilog=f"Launch: 'accelerate launch {_launched(prog)} ...'. On a CPU accelerate gives a process one thread: "
         "--num_cpu_threads_per_process changes that.",
     )
-    run_command_line(parser, PolicyTrainingConfig, PolicyTrainer, argv)
 
 
 def run_command_line(
     parser: argparse.ArgumentParser,
     make_config: Callable[..., Any],
-    make_run: Callable[[Any], TrainingRun | PolicyTrainer],
+    make_run: Callable[[Any], TrainingRun | PolicyTrainer | AutoencoderTrainer],
     argv: Sequence[str] | None,
 ) -> None:
     """Train as the command line says.
