@@ -13,6 +13,7 @@ approximates by a Gaussian of its own. With r = y - A x0_hat, J = d x0_hat / d x
 x0_hat by
 
     dps       scale sqrt(m) sigma J^T A^T r / |r|, m the number of measurements;
+    psld      the same through a decoder, with a term for latents that encoding gives back;
     pigdm     (sigma^2/alpha) J^T A^T (v A A^T + S)^-1 r,  v = 1 / (1/data_std^2 + alpha^2/sigma^2);
     mmps      V A^T (A V A^T + S)^-1 r with V = (sigma^2/alpha) J, the true covariance of x_0 given x_t;
     gaussian  the same with V of Gaussian data with a given covariance.
@@ -25,6 +26,9 @@ A method is one frozen dataclass, whose fields are its options, and one line in 
 approximation with weighted particles, which it moves by itself. Replacement and resampling move the sample and not its
 estimate, so they are ways to execute a plan: ``Replacement`` and ``resampled``.
 
+Measurements of images whose latents are drawn, y = A D(x_0) + noise with a decoder D, are a ``DecodedOperator``, which
+the methods see linearised around their estimate; ``gaussian`` alone does not take it.
+
 ``rescale_temperature`` knows no y: it makes samples more typical or more diverse, by a factor on the score.
 
 A backward pass keeps the activations of the network in memory for the whole batch. ``chunk_size`` limits this to so
@@ -32,10 +36,20 @@ many samples at a time, and costs one more forward pass per backward pass.
 """
 
 from .classes import classifier_free_guidance, classifier_guidance, guide_within
+from .decoding import DecodedOperator
 from .methods import GuidingMethod, PosteriorMethod, PosteriorProblem, PosteriorRun
 from .operators import ChannelMixture, Downsampling, GaussianBlur, Grayscale, LinearMap, LinearOperator, Mask
 from .particles import SMC, Particles
-from .posteriors import DPS, MMPS, POSTERIOR_METHODS, GaussianPosterior, PiGDM, posterior_denoiser, posterior_method
+from .posteriors import (
+    DPS,
+    MMPS,
+    POSTERIOR_METHODS,
+    PSLD,
+    GaussianPosterior,
+    PiGDM,
+    posterior_denoiser,
+    posterior_method,
+)
 from .replacement import Replacement, renoise, resampled
 from .temperature import rescale_temperature
 
@@ -43,8 +57,10 @@ __all__ = [
     "DPS",
     "MMPS",
     "POSTERIOR_METHODS",
+    "PSLD",
     "SMC",
     "ChannelMixture",
+    "DecodedOperator",
     "Downsampling",
     "GaussianBlur",
     "GaussianPosterior",

@@ -61,6 +61,10 @@ class LinearOperator(ABC):
         """Return the operator for the samples ``index``, int64 (B,), of the batch; they may repeat."""
         return self
 
+    def at(self, x0_hat: Tensor) -> LinearOperator:
+        """Return the operator around an estimate, shape (B, *data_shape), which for a linear one is itself."""
+        return self
+
     def residual(self, y: Tensor, x: Tensor) -> Tensor:
         """Return the misfit y - A x, zero where nothing is measured."""
         return y - self.apply(x)

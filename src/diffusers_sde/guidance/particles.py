@@ -145,8 +145,9 @@ class SMC(PosteriorMethod):
             t, alpha, sigma = bounded_path(sde, torch.tensor(row.t, dtype=torch.float64, device=x.device), x)
             x0_hat, vjp = denoise_with_vjp(denoiser, x, t, self.chunk_size)
             v = isotropic_variance(alpha, sigma, self.data_std)
-            r = each.residual(targets, x0_hat)
-            u = each.solve_gram(r, noise_std**2 / v) / v
+            around = each.at(x0_hat)
+            r = around.residual(targets, x0_hat)
+            u = around.solve_gram(r, noise_std**2 / v) / v
             log_twist = (-0.5 * (r * u).flatten(1).sum(1).double()).reshape(problems, k)
             log_weights = log_weights + log_twist - previous
             if row is last:
@@ -158,7 +159,7 @@ class SMC(PosteriorMethod):
                 break
             size = 1.0 / torch.softmax(log_weights, 1).square().sum(1)
             effective = torch.minimum(effective, size)
-            shift = sigma**2 / alpha * vjp(each.adjoint(u))
+            shift = sigma**2 / alpha * vjp(around.adjoint(u))
             again = size < self.resample_below * k
             if bool(again.any()):
                 stay = torch.arange(k, device=x.device).expand(problems, k)

@@ -18,6 +18,7 @@ from ..basics.checks import check_choice, check_integer, check_number, check_ten
 from ..networks.denoisers import Denoiser
 from ..sdes import SDE, expand_like
 from .common import bounded_path, check_chunk_size, check_scale, isotropic_variance
+from .decoding import DecodedOperator
 from .gradients import denoise_with_vjp
 from .methods import GuidingMethod, PosteriorMethod
 from .operators import LinearOperator, check_noise_std, conjugate_gradients
@@ -60,9 +61,66 @@ class DPS(GuidingMethod):
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             t, _, sigma = bounded_path(sde, t, x)
             x0_hat, vjp = denoise_with_vjp(denoiser, x, t, self.chunk_size)
-            r = operator.residual(y, x0_hat)
-            weight = operator.measurements(r).sqrt() / r.flatten(1).norm(dim=1).clamp(min=1e-12)
-            return x0_hat + self.scale * sigma * vjp(operator.adjoint(expand_like(weight, r) * r))
+            around = operator.at(x0_hat)
+            r = around.residual(y, x0_hat)
+            weight = around.measurements(r).sqrt() / r.flatten(1).norm(dim=1).clamp(min=1e-12)
+            return x0_hat + self.scale * sigma * vjp(around.adjoint(expand_like(weight, r) * r))
+
+        return denoise
+
+
+@dataclass(frozen=True)
+class PSLD(GuidingMethod):
+    """Posterior sampling in latents adds to ``DPS`` that the estimate is a latent that encoding gives back.
+
+    With the decoder D and the encoder E, and m and d the numbers of measurements and of latents, x0_hat is shifted by
+
+        -scale sqrt(m) sigma J^T grad (|y - A D(x0_hat)| + gluing sqrt(d/m) |x0_hat - E(x_y)|),
+        x_y = D(x0_hat) + A^+ (y - A D(x0_hat)),
+
+    where x_y is the decoded image with what was measured put in. Many latents that the decoder maps to images which
+    agree with y are not latents of any image; the second term, called gluing, prefers those that are. It is only for
+    measurements of images whose latents are drawn.
+
+    Args:
+        scale: Strength, as in ``DPS``.
+        gluing: Weight of the second term; 0 is ``DPS``.
+        chunk_size: Samples per backward pass, of the network and of the autoencoder; None for all.
+
+    Raises:
+        ValueError: An option is out of range.
+
+    Reference:
+        Rout et al. 2023, arXiv:2307.00619, algorithm 2.
+    """
+
+    scale: float = 1.0
+    gluing: float = 0.1
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_scale("scale", self.scale)
+        check_scale("gluing", self.gluing)
+        check_chunk_size(self.chunk_size)
+
+    def __call__(
+        self, denoiser: Denoiser, sde: SDE, operator: LinearOperator, y: Tensor, noise_std: float = 0.0
+    ) -> Denoiser:
+        """Return the guided denoiser; see ``GuidingMethod``. ``noise_std`` is ignored."""
+        check_noise_std(noise_std)
+        if not isinstance(operator, DecodedOperator):
+            raise ValueError(
+                "posterior 'psld' is for measurements of images whose latents are drawn, got an operator on the "
+                "network's own data."
+            )
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            t, _, sigma = bounded_path(sde, t, x)
+            x0_hat, vjp = denoise_with_vjp(denoiser, x, t, self.chunk_size)
+            m = operator.measurements(y)
+            ratio = self.gluing * (x0_hat[0].numel() / m).sqrt()
+            ascent = operator.glued_ascent(y, x0_hat, ratio)
+            return x0_hat + self.scale * sigma * vjp(expand_like(m.sqrt(), x0_hat) * ascent)
 
         return denoise
 
@@ -106,9 +164,9 @@ class PiGDM(GuidingMethod):
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             t, alpha, sigma = bounded_path(sde, t, x)
             x0_hat, vjp = denoise_with_vjp(denoiser, x, t, self.chunk_size)
-            v = isotropic_variance(alpha, sigma, self.data_std)
-            u = operator.solve_gram(operator.residual(y, x0_hat), noise_std**2 / v) / v
-            return x0_hat + sigma**2 / alpha * vjp(operator.adjoint(u))
+            v, around = isotropic_variance(alpha, sigma, self.data_std), operator.at(x0_hat)
+            u = around.solve_gram(around.residual(y, x0_hat), noise_std**2 / v) / v
+            return x0_hat + sigma**2 / alpha * vjp(around.adjoint(u))
 
         return denoise
 
@@ -151,17 +209,18 @@ class MMPS(GuidingMethod):
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             t, alpha, sigma = bounded_path(sde, t, x)
             x0_hat, vjp = denoise_with_vjp(denoiser, x, t, self.chunk_size)
+            around = operator.at(x0_hat)
 
             def covariance(v: Tensor) -> Tensor:
                 return sigma**2 / alpha * vjp(v)
 
             u = conjugate_gradients(
-                lambda v: operator.apply(covariance(operator.adjoint(v))) + noise_std**2 * v,
-                operator.residual(y, x0_hat),
+                lambda v: around.apply(covariance(around.adjoint(v))) + noise_std**2 * v,
+                around.residual(y, x0_hat),
                 self.iterations,
                 self.rtol,
             )
-            return x0_hat + covariance(operator.adjoint(u))
+            return x0_hat + covariance(around.adjoint(u))
 
         return denoise
 
@@ -198,6 +257,8 @@ class GaussianPosterior(GuidingMethod):
     ) -> Denoiser:
         """Return the guided denoiser; see ``GuidingMethod``. The operator must be the same for all samples."""
         check_noise_std(noise_std)
+        if isinstance(operator, DecodedOperator):
+            raise ValueError("posterior 'gaussian' is for linear measurements, and a decoder is not linear.")
         if operator.batch_size is not None:
             raise ValueError(
                 f"operator must be the same for all samples with GaussianPosterior, got {operator.batch_size} masks."
@@ -227,6 +288,7 @@ class GaussianPosterior(GuidingMethod):
 
 POSTERIOR_METHODS: dict[str, type[PosteriorMethod]] = {
     "dps": DPS,
+    "psld": PSLD,
     "pigdm": PiGDM,
     "mmps": MMPS,
     "gaussian": GaussianPosterior,
