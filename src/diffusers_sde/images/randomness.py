@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 # Independent streams of one seed.
-ORDER, AUGMENTATION, NOISE = 0, 1, 2
+ORDER, AUGMENTATION, NOISE, LATENT_NOISE = 0, 1, 2, 3
 
 
 class SampleRandom:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .randomness import AUGMENTATION, NOISE, SampleRandom
+from .randomness import AUGMENTATION, LATENT_NOISE, NOISE, SampleRandom
 
 
 class TrainingSource(Protocol):
@@ -69,12 +69,17 @@ class TrainingSamples(Dataset, ABC):
 
     Attributes:
         noise_shape: Shape of the noise of a sample, which is that of the image where nothing else is set.
+        draws_latents: Whether batches also hold ``latent_noise``, unit Gaussian, float32 (B, *noise_shape), by which
+            the latents of an image are drawn from their distribution.
     """
+
+    draws_latents = False
 
     def __init__(self, shape: tuple[int, int, int], seed: int, random_flip: bool, strata: int = 1) -> None:
         self._shape, self._random_flip, self._strata = shape, random_flip, strata
         self.noise_shape = shape
         self._augmentation, self._noise = SampleRandom(seed, AUGMENTATION), SampleRandom(seed, NOISE)
+        self._latent_noise = SampleRandom(seed, LATENT_NOISE)
 
     @abstractmethod
     def deal(self, first: int, batch_size: int, process: int, processes: int) -> Iterable[list[Any]]:
@@ -109,20 +114,33 @@ class TrainingSamples(Dataset, ABC):
             image_of: Returns the image at a position of the batch, bytes (C, H, W), cropped by a generator.
             labels: Classes, int64 (B,), or None.
         """
-        shape = (len(numbers), *self._shape)
-        images = np.empty(shape, dtype=np.uint8)
+        images = np.empty((len(numbers), *self._shape), dtype=np.uint8)
+        for i, number in enumerate(numbers):
+            flip, augment = self.is_flipped(number)
+            image = image_of(i, augment)
+            images[i] = image[..., ::-1] if flip else image
+        return {"images": torch.from_numpy(images), **self.draws(numbers, labels)}
+
+    def is_flipped(self, number: int) -> tuple[bool, np.random.Generator]:
+        """Whether a sample is mirrored, and the generator of the rest of its augmentation."""
+        augment = self._augmentation(number)
+        return self._random_flip and augment.random() < 0.5, augment
+
+    def draws(self, numbers: Sequence[int], labels: Tensor | None) -> dict[str, Tensor]:
+        """What a batch holds beside its images: their random numbers and classes."""
         noise = np.empty((len(numbers), *self.noise_shape), dtype=np.float32)
         u, label_draw = np.empty(len(numbers)), np.empty(len(numbers))
         for i, number in enumerate(numbers):
-            augment = self._augmentation(number)
-            flip = self._random_flip and augment.random() < 0.5
-            image = image_of(i, augment)
-            images[i] = image[..., ::-1] if flip else image
             draw = self._noise(number)
             u[i] = (number % self._strata + draw.random()) / self._strata
             draw.standard_normal(out=noise[i], dtype=np.float32)
             label_draw[i] = draw.random()
-        batch = {"images": torch.from_numpy(images), "noise": torch.from_numpy(noise), "u": torch.from_numpy(u)}
+        batch = {"noise": torch.from_numpy(noise), "u": torch.from_numpy(u)}
+        if self.draws_latents:
+            latent_noise = np.empty_like(noise)
+            for i, number in enumerate(numbers):
+                self._latent_noise(number).standard_normal(out=latent_noise[i], dtype=np.float32)
+            batch["latent_noise"] = torch.from_numpy(latent_noise)
         if labels is not None:
             batch["labels"] = labels
             batch["label_draw"] = torch.from_numpy(label_draw)

@@ -136,6 +136,30 @@ class ImageSource:
             digest.update(json.dumps([self.class_names, self.labels.tolist()]).encode())
         return digest.hexdigest()[:16]
 
+    @property
+    def has_fixed_crops(self) -> bool:
+        """Whether an image is the same every time: it is not cropped at random."""
+        return self.is_cached or self.format.center_crop or self.format.fixed_size
+
+    def content_key(self) -> str:
+        """A hash of all images as they are prepared.
+
+        Those in memory are hashed. Others are not read for it: datasets' own fingerprint stands for them, which changes
+        with their files, and what says how they are prepared.
+        """
+        digest = hashlib.sha256(repr((len(self), self.format)).encode())
+        if self._cache is not None:
+            digest.update(self._cache.tobytes())
+        else:
+            digest.update(repr((self._dataset._fingerprint, self._image_column, self._white)).encode())
+            digest.update(self.fingerprint().encode())
+        return digest.hexdigest()[:32]
+
+    def order(self, seed: int, numbers: Sequence[int]) -> list[int]:
+        """Which images the samples of these numbers are."""
+        n = len(self)
+        return [int(epoch_order(seed, number // n, n)[number % n]) for number in numbers]
+
     def _read(self, index: int) -> Image.Image:
         return open_image(index, lambda: self._dataset[index][self._image_column], self._white)
 
@@ -209,7 +233,7 @@ class StoredSamples(TrainingSamples):
 
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """A batch of sample numbers."""
-        source, n = self._source, len(self._source)
-        indices = [int(epoch_order(self._seed, number // n, n)[number % n]) for number in numbers]
+        source = self._source
+        indices = source.order(self._seed, numbers)
         labels = None if source.labels is None else source.labels[indices]
         return self.batch(numbers, lambda i, random: source.get(indices[i], random), labels)

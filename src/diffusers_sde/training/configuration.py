@@ -26,7 +26,10 @@ from .recipes import RECIPES, recipe_settings
 from .trainable import SDEOptions
 
 _HUB = tuple(f.name for f in fields(HubOptions))
-_LOCAL = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir", "logging_dir", *_HUB)
+_LOCAL = (
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir", "logging_dir", "latent_cache_dir"),
+    *_HUB,
+)
 
 
 def _without_folders(name: str, word: str) -> str:
@@ -122,8 +125,6 @@ class TrainingConfig(
             raise ValueError(
                 f"time_sampling 'importance' is for weighting 'likelihood', got weighting={self.weighting!r}."
             )
-        if self.vae is None and self.latent_scaling != "measured":
-            raise ValueError(f"latent_scaling {self.latent_scaling!r} has no effect without vae.")
         if self.vae is not None and self.data_min != -1.0:
             raise ValueError(f"data_min must be -1 with vae, whose images lie in [-1, 1], got {self.data_min!r}.")
         fourier = ("score", "sigma")

@@ -177,9 +177,9 @@ class TrainingRun(ABC):
         """The data as the network sees them."""
         return source
 
-    def _x0(self, images: Tensor) -> Tensor:
-        """The network's data of images, bytes (B, C, H, W) on the device."""
-        return to_network(images, self.config.data_min)
+    def _x0(self, batch: dict[str, Tensor]) -> Tensor:
+        """The network's data of a batch from ``TrainingSamples``, float32 on the device."""
+        return to_network(batch["images"].to(self.accelerator.device, non_blocking=True), self.config.data_min)
 
     def _build_scheduler(self) -> SDEScheduler:
         """The scheduler that the options describe."""
@@ -352,7 +352,7 @@ class TrainingRun(ABC):
     def _inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Data in the network's range and unit noise on the device, and SDE times."""
         device = self.accelerator.device
-        x0 = self._x0(batch["images"].to(device, non_blocking=True))
+        x0 = self._x0(batch)
         eps = batch["noise"].to(device, non_blocking=True)
         # Times and their coefficients are float64 on the host, whatever the device and the precision of the network.
         return x0, eps, self._times(batch["u"])

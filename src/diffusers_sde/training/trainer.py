@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from ..basics.files import saving, write_whole
@@ -97,12 +98,12 @@ class Trainer(TrainingRun):
         if self.config.vae is None:
             return source
         with self.accelerator.main_process_first():
-            vae = load_autoencoder(self.config.vae, self.accelerator.device)
-        self._latents = LatentSource(source, self.config, vae)
+            vae = load_autoencoder(self.config, self.accelerator.device)
+        self._latents = LatentSource(source, self.config, vae, self.config.random_flip)
         return self._latents
 
-    def _x0(self, images: Tensor) -> Tensor:
-        return super()._x0(images) if self._latents is None else self._latents.encoder.encode(images)
+    def _x0(self, batch: dict[str, Tensor]) -> Tensor:
+        return super()._x0(batch) if self._latents is None else self._latents.x0(batch, self.accelerator.device)
 
     def _weighting(self) -> str:
         return self.config.weighting or super()._weighting()
@@ -136,6 +137,8 @@ class Trainer(TrainingRun):
     # ------------------------------------------------------------------ along the way
 
     def _begin(self) -> None:
+        if self._latents is not None:
+            self._latents.prepare(PartialState())
         self._progress = ProgressOfSamples(self.config, self.source) if self.config.eval_every else None
 
     def _observe(self, last: bool) -> bool:
@@ -148,6 +151,8 @@ class Trainer(TrainingRun):
                 values = {f"eval/{name}": value for name, value in self._progress(self._pipeline(network)).items()}
             logger.info("Step %d: %s", self.step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
             self.accelerator.log(values, step=self.step)
+        if observed and self._latents is not None and not last:
+            self._latents.rest()
         return observed
 
     def _publish(self) -> None:
@@ -200,6 +205,7 @@ class Trainer(TrainingRun):
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         parts: dict[str, Any] = {"data_min": self.config.data_min}
         if self._latents is not None:
+            self._latents.wake()
             encoder = self._latents.encoder
             parts |= {"vae": encoder.vae, "latents_mean": list(encoder.mean), "latents_std": list(encoder.std)}
         if not self.config.class_conditional:
