@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..basics.checks import check_choice, check_generators, check_integer
 from ..basics.noise import fork
-from ..guidance.operators import Mask, check_noise_std
+from ..guidance.operators import LinearOperator, Mask, check_noise_std
 from ..guidance.posteriors import POSTERIOR_METHODS
 from ..guidance.replacement import REPLACEMENT_METHODS, Replacement
 from ..images.arrays import as_hole
+from .encoders import latents_of
 from .pipeline_sde import SDEPipeline
 from .probability_flow import check_sides
 from .runs import (
@@ -24,12 +25,14 @@ from .runs import (
     execute,
     finished,
     image_data,
+    latents_of_images,
     names_near_arguments,
     network_output,
     own_scheduler,
     posterior_of,
     samples_of_each,
     starting_noise,
+    through_decoder,
 )
 
 
@@ -42,6 +45,9 @@ class InpaintSDEPipeline(SDEPipeline):
     needs no gradients, but is blind to what the hole and its surroundings have to agree on. ``repaint`` goes back and
     forth between noise levels until they agree, at ``resamplings`` times the cost (Lugmayr et al. 2022).
 
+    A pipeline with an autoencoder compares the known pixels with what it decodes, or, with ``space="latents"``, which
+    is cheaper and coarser, keeps those latents whose pixels are all known.
+
     Example:
         ```py
         from diffusers_sde import InpaintSDEPipeline
@@ -50,8 +56,6 @@ class InpaintSDEPipeline(SDEPipeline):
         completions = pipe(image, mask_image, num_samples=4, generator=torch.manual_seed(0)).images
         ```
     """
-
-    _takes_vae = False  # measurements are of pixels
 
     @names_near_arguments
     @torch.no_grad()
@@ -76,6 +80,7 @@ class InpaintSDEPipeline(SDEPipeline):
         atol: float | None = None,
         noise_std: float = 0.0,
         batch_size: int | None = None,
+        space: str | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Fill the holes.
 
@@ -94,7 +99,8 @@ class InpaintSDEPipeline(SDEPipeline):
             resamplings: How often ``repaint`` does each stretch of levels. It runs the scheduler at
                 ``solver_order=1``, since a jump breaks the path that multistep solvers look back on.
             jump_length: How many levels a stretch of ``repaint`` has.
-            keep_known: Whether the known pixels are put into the result exactly. False leaves them as the posterior
+            keep_known: Whether the known pixels are put into the result exactly, which no ``output_type`` of latents
+                shows. False leaves them as the posterior
                 method has them, which differs from the image for all but ``replacement`` and ``repaint``.
             posterior_options: As in ``RestorationSDEPipeline``; ``replacement`` and ``repaint`` have none.
             output_type: As in ``SDEPipeline``.
@@ -107,6 +113,9 @@ class InpaintSDEPipeline(SDEPipeline):
             noise_std: Standard deviation of the noise in the known pixels, in the units of the network's range. Where
                 it is positive, ``keep_known=False`` lets the method take the noise out of them.
             batch_size: How many images to draw for all images together, instead of ``num_samples`` for each.
+            space: Where a pipeline with an autoencoder looks at what is known: ``pixels``, through the decoder, at the
+                cost that ``RestorationSDEPipeline`` tells, or ``latents``. None is ``latents`` for ``replacement`` and
+                ``repaint``, which know no other, and ``pixels`` else. Without an autoencoder there are pixels only.
 
         Returns:
             The images.
@@ -130,10 +139,13 @@ class InpaintSDEPipeline(SDEPipeline):
         resamplings = check_integer("resamplings", resamplings, at_least=1)
         jump_length = check_integer("jump_length", jump_length, at_least=1)
         check_noise_std(noise_std)
+        space = self._checked_space(space, posterior)
         known, hole = self._known_and_hole(image, mask_image)
         num_samples = samples_of_each(num_samples, batch_size, len(known), "image")
         known, hole = known.repeat_interleave(num_samples, 0), hole.repeat_interleave(num_samples, 0)
-        mask = ~hole
+        mask, pixels = ~hole, (known, ~hole)
+        if space == "latents":
+            known, mask = self._known_latents(known, mask)
         if posterior in REPLACEMENT_METHODS:
             _check_replacement(posterior, posterior_options, noise_std, method)
             resamplings = resamplings if posterior == "repaint" and bool(mask.any()) else 1
@@ -141,9 +153,37 @@ class InpaintSDEPipeline(SDEPipeline):
         else:
             how = posterior_of(self, posterior, posterior_options)
             one_for_all = bool((mask == mask[:1]).all())
-            operator = Mask(mask[:1] if one_for_all else mask, tuple(known.shape[1:]))
+            operator: LinearOperator = Mask(mask[:1] if one_for_all else mask, tuple(known.shape[1:]))
+            if self.vae is not None and space == "pixels":
+                operator = through_decoder(self, operator, how)
             x = draw_posterior(self, run, how, operator, known, noise_std)
-        return finished(self, run, torch.where(mask, known, x) if keep_known else x)
+        if self.vae is None:
+            return finished(self, run, torch.where(mask, known, x) if keep_known else x)
+        return finished(self, run, x, pixels if keep_known else None)
+
+    def _checked_space(self, space: str | None, posterior: str) -> str:
+        """Return where what is known is looked at.
+
+        Raises:
+            ValueError: An unknown space, latents without an autoencoder, or pixels where a method takes latents only.
+        """
+        only_latents = self.vae is not None and posterior in REPLACEMENT_METHODS
+        if space is None:
+            return "latents" if only_latents else "pixels"
+        check_choice("space", space, ("pixels", "latents"))
+        if space == "latents" and self.vae is None:
+            raise ValueError("space 'latents' needs a pipeline with a vae, this one works on pixels.")
+        if space == "pixels" and only_latents:
+            raise ValueError(f"space must be 'latents' for posterior {posterior!r} and a pipeline with a vae.")
+        return space
+
+    def _known_latents(self, known: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the latents of images with grey holes, and which of them are known: those of known pixels alone."""
+        encoder = latents_of(self.vae, self.config.latents_mean, self.config.latents_std)
+        latents = torch.cat([encoder.encoded(part) for part in known.split(encoder.chunk)])
+        holes = (~mask).any(1, keepdim=True).float()
+        touched = torch.nn.functional.adaptive_max_pool2d(holes, latents.shape[2:]) > 0
+        return latents, (~touched).expand_as(latents)
 
     def _known_and_hole(self, image: Any, mask_image: Any) -> tuple[Tensor, Tensor]:
         """Return the image, 0 in its hole, and the hole as booleans, both of shape (B, C, H, W).
@@ -152,7 +192,10 @@ class InpaintSDEPipeline(SDEPipeline):
             ValueError: They do not fit each other or the network, or the image is not finite where it is known.
         """
         known = image_data(self, image, "image")
-        check_sides(self.unet, tuple(known.shape), "image")
+        if self.vae is None:
+            check_sides(self.unet, tuple(known.shape), "image")
+        else:
+            latents_of_images(self, tuple(known.shape[1:]), "image")
         hole = as_hole(mask_image).to(known.device)
         if hole.shape[2:] != known.shape[2:]:
             sizes = [" x ".join(map(str, v.shape[2:])) for v in (hole, known)]

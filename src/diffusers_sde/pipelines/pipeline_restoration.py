@@ -32,6 +32,7 @@ from .runs import (
     own_scheduler,
     posterior_of,
     samples_of_each,
+    through_decoder,
 )
 
 
@@ -43,13 +44,18 @@ class RestorationSDEPipeline(SDEPipeline):
     one that is right rather than fast: each image is drawn from weighted particles, and with enough of them it is a
     sample of the posterior.
 
+    A pipeline with an autoencoder takes operators on images, ``pipe.image_shape``, which are applied to what it decodes
+    (``guidance.DecodedOperator``), and operators on latents, ``pipe.sample_shape``. Through the decoder a step costs a
+    decoding and a backward pass through it beside those of the network, ``mmps`` and ``pigdm`` one for each iteration
+    of their solvers. The memory is that of these passes for 16 images, or for ``chunk_size`` of them.
+
     Example:
         ```py
         from diffusers_sde import RestorationSDEPipeline
         from diffusers_sde.guidance import Downsampling
 
         pipe = RestorationSDEPipeline.from_pretrained("outputs/demo")
-        operator = Downsampling(4, pipe.sample_shape)
+        operator = Downsampling(4, pipe.image_shape)
         images = pipe(small_image, operator, noise_std=0.05, num_samples=4).images
         ```
 
@@ -58,8 +64,6 @@ class RestorationSDEPipeline(SDEPipeline):
     """
 
     operators = {cls.__name__: cls for cls in (ChannelMixture, Downsampling, GaussianBlur, Grayscale, LinearMap, Mask)}
-
-    _takes_vae = False  # measurements are of pixels
 
     @names_near_arguments
     @torch.no_grad()
@@ -87,11 +91,13 @@ class RestorationSDEPipeline(SDEPipeline):
         Args:
             measurement: y, shape (B, *operator.measurement_shape), in the network's range; PIL images and uint8 arrays
                 are scaled to it, for operators that measure pictures.
-            operator: A, for data of shape (C, H, W).
-            noise_std: Standard deviation of the noise, in the units of the network's range.
+            operator: A, for data of shape (C, H, W): images, or the latents of a pipeline with an autoencoder.
+            noise_std: Standard deviation of the noise, in the units of the network's range, which is [-1, 1] for images
+                of an autoencoder.
             posterior: The way to condition on y: a name in ``guidance.POSTERIOR_METHODS``, such as ``mmps``, ``pigdm``,
-                ``dps``, ``gaussian`` or ``smc``. The last runs a reverse SDE of its own, of first order, on the
-                scheduler's grid. It needs ``noise_std`` > 0, and takes no latents, no callback and no other ``method``.
+                ``dps``, ``gaussian`` or ``smc``, and through a decoder ``psld``. ``smc`` runs a reverse SDE of its own,
+                of first order, on the scheduler's grid. It needs ``noise_std`` > 0, and takes no latents, no callback
+                and no other ``method``.
             num_samples: Samples for each measurement; the output has those of the first measurement first.
             num_inference_steps: Noise levels; each costs ``scheduler.order`` calls and backward passes.
             generator: One generator, or, except for ``smc``, a list with one for each output image.
@@ -129,13 +135,23 @@ class RestorationSDEPipeline(SDEPipeline):
         how = posterior_of(self, posterior, posterior_options)
         check_noise_std(noise_std)
         y = self._measurement(measurement, operator)
+        if self._measures_images(operator):
+            operator = through_decoder(self, operator, how)
         num_samples = samples_of_each(num_samples, batch_size, len(y), "measurement")
         index = torch.arange(len(y), device=y.device).repeat_interleave(num_samples)
         return finished(self, run, draw_posterior(self, run, how, operator.select(index), y[index], noise_std))
 
+    def _measures_images(self, operator: Any) -> bool:
+        """Return whether an operator is one on images while the network works on latents."""
+        if self.vae is None or not hasattr(operator, "data_shape"):
+            return False
+        return tuple(operator.data_shape) != tuple(self.sample_shape)
+
     def _measurement(self, measurement: Any, operator: LinearOperator) -> Tensor:
         """Return the checked measurement in the network's range, shape (B, *operator.measurement_shape)."""
         channels = traits_of(self.unet).channels
+        if self._measures_images(operator):
+            channels = self.encoder.image_shape((1, 1, 1))[0]
         if not all(hasattr(operator, name) for name in ("apply", "adjoint", "data_shape")):
             raise ValueError(f"operator must be a LinearOperator, such as Downsampling(2, ...), got {operator!r}.")
         if len(operator.data_shape) != 3 or channels not in (None, operator.data_shape[0]):

@@ -22,7 +22,7 @@ from ..flow.quantized import BitsPerDim
 from ..flow.trace import TraceOptions
 from ..schedulers import SCHEDULERS
 from .base import SharedPipeline
-from .encoders import ImageEncoder, PixelRange, latents_of
+from .encoders import ImageEncoder, LatentPreview, Latents, PixelRange, latents_of
 from .plain_networks import PlainNetwork
 from .probability_flow import ProbabilityFlow
 from .runs import (
@@ -96,7 +96,6 @@ class SDEPipeline(SharedPipeline):
 
     model_cpu_offload_seq = "unet->vae"
     _optional_components = ["vae"]
-    _takes_vae = True
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -132,8 +131,6 @@ class SDEPipeline(SharedPipeline):
             null_class = check_integer("null_class", null_class, at_least=0, at_most=classes - 1)
         moments = {"latents_mean": latents_mean, "latents_std": latents_std}
         if vae is not None:
-            if not self._takes_vae:
-                raise ValueError(f"vae must be None: {type(self).__name__} works on pixels.")
             latents = latents_of(vae, latents_mean, latents_std)
             if channels not in (None, len(latents.mean)):
                 raise ValueError(f"vae has {len(latents.mean)} channels of latents, the network {channels}.")
@@ -303,10 +300,34 @@ class SDEPipeline(SharedPipeline):
         check_choice("output_type", output_type, OUTPUT_TYPES)
         if output_type == "latent":
             return x
-        images = self.encoder.decode(x)
+        return self._as_output(self.encoder.decode(x), output_type)
+
+    def _as_output(self, images: Tensor, output_type: str) -> Any:
+        """Return images in [0, 1], shape (B, C, H, W), in the form asked for."""
         if not bool(torch.isfinite(images).all()):
             logger.warning("Some images are not finite: does the scheduler fit this network?")
         return self.image_processor.postprocess(images, output_type, do_denormalize=[False] * len(images))
+
+    @torch.no_grad()
+    def previewer(self, latents: Tensor) -> LatentPreview:
+        """Return a function that turns latents into small pictures without the decoder, such as those of a callback.
+
+        Args:
+            latents: Some samples with ``output_type="latent"``, or encoded images, shape (B, C, H, W), to which it is
+                fitted by one call of the decoder.
+
+        Raises:
+            ValueError: The pipeline has no autoencoder.
+
+        Example:
+            ```py
+            preview = pipe.previewer(pipe(batch_size=4, num_inference_steps=10, output_type="latent").images)
+            pipe(callback_on_step_end=lambda pipe, i, t, kwargs: show(preview(kwargs["latents"])) or {})
+            ```
+        """
+        if not isinstance(self.encoder, Latents):
+            raise ValueError("previewer needs a pipeline with a vae: this one works on pixels, which can be seen.")
+        return LatentPreview.fit(self.encoder, latents.to(self._execution_device))
 
     # ------------------------------------------------------------------ the probability flow; see ProbabilityFlow
 
@@ -321,7 +342,8 @@ class SDEPipeline(SharedPipeline):
         ones, which ``decode`` needs to give the images back closely. A line of the log says how many there were.
 
         Args:
-            images: PIL images, uint8 arrays or tensors, or floating-point tensors in the network's range.
+            images: PIL images, uint8 arrays or tensors, which an autoencoder encodes first where there is one; or
+                floating-point tensors in the network's range, which are latents for such a network.
             rtol: Relative tolerance.
             atol: Absolute tolerance, in standard deviations of the state.
         """
@@ -438,6 +460,8 @@ class SDEPipeline(SharedPipeline):
     ) -> BitsPerDim:
         """Bits per dimension of images; see ``ProbabilityFlow.bits_per_dim``, which has further options.
 
+        A network on latents has no such number: ``latent_bits_per_dim`` is that of the density of its latents.
+
         At the default tolerances an image costs 20 to 30 network calls with derivatives, each as long as three without,
         for each of ``importance_samples``. A line of the log says how many there were.
         """
@@ -447,6 +471,29 @@ class SDEPipeline(SharedPipeline):
             value_range=value_range,
             dequantization=dequantization,
             importance_samples=importance_samples,
+            trace=TraceOptions(trace, num_probes),
+            options=flow.options(rtol, atol),
+            generator=generator,
+            progress_bar=self._shows_progress,
+        )
+
+    def latent_bits_per_dim(
+        self,
+        images: Any,
+        num_probes: int = 1,
+        rtol: float = 3e-4,
+        atol: float = 3e-4,
+        trace: str = "resampled",
+        generator: Generators = None,
+    ) -> Tensor:
+        """Return -log2 p(x_0) / d of the d latents x_0 of each image, shape (B,); see ``ProbabilityFlow``.
+
+        This is a density of latents in the scale in which the network sees them. It compares networks on the same
+        autoencoder, may be negative, and says nothing of bits per pixel.
+        """
+        flow = ProbabilityFlow(self)
+        return flow.latent_bits_per_dim(
+            images,
             trace=TraceOptions(trace, num_probes),
             options=flow.options(rtol, atol),
             generator=generator,

@@ -6,6 +6,7 @@ The file is long because all of it is one front with typed arguments; the mathem
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from ..flow.likelihood import LogProb, log_prob
 from ..flow.quantized import BitsPerDim, Quantization, bits_per_dim
 from ..flow.solver import ODEOptions
 from ..flow.trace import TraceOptions
-from ..images.arrays import as_batch, in_network_range
+from ..images.arrays import as_batch, from_network, in_network_range
 from ..networks.denoisers import Denoiser
 from ..sampling.editing import edit
 from ..sampling.observation import HIGH_ORDER, posterior_mean, posterior_samples
@@ -33,6 +34,7 @@ from ..sampling.solution import Solution
 from ..schedulers import SCHEDULERS, SDEScheduler
 from ..schedulers.families import fitting_class
 from ..schedulers.stock_configs import config_of
+from .encoders import Latents, downsampling_of
 
 logger = logging.get_logger(__name__)
 
@@ -90,6 +92,8 @@ class ProbabilityFlow:
         self.network, self.scheduler = network, _fitting_scheduler(pipe.scheduler)
         self._guided, self._unconditional = denoiser, getattr(pipe, "unconditional", None)
         self.sde = self.scheduler.sde
+        encoder = getattr(pipe, "encoder", None)
+        self._encoder = encoder if isinstance(encoder, Latents) else None
         self.is_latent = any(getattr(pipe, name, None) is not None for name in ("vae", "vqvae", "movq"))
         data_min = getattr(pipe.config, "data_min", -1.0) if data_min is None else data_min
         data_max = getattr(pipe.config, "data_max", 1.0) if data_max is None else data_max
@@ -251,8 +255,8 @@ class ProbabilityFlow:
         """
         if self.is_latent:
             raise ValueError(
-                "this pipeline's network models latents: it has a density of latents (log_prob), but no bits per "
-                "dimension of images."
+                "this pipeline's network models latents: it has a density of latents (log_prob, latent_bits_per_dim), "
+                "but no bits per dimension of images."
             )
         quantization = Quantization(self.data_min, self.data_max, bit_depth, grid)
         importance_samples = check_integer("importance_samples", importance_samples, at_least=1)
@@ -275,6 +279,30 @@ class ProbabilityFlow:
             )
         log_cost("bits/dim", result.calls, len(images) * importance_samples)
         return result
+
+    def latent_bits_per_dim(
+        self,
+        x: Any,
+        trace: TraceOptions | None = None,
+        options: ODEOptions | None = None,
+        conditioning: Mapping[str, Tensor] | None = None,
+        generator: Generators = None,
+        progress_bar: bool = False,
+    ) -> Tensor:
+        """Return -log2 p(x_0) / d of the d latents x_0 of each image, shape (B,).
+
+        It is a density of latents as the network sees them, which compares networks on the same autoencoder. It is no
+        number of bits per pixel, and can be negative. Arguments are those of ``log_prob``; images are encoded.
+
+        Raises:
+            ValueError: A network on pixels, which has ``bits_per_dim``, or bad arguments.
+            SolverError: The solver gives up.
+        """
+        if not self.is_latent:
+            raise ValueError("this pipeline's network models pixels: it has bits_per_dim.")
+        x = self._state(x)
+        values = self.log_prob(x, trace, options, conditioning, generator, progress_bar).value
+        return -values / (x[0].numel() * math.log(2.0))
 
     # ------------------------------------------------------------------ codes
 
@@ -448,6 +476,22 @@ class ProbabilityFlow:
 
     # ------------------------------------------------------------------ inputs
 
+    def data_of(self, images: Any) -> Tensor:
+        """The network's data of images, float32 (B, C, H, W): scaled integers, or the latents of an autoencoder."""
+        return self._state(images)
+
+    def images_of(self, x: Tensor) -> Tensor:
+        """Images in [0, 1] of the network's data, shape (B, C, H, W).
+
+        Raises:
+            ValueError: The data are latents, and the pipeline has no autoencoder of ours.
+        """
+        if not self.is_latent:
+            return from_network(x, self.data_min, self.data_max)
+        if self._encoder is None:
+            raise ValueError("this pipeline's network models latents: decode them by its autoencoder.")
+        return self._encoder.decode(x)
+
     def _or_default(self, options: ODEOptions | None) -> ODEOptions:
         return self.options() if options is None else options
 
@@ -462,12 +506,24 @@ class ProbabilityFlow:
 
     def _state(self, x: Any, name: str = "images") -> Tensor:
         """Return data in the network's range, on its device: integers are scaled, other numbers are left alone."""
-        x = self._shaped(as_batch(x, name), name).to(self.device)
+        x = as_batch(x, name)
+        if self.is_latent and not x.is_floating_point():
+            x = self._encoded(x, name)
+        x = self._shaped(x, name).to(self.device)
         if x.is_floating_point():
             self._warn_about_range(x, name)
-        elif self.is_latent:
-            raise ValueError("this pipeline's network models latents: encode the images by its autoencoder first.")
         return in_network_range(x, self.data_min, self.data_max, name)
+
+    def _encoded(self, images: Tensor, name: str) -> Tensor:
+        """Return the latents of images, integers 0..255, as the network sees them."""
+        if self._encoder is None:
+            raise ValueError("this pipeline's network models latents: encode the images by its autoencoder first.")
+        factor, channels = downsampling_of(self._encoder.vae), self._encoder.image_shape((1, 1, 1))[0]
+        check_tensor(name, images, (None, channels, None, None))
+        if any(side % factor for side in images.shape[2:]):
+            raise ValueError(f"{name} must have sides that are multiples of {factor}, got {tuple(images.shape[2:])}.")
+        in_network_range(images, -1.0, 1.0, name)  # refuses other integers than 0..255
+        return self._encoder.encode(images.to(self.device))
 
     def _warn_about_range(self, x: Tensor, name: str) -> None:
         """Warn where data are as far from the network's range as bytes are."""

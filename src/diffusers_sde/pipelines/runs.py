@@ -20,11 +20,12 @@ from torch import Tensor
 from ..basics.checks import check_choice, check_generators, check_integer, check_tensor
 from ..basics.networks import traits_of
 from ..basics.noise import Generators
+from ..guidance.decoding import DecodedOperator
 from ..guidance.methods import PosteriorMethod, PosteriorProblem
 from ..guidance.operators import LinearOperator
 from ..guidance.posteriors import POSTERIOR_METHODS, posterior_method
 from ..guidance.replacement import REPLACEMENT_METHODS, Replacement, resampled
-from ..images.arrays import as_batch, in_network_range
+from ..images.arrays import as_batch, from_network, in_network_range
 from ..networks.denoisers import Denoiser, call_network
 from ..sampling.adaptive import SDEOptions, sample_adaptive
 from ..sampling.exponential import Exponential
@@ -35,6 +36,7 @@ from ..schedulers import SDEScheduler
 from ..schedulers.families import fitting_class
 from ..schedulers.stock_configs import config_of
 from .base import SharedPipeline
+from .encoders import downsampling_of, latent_channels_of
 from .probability_flow import ProbabilityFlow, Progress, check_sides
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -254,7 +256,7 @@ def starting_noise(pipe: SharedPipeline, run: RunOptions, shape: tuple[int, ...]
 
 
 def image_data(pipe: SharedPipeline, images: Any, name: str) -> Tensor:
-    """Return images in the network's range, float32, shape (B, C, H, W), on the pipeline's device.
+    """Return images in the network's range, or in [-1, 1] for an autoencoder: float32 (B, C, H, W), on the device.
 
     Args:
         pipe: The pipeline.
@@ -266,7 +268,9 @@ def image_data(pipe: SharedPipeline, images: Any, name: str) -> Tensor:
     """
     x = as_batch(images, name)
     x = check_tensor(name, x[None] if x.ndim == 3 else x, (None,) * 4, finite=False)
-    x = in_network_range(x, pipe.config.data_min, pipe.config.data_max, name)
+    # An autoencoder sees images in [-1, 1], whatever its latents are.
+    low, high = (-1.0, 1.0) if pipe.vae is not None else (pipe.config.data_min, pipe.config.data_max)
+    x = in_network_range(x, low, high, name)
     return x.to(device=pipe._execution_device, dtype=torch.float32)
 
 
@@ -504,18 +508,68 @@ def draw_posterior(
     return method.draw(problem, PipelineRun(pipe, run, (len(y), *operator.data_shape)))
 
 
+def through_decoder(pipe: Any, operator: LinearOperator, method: PosteriorMethod) -> DecodedOperator:
+    """Return the measurement of the images of a latent model as one of its latents.
+
+    Args:
+        pipe: The pipeline, which has an autoencoder.
+        operator: A, of images (C, H, W).
+        method: The posterior method, whose ``chunk_size`` bounds the memory of the decoder too.
+
+    Raises:
+        ValueError: The images are not those of the pipeline.
+    """
+    encoder = pipe.encoder
+    chunk = getattr(method, "chunk_size", None) or encoder.chunk
+    shape = latents_of_images(pipe, tuple(operator.data_shape), "operator")
+    return DecodedOperator(operator, shape, encoder.decoded, encoder.encoded, chunk)
+
+
+def latents_of_images(pipe: Any, image_shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
+    """Return the shape of the latents of images (C, H, W) of a pipeline with an autoencoder.
+
+    Raises:
+        ValueError: The images have other channels, or sides that do not fit; the message begins with ``name``.
+    """
+    factor, channels = downsampling_of(pipe.vae), pipe.encoder.image_shape((1, 1, 1))[0]
+    if len(image_shape) != 3 or image_shape[0] != channels or any(side % factor for side in image_shape[1:]):
+        raise ValueError(
+            f"{name} must be for images ({channels}, H, W) whose sides are multiples of {factor}, got {image_shape}."
+        )
+    shape = (latent_channels_of(pipe.vae), image_shape[1] // factor, image_shape[2] // factor)
+    check_sides(pipe.unet, (1, *shape), f"latents of {name}")
+    return shape
+
+
 def posterior_of(pipe: SharedPipeline, posterior: str, options: Mapping[str, Any] | None) -> PosteriorMethod:
-    """Return the posterior method of this name, for data whose standard deviation is a quarter of their range.
+    """Return the posterior method of this name, for data of standard deviation a quarter of their range.
+
+    That of latents is 1.
 
     Raises:
         ValueError: An unknown name or option, or a value out of range.
     """
-    std = 0.25 * (pipe.config.data_max - pipe.config.data_min)
+    std = 1.0 if pipe.vae is not None else 0.25 * (pipe.config.data_max - pipe.config.data_min)
     return posterior_method(posterior, options, std, "posterior_options")
 
 
-def finished(pipe: SharedPipeline, run: RunOptions, x: Tensor) -> ImagePipelineOutput | tuple[Any]:
-    """Return what a call returns for a sample in the data's range, and move models back that the run has moved."""
-    images = pipe.postprocess(x, run.output_type)
+def finished(
+    pipe: Any, run: RunOptions, x: Tensor, known: tuple[Tensor, Tensor] | None = None
+) -> ImagePipelineOutput | tuple[Any]:
+    """Return what a call returns for a sample in the data's range, and move models back that the run has moved.
+
+    Args:
+        pipe: The pipeline.
+        run: The form of the output.
+        x: The sample.
+        known: Pixels in [-1, 1] and where they are known, to be put into the images that an autoencoder decodes.
+    """
+    if known is None or run.output_type == "latent":
+        images = pipe.postprocess(x, run.output_type)
+    else:
+        pixels, mask = known
+        images = pipe._as_output(
+            torch.where(mask, from_network(pixels, -1.0, 1.0), pipe.encoder.decode(x)), run.output_type
+        )
     pipe.maybe_free_model_hooks()
     return ImagePipelineOutput(images=images) if run.return_dict else (images,)
