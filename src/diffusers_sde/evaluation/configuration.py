@@ -74,7 +74,7 @@ class EvaluationConfig(CheckedOptions):
     classifier_steps: int = option(1500, "Optimiser steps of training the classifier, 128 images each.", least=1)
 
     # ------------------------------------------------------------------ likelihood
-    bpd: bool = option(False, "Compute bits per dimension.")
+    bpd: bool = option(False, "Compute bits per dimension, of a latent model those of the density of its latents.")
     figure: str | None = option(None, "Write a picture here: real images, reconstructions, interpolations.")
     num_images: int | None = option(
         None, "Images for bits per dimension, spread evenly over the data. Default: all.", least=1

@@ -16,6 +16,8 @@
   split. Without one it is the reference's own images, of which only ``nearest`` (among the others) is known.
 - ``bits_per_dim``, where asked for: ``mean``, ``standard_error``, ``images``, ``split``, ``given_class`` (true for a
   class-conditional network), the settings, and ``per_image``.
+- ``latent_bits_per_dim`` in its place where the network works on the latents of an autoencoder: the density of the
+  latents, -log2 p / d, as the network sees them. It is no number of bits per pixel.
 - ``figure``, where asked for: ``path``, and ``round_trip_rms``, the error of images rebuilt from their codes.
 
 ``report.eval_results`` turns it into entries of a model card, ``report.markdown_table`` into a table.
@@ -41,7 +43,7 @@ from ..metrics import ClassifierFeatures, SampleQuality, make_extractor, nearest
 from ..metrics.quality import spread
 from ..pipelines import ClassConditionalSDEPipeline, ProbabilityFlow
 from ..shipping.cards import too_few_samples
-from .codes import draw_codes, measured_bits_per_dim
+from .codes import draw_codes, measured_bits_per_dim, measured_latent_bits
 from .configuration import EvaluationConfig
 from .data import Images, data_name, read_images
 from .report import markdown_table, warning_of_few_samples
@@ -105,7 +107,10 @@ def _evaluate(config: EvaluationConfig, process: PartialState) -> dict[str, Any]
                 _write(config, report)  # so that an interruption does not lose the results so far
     images = test or reference
     if config.bpd:
-        report["bits_per_dim"] = measured_bits_per_dim(config, flow, images, _is_conditional(pipe), process)
+        name, measured = "bits_per_dim", measured_bits_per_dim
+        if flow.is_latent:
+            name, measured = "latent_bits_per_dim", measured_latent_bits
+        report[name] = measured(config, flow, images, _is_conditional(pipe), process)
     if config.figure is not None and process.is_main_process:
         report["figure"] = {"path": config.figure, "round_trip_rms": draw_codes(config, flow, images.pixels)}
     if process.is_main_process:

@@ -45,6 +45,15 @@ def markdown_table(report: dict[str, Any]) -> str:
             f"{bits['standard_error_of_one_image_from_probes']:.4f} per image; rtol {bits['rtol']:g}; "
             f"{bits['calls_per_image']:.1f} network calls per image)",
         ]
+    bits = report.get("latent_bits_per_dim")
+    if bits is not None:
+        given = " given the class" if bits["given_class"] else ""
+        lines += [
+            "",
+            f"Density of latents: {bits['mean']:.4f} +- {bits['standard_error']:.4f} bits per latent dimension{given} "
+            f"on {bits['images']} images ({bits['split']}) at t = {bits['t_min']:g} ({bits['num_probes']} probe(s); "
+            f"rtol {bits['rtol']:g}). It compares networks on the same autoencoder and is no number of bits per pixel.",
+        ]
     return "\n".join(lines).strip("\n")
 
 

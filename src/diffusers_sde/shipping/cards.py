@@ -34,6 +34,7 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 KEYS = ("license", "description", "dataset", "training_command", "metrics", "recipes", "pictures", "limitations")
 EVALUATION_KEYS = (
     *("samplers", "data", "num_samples", "features", "baseline", "bits_per_dim", "images"),
+    "latent_bits_per_dim",
     *("model", "sde", "seed", "figure"),  # these are not used, because the pipeline itself knows them
 )
 TASK = "unconditional-image-generation"
@@ -210,7 +211,8 @@ def checked_results(results: Mapping[str, Any] | None) -> dict[str, Any]:
     results = dict(results or {})
     forms: dict[str, tuple[type, ...]] = {
         **dict.fromkeys(("license", "description", "training_command", "limitations"), (str, type(None))),
-        **dict.fromkeys(("dataset", "data", "pictures", "features", "bits_per_dim"), (Mapping, type(None))),
+        **dict.fromkeys(("dataset", "data", "pictures", "features"), (Mapping, type(None))),
+        **dict.fromkeys(("bits_per_dim", "latent_bits_per_dim"), (Mapping, type(None))),
         **dict.fromkeys(("metrics", "recipes", "samplers"), (list, tuple)),
     }
     words: dict[Any, str] = {str: "text", Mapping: "an object", list: "a list"}
@@ -365,6 +367,18 @@ def _metrics(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "text": f"{bits['mean']:.4f} +- {bits['standard_error']:.4f}",
                 "on": f"{images} images, {bits['dequantization']} dequantisation, t = {bits['t_min']:g}, rtol "
                 f"{bits['rtol']:g}",
+            }
+        )
+    bits = results.get("latent_bits_per_dim")
+    if bits is not None:
+        metrics.append(
+            {
+                "name": "bits per latent dimension",
+                "type": "latent_bits_per_dim",
+                "value": bits["mean"],
+                "text": f"{bits['mean']:.4f} +- {bits['standard_error']:.4f}",
+                "on": f"latents of {bits.get('images', '?')} images, a density and no bits per pixel, t = "
+                f"{bits['t_min']:g}, rtol {bits['rtol']:g}",
             }
         )
     return metrics
