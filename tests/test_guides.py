@@ -21,6 +21,7 @@ from diffusers_sde.evaluation import EvaluationConfig, SamplingConfig
 from diffusers_sde.hub.convert import ConvertConfig
 from diffusers_sde.hub.export import ExportConfig
 from diffusers_sde.training import parse_args
+from diffusers_sde.training.autoencoder_configuration import AutoencoderTrainingConfig
 from diffusers_sde.training.cli import CLASSIFIER, ClassifierTrainingConfig, build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,6 +132,7 @@ PARSERS = {
     "train_classifier.py": lambda argv: ClassifierTrainingConfig(
         **vars(build_parser("train_classifier.py", CLASSIFIER, ClassifierTrainingConfig).parse_args(argv))
     ),
+    "train_autoencoder.py": lambda argv: parse_options(AutoencoderTrainingConfig, argv),
     "sample.py": lambda argv: parse_options(SamplingConfig, argv),
     "evaluate.py": lambda argv: parse_options(EvaluationConfig, argv),
     "push_to_hub.py": lambda argv: parse_options(ExportConfig, argv),
