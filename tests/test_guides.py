@@ -1,4 +1,4 @@
-"""The guides in ``docs/``: their code runs as it stands, their commands parse, and no block is left out in silence."""
+"""The README and the guides in ``docs/``: their code runs as it stands, their commands parse, and no block is left out in silence."""
 
 import re
 import shlex
@@ -24,7 +24,10 @@ from diffusers_sde.training import parse_args
 from diffusers_sde.training.cli import CLASSIFIER, ClassifierTrainingConfig, build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDES = {page.stem: page for page in [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]}
+GUIDES = {
+    page.stem: page
+    for page in [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+}
 WITH_CODE = [name for name, page in GUIDES.items() if code_blocks(page.read_text(encoding="utf-8"))]
 
 
@@ -100,6 +103,7 @@ def workplace(monkeypatch, tmp_path, hub):
     SDEPipeline(tiny_unet(), scheduler).save_pretrained("outputs/digits")
     by_class = ClassConditionalSDEPipeline(tiny_unet(num_class_embeds=11), scheduler, id2label=names, null_class=10)
     by_class.save_pretrained("outputs/digits-by-class")
+    by_class.save_pretrained("outputs/demo")
     classifier = NoiseConditionalClassifier(
         8, 1, 10, block_out_channels=(4, 8), attention_head_dim=4, norm_num_groups=2
     )
