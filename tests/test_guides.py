@@ -1,4 +1,4 @@
-"""The README and the guides in ``docs/``: their code runs as it stands, their commands parse, and no block is left out in silence."""
+"""The README and the guides: their code runs as it stands, their commands parse, no block is left out in silence."""
 
 import re
 import shlex
