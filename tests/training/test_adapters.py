@@ -179,11 +179,11 @@ def test_the_reference_of_an_adapter_is_the_network_without_it(model, tmp_path):
 
 
 def test_training_of_an_adapter_is_resumed_bit_for_bit(model, tmp_path, digits):
-    result = trainer(model, tmp_path / "run", digits).run()
+    result = trainer(model, tmp_path / "run", digits, gradient_checkpointing=True).run()
     check_saved(model, tmp_path / "run", result)
     check_checkpoint(tmp_path / "run" / "checkpoint-2")
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
-    resumed = trainer(model, tmp_path / "run", digits, resume_from_checkpoint="latest")
+    resumed = trainer(model, tmp_path / "run", digits, gradient_checkpointing=True, resume_from_checkpoint="latest")
     assert resumed.step == 2
     own, whole = resumed.run().unet.state_dict(), result.unet.state_dict()
     assert all(torch.equal(own[name], whole[name]) for name in whole)
@@ -195,7 +195,10 @@ def test_training_of_an_adapter_is_resumed_bit_for_bit(model, tmp_path, digits):
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_an_adapter_needs_a_trained_network(tmp_path):
+def test_an_adapter_needs_a_trained_network_that_is_whole(model, tmp_path, digits, monkeypatch):
+    monkeypatch.setattr("diffusers_sde.training.trainer.is_sharded", lambda accelerator: True)
+    with pytest.raises(ValueError, match="lora_rank cannot be used with FSDP"):
+        trainer(model, tmp_path, digits)
     with pytest.raises(ValueError, match="lora_rank needs init_from"):
         TrainingConfig(output_dir=str(tmp_path), lora_rank=2)
 
