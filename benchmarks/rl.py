@@ -170,7 +170,7 @@ def main():
     parser.add_argument("--nft_levels", type=int, default=4, help="noise levels of each image that nft learns from")
     parser.add_argument("--group_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=3e-4)
-    parser.add_argument("--ema_max_decay", type=float, default=None)
+    parser.add_argument("--ema_max_decay", type=float, default=0.5)
     parser.add_argument("--clip_range", type=float, default=0.2)
     parser.add_argument("--reduction", default="sum", choices=("sum", "mean"))
     parser.add_argument("--output", default="outputs/rl-benchmark")

@@ -105,8 +105,7 @@ class ForwardProcess(RewardMethod):
     prediction of the noise does at high noise, has the loss of its output instead of that of x0_hat there.
     """
 
-    learns_from_average = True  # the soft update of the paper, section 3.3
-    ema_max_decay = 0.5
+    learns_from_average = True  # the soft update of the paper, section 3.3, whose decay is ema_max_decay
     statistics = ("loss", "change", "kl")
 
     def _levels(self) -> list[float]:

@@ -120,8 +120,9 @@ class PolicyTrainingConfig(OutputOptions, AveragingOptions, AdapterOptions, Opti
     )
     lr_warmup_steps: int | None = option(0, "Optimiser steps of linear warm-up.", least=0)
     ema_max_decay: float | None = option(
-        None,
-        "Largest decay of the averaged weights. Default: 0.9, and 0.5 with nft, whose images are drawn by them.",
+        0.5,
+        "Largest decay of the averaged weights per optimiser step. They are what is saved, and nft draws by them: in "
+        "short runs large decays let them lag behind.",
         least=0.0,
         most=1.0,
     )

@@ -91,7 +91,6 @@ class PolicyGradient(RewardMethod):
     """Learning from the densities of the steps that have led to the images; see the head of this module."""
 
     learns_from_average = False  # the ratio of the densities is to begin at 1
-    ema_max_decay = 0.9
     statistics = ("ratio_deviation", "clipped", "kl")
 
     def count_steps(self) -> int:

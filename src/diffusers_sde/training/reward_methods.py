@@ -53,8 +53,6 @@ class RewardMethod(ABC):
 
     learns_from_average: ClassVar[bool]
     """Whether images are drawn, and compared, by the averaged weights where an average is kept."""
-    ema_max_decay: ClassVar[float]
-    """Largest decay of that average where nothing else is asked for."""
     statistics: ClassVar[tuple[str, ...]]
     """The names of what is logged of the rows."""
 

@@ -262,8 +262,7 @@ class PolicyTrainer:
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         keep_adapter_alone(accelerator, self.network)
         self.method = self._method()
-        parameters = trained_parameters(self.network)
-        self.ema = build_average(config, parameters, self.method.ema_max_decay, foreach=True)
+        self.ema = build_average(config, trained_parameters(self.network), 0.5, foreach=True)
         start_trackers(accelerator, config)
         if self.resume_from is not None:
             self._load(self.resume_from)
