@@ -3,6 +3,8 @@
 A round draws groups of images, compares the rewards within each group, and changes the network by what its method makes
 of that: ``policy_gradient`` or ``forward_process``. The network stays in evaluation mode: with dropout, the ratio of
 densities would not be 1 where nothing has changed.
+
+The file is long because a run, its checkpoints and its resumption are read in one place.
 """
 
 from __future__ import annotations
@@ -456,9 +458,8 @@ class PolicyTrainer:
 
     def _identity(self) -> dict[str, Any]:
         own = {name: getattr(self.config, name) for name in _OF_THE_RUN}
-        own["method"] = (
-            None if self.config.method == "grpo" else self.config.method
-        )  # earlier checkpoints do not say it
+        if self.config.method != "grpo":  # which the first checkpoints do not say
+            own["method"] = self.config.method
         own |= adapter_identity(self.config, None)
         return as_recorded({"task": "policy", "model": self._reference_hash, **own})
 
