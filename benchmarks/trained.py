@@ -205,12 +205,14 @@ def fd(entry: dict[str, Any], label: str, calls: int) -> float:
 
 
 def spread(entry: dict[str, Any], calls: int) -> float:
-    """The standard deviation of FD between draws, pooled over the samplers that are within a factor of 2 of the best."""
+    """The standard deviation of FD between draws, pooled over the samplers within a factor of 2 of the best."""
     cells = [row["cells"].get(str(calls), {}).get("fd", []) for row in entry["rows"].values()]
     cells = [values for values in cells if len(values) > 1 and math.isfinite(mean(values))]
     best = min((mean(values) for values in cells), default=math.inf)
     variances = [
-        sum((v - mean(values)) ** 2 for v in values) / (len(values) - 1) for values in cells if mean(values) < 2.0 * best
+        sum((v - mean(values)) ** 2 for v in values) / (len(values) - 1)
+        for values in cells
+        if mean(values) < 2.0 * best
     ]
     return math.sqrt(mean(variances)) if variances else math.inf
 
@@ -256,7 +258,9 @@ def table(entries: dict[str, Any], calls: tuple[int, ...]) -> str:
                 value, recall = fd(entry, label, c), row["cells"].get(str(c), {}).get("recall", [])
                 mark = "**" if value == best[c] else ""
                 cells.append(f"{mark}{value:.2f}{mark} / {mean(recall):.2f}" if math.isfinite(value) else "-")
-            lines.append(f"| {label if row['peer'] else 'ours, ' + label} | {row['kind']} | " + " | ".join(cells) + " |")
+            lines.append(
+                f"| {label if row['peer'] else 'ours, ' + label} | {row['kind']} | " + " | ".join(cells) + " |"
+            )
         lines.append("| spread | | " + " | ".join(f"{spread(entry, c):.2f}" for c in calls) + " |")
     return "\n".join(lines) + "\n"
 
@@ -277,7 +281,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/zoo"), help="where zoo.py wrote them")
     parser.add_argument("--calls", nargs="+", type=int, default=list(CALLS))
     parser.add_argument("--only", default="", help="regular expression: which samplers")
-    parser.add_argument("--more", default="{}", help="JSON: further settings, label -> [kind, arguments of from_config]")
+    parser.add_argument(
+        "--more", default="{}", help="JSON: further settings, label -> [kind, arguments of from_config]"
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/trained"))
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -2,7 +2,7 @@
 
     python benchmarks/zoo.py --fashion path/to/fashion_mnist --cifar path/to/cifar10 --output outputs/zoo
 
-trains the networks of RECIPES one after another, each in one to two minutes of one core, and skips those that are there.
+trains the networks of RECIPES one after another, each in about a minute of one core, and skips those that are there.
 They differ in data, size, SDE, prediction and length of training on purpose, and all of them are poor: how samplers
 compare where a network errs is the question. Half of the recipes are **held out**: no setting may be chosen on them.
 

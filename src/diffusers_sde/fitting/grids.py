@@ -57,8 +57,8 @@ def profile_grid(
         denoiser: (x_t, SDE time) -> x0_hat. If it may leave the range of the data at high noise, clamp it.
         sde: The SDE.
         noise: Unit noise that the paths start from, shape (B, ...).
-        last_sigma: Noise-to-signal ratio sigma/alpha of the last level; where the path begins with more noise than that,
-            as that of a VE SDE does, it is the noise that the path begins with.
+        last_sigma: Noise-to-signal ratio sigma/alpha of the last level, or that at which the path begins where it is
+            larger, as on a VE SDE.
         levels: Fine levels, uniform in lambda; each is one call.
         order: The order p of the rule that the grid is for.
         floor: Part of the points that is spread evenly over lambda, from 0 to 1. The density above vanishes where the
