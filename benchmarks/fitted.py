@@ -3,7 +3,7 @@
     python benchmarks/fitted.py --mixtures digits:vp digits:flow --networks digits-ddpm fashion-flow \\
         --folder outputs/zoo --fashion FOLDER --cifar FOLDER --output outputs/fitted
 
-What is sampled: Gaussian mixtures whose network is exact (mixtures.py) and trained networks (zoo.py). For each number of
+What is sampled: Gaussian mixtures with exact networks (mixtures.py) and trained networks (zoo.py). For each number of
 calls our reverse SDE, probability flow and predictor-corrector are fitted by ``fit_scheduler`` to images that train,
 with its defaults, once for each of ``--seeds`` seeds, and measured with noise that no fit has drawn:
 
@@ -150,17 +150,21 @@ def bounded_pipeline(folder: Path) -> Any:
     return pipe
 
 
-def draw(pipe: Any, scheduler: Any, z: Tensor, seed: int, bf16: bool = False) -> tuple[Tensor, int]:
-    """Samples by the loop of a pipeline, and the calls that they took."""
-    generator, x = torch.Generator().manual_seed(1000 + seed), z * scheduler.init_noise_sigma
-    network, calls = pipe.unet.eval(), 0
-    for t in scheduler.timesteps:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            output = network(scheduler.scale_model_input(x, t), t)
-        output = output if isinstance(output, Tensor) else getattr(output, "sample", output)
-        calls += 1
-        x = scheduler.step(output.float(), t, x, generator=generator, return_dict=False)[0]
-    return x, calls
+def sampler_of(pipe: Any, scheduler: Any, levels: int, bf16: bool = False) -> Callable[[Tensor, int], Tensor]:
+    """(unit noise, seed) -> samples by the loop of a pipeline."""
+    network = pipe.unet.eval()
+
+    def sample(z: Tensor, seed: int) -> Tensor:
+        scheduler.set_timesteps(levels)
+        generator, x = torch.Generator().manual_seed(1000 + seed), z * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                output = network(scheduler.scale_model_input(x, t), t)
+            output = output if isinstance(output, Tensor) else getattr(output, "sample", output)
+            x = scheduler.step(output.float(), t, x, generator=generator, return_dict=False)[0]
+        return x
+
+    return sample
 
 
 def judged(case: Case, sample: Callable[[Tensor, int], Tensor]) -> list[tuple[float, float]]:
@@ -205,31 +209,21 @@ def measure(case: Case, calls: int, seeds: int, options: dict[str, Any], transfe
         if levels < 2:
             continue
 
-        def run(z: Tensor, seed: int, scheduler: Any = scheduler, pipe: Any = case.pipe, bf16: bool = False) -> Tensor:
-            scheduler.set_timesteps(levels)
-            return draw(pipe, scheduler, z, seed, bf16)[0]
-
-        note(f"{kind}, unfitted", judged(case, run))
+        note(f"{kind}, unfitted", judged(case, sampler_of(case.pipe, scheduler, levels)))
         for seed in range(seeds):
             began = time.process_time()
             fit = fit_scheduler(
                 case.pipe, levels, case.images, sampler=config, seed=seed, progress_bar=False, **options
             )
-            seconds = time.process_time() - began
-            found = judged(case, lambda z, s, f=fit.scheduler: run(z, s, f))
-            cost = {"evaluations": fit.report["network_evaluations"], "seconds": round(seconds, 1)}
+            cost = {"evaluations": fit.report["network_evaluations"], "seconds": time.process_time() - began}
+            found = judged(case, sampler_of(case.pipe, fit.scheduler, levels))
             note(f"{kind}, fitted", found, **cost, is_fitted=fit.report["is_fitted"])
             if transfer and seed == 0:
-                note(
-                    f"{kind}, fitted, in bf16",
-                    judged(case, lambda z, s, f=fit.scheduler: run(z, s, f, bf16=True)),
-                )
+                found = judged(case, sampler_of(case.pipe, fit.scheduler, levels, bf16=True))
+                note(f"{kind}, fitted, in bf16", found)
                 for other, pipe in case.others.items():
-                    note(f"{kind}, unfitted, on {other}", judged(case, lambda z, s, p=pipe: run(z, s, scheduler, p)))
-                    note(
-                        f"{kind}, fitted, on {other}",
-                        judged(case, lambda z, s, p=pipe, f=fit.scheduler: run(z, s, f, p)),
-                    )
+                    note(f"{kind}, unfitted, on {other}", judged(case, sampler_of(pipe, scheduler, levels)))
+                    note(f"{kind}, fitted, on {other}", judged(case, sampler_of(pipe, fit.scheduler, levels)))
     return rows
 
 

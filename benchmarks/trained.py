@@ -13,6 +13,7 @@ of the cell. OUTPUT.json keeps what was measured, and a run measures only what i
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import re
@@ -131,7 +132,8 @@ def vp_peers(config: dict[str, Any]) -> dict[str, tuple[str, Sampler]]:
     sde = {"algorithm_type": "sde-dpmsolver++"}
 
     def peer(name: str, **options: Any) -> Sampler:
-        return stock(name, **{**config, **options})
+        known = inspect.signature(getattr(diffusers, name).__init__).parameters  # some do not clip
+        return stock(name, **{k: v for k, v in config.items() if k in known}, **options)
 
     return {
         "DDIM": ("ode", peer("DDIMScheduler", timestep_spacing="trailing")),
@@ -309,7 +311,7 @@ def main() -> None:
                 continue
             row = entry["rows"].setdefault(label, {"kind": kind, "peer": label not in own, "cells": {}})
             for calls in args.calls:
-                if str(calls) not in row["cells"]:
+                if "fd" not in row["cells"].get(str(calls), {}):
                     row["cells"][str(calls)] = measure(sampler, network, judge, calls)
             shown = " ".join(f"{c}:{fd(entry, label, c):.2f}" for c in args.calls)
             print(f"{name:26s}{label:36s}{shown}", flush=True)
