@@ -157,7 +157,6 @@ WRONG = {
     "solver_order": [0, 4, 1.5, "2", NAN, True],
     "solver_type": ["huen", 3, None],
     "solver_correction": ["true", 1, None],
-    "defaults": ["rough", "", 1, None],
     "gaussian_std": [-0.1, NAN, INF, "0", None],
     "time_grid": ["sehc", 3, True],
     "timestep_spacing": ["trail", None, 7],

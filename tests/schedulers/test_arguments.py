@@ -14,7 +14,6 @@ from diffusers_sde.sdes import VPSDE
 # Signatures as they were when each class spelled them: saved configs rely on every name and default.
 SHARED = {
     "predictor": "exponential",
-    "defaults": "exact",
     "corrector": None,
     "probability_flow": False,
     "stochasticity": None,

@@ -33,27 +33,6 @@ MOST_CORRECTIONS = 1000
 SMALLEST_TIME = 1e-9  # nearer to the data coefficients leave the range of float32
 LANGEVIN_NORMS = ("sample", "batch")
 
-# What the arguments of the sampler are that nobody has set, by the value of ``defaults``. ``exact`` is what their own
-# defaults are, and was measured with exact scores; ``robust`` was measured on trained networks (docs/results.md).
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "exact": {
-        "solver_order": None,
-        "solver_type": "heun",
-        "solver_correction": True,
-        "gaussian_std": 0.05,
-        "stochasticity": None,
-        "time_grid": "sech",
-    },
-    "robust": {
-        "solver_order": 2,
-        "solver_type": "midpoint",
-        "solver_correction": True,
-        "gaussian_std": 0.0,
-        "stochasticity": None,
-        "time_grid": "karras",
-    },
-}
-
 
 def check_stochasticity(name: str, value: Any) -> float | list[float]:
     """A number from 0 to 1000, or a list of them."""
@@ -142,16 +121,6 @@ SAMPLER_ARGUMENTS = (
         partial(check_choice, allowed=PREDICTORS),
         "The rule that leads from one noise level to the next is ``exponential``, ``singlestep``, ``ancestral``, "
         "``reverse_diffusion``, ``euler_maruyama`` or ``heun``; ``none`` leaves the state to the corrector.",
-    ),
-    SamplerArgument(
-        "defaults",
-        one_of(*DEFAULTS),
-        "exact",
-        partial(check_choice, allowed=DEFAULTS),
-        "Where they are left out, ``solver_order``, ``solver_type``, ``solver_correction``, ``gaussian_std``, "
-        "``stochasticity`` and ``time_grid`` take values that suit networks which are nearly ``exact``, or values that "
-        "are ``robust`` against the errors of small or briefly trained ones. Passed to ``from_config``, it also "
-        "replaces those that an earlier choice has filled in.",
     ),
     SamplerArgument(
         "corrector",

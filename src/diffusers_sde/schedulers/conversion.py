@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from .arguments import DEFAULTS
 from .families import (
     FAMILIES,
     FAMILY_OF_CLASS,
@@ -120,17 +119,6 @@ def translate_config(
             f"{FITTING_SCHEDULER[family]}.from_config(...)."
         )
     return implied
-
-
-def with_other_defaults(given: dict[str, Any], defaults: Any) -> dict[str, Any]:
-    """The arguments of a config with those that nobody has set as another value of ``defaults`` has them.
-
-    An argument that has the value which the choice in force fills in counts as one that nobody has set, and so does the
-    grid ``blended``, which swapped configs get from us.
-    """
-    before, after = (DEFAULTS.get(str(name), {}) for name in (given.get("defaults", "exact"), defaults))
-    unset = {k for k, v in given.items() if k in before and (v == before[k] or (k == "time_grid" and v == "blended"))}
-    return {k: after.get(k, v) if k in unset else v for k, v in given.items()}
 
 
 def on_our_grid(implied: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:

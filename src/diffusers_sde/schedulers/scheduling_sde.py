@@ -36,17 +36,9 @@ from ..sampling.time_grids import MIN_LOG_SNR, WARPED, discrete_timesteps, get_t
 from ..sampling.transitions import Transition, transition, why_not_gaussian
 from ..sdes import SDE, expand_like
 from ..shipping.component import ShipsItsCode, refuse_newer, written_before
-from .arguments import DEFAULTS, SMALLEST_TIME, document_arguments
+from .arguments import SMALLEST_TIME, document_arguments
 from .config_checks import check_stock_numbers
-from .conversion import (
-    KEPT_KEY,
-    SAMPLER_KEYS,
-    exchanged,
-    is_stock_config,
-    on_our_grid,
-    translate_config,
-    with_other_defaults,
-)
+from .conversion import KEPT_KEY, SAMPLER_KEYS, exchanged, is_stock_config, on_our_grid, translate_config
 from .families import ORIGIN_KEY, Family, origin_class, register_families
 from .refusals import refuse_foreign
 from .stock_configs import LEFT_OUT_KEY, stock_keys, with_stock_defaults
@@ -123,10 +115,6 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         left_out = set(self.config.get("_use_default_values", ()))
         if "time_grid" in left_out and not {"timestep_spacing", "steps_offset"} <= left_out:
             self.register_to_config(time_grid=None)
-            left_out.remove("time_grid")
-        if self.config.defaults != "exact":  # whose values are the defaults of the arguments themselves
-            chosen = DEFAULTS[self.config.defaults]
-            self.register_to_config(**{name: value for name, value in chosen.items() if name in left_out})
         # Every value is recorded as given. Otherwise diffusers would replace ours by the defaults of the class that is
         # swapped in, and would not know whose config it is.
         name = type(self).__name__
@@ -219,8 +207,6 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
                 implied = {**on_our_grid(implied, config), "time_grid": kwargs["time_grid"]}
             given |= {k: v for k, v in implied.items() if k in known}
             hidden |= {k: v for k, v in implied.items() if k not in known}
-        if "defaults" in kwargs:
-            given = with_other_defaults(given, kwargs["defaults"])
         if kwargs.get("time_grid") not in (None, given.get("time_grid")) or "timestep_spacing" in kwargs:
             hidden.pop(LEFT_OUT_KEY, None)  # it belongs to the grid of the config
         scheduler = cls(**{**given, **kwargs})
