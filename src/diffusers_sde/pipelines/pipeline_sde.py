@@ -35,6 +35,7 @@ from .runs import (
     latents_shape,
     names_near_arguments,
     starting_noise,
+    warn_of_foreign_fit,
 )
 
 logger = logging.get_logger(__name__)
@@ -278,6 +279,7 @@ class SDEPipeline(SharedPipeline):
 
         step_arguments = arguments_of_step(self.scheduler, run.generator)
         needs_next = type(self.scheduler).__name__ == "UnCLIPScheduler"  # which takes t - 1 for it otherwise
+        warn_of_foreign_fit(self)
         self.scheduler.set_timesteps(run.num_inference_steps, device=latents.device)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
