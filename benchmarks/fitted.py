@@ -41,7 +41,7 @@ from diffusers_sde.metrics.distances import precision_recall
 
 CALLS = (4, 5, 6, 8, 10, 15, 20)
 DRAWS = (101, 102)  # seeds of the noise that judges
-SAMPLES = {"network": 256, "mixture": 2048}
+SAMPLES = {"network": 256, "mixture": 1024}
 RECALLED = 1024  # samples in a recall, at most
 FITTED_TO = 6000  # images, at most
 KINDS: dict[str, dict[str, Any]] = {
