@@ -145,7 +145,7 @@ class NetworkCase(Case):
 def bounded_pipeline(folder: Path) -> Any:
     """A pipeline of ours, with the bound; a stranger's gets our scheduler."""
     pipe = DiffusionPipeline.from_pretrained(folder)
-    if not isinstance(pipe.scheduler, VPSDEScheduler | tuple(SCHEDULERS.values())):  # type: ignore[arg-type]
+    if not isinstance(pipe.scheduler, tuple(SCHEDULERS.values())):
         pipe.scheduler = VPSDEScheduler.from_config(pipe.scheduler.config, **BOUND)
     return pipe
 
