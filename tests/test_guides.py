@@ -22,6 +22,7 @@ from diffusers_sde.hub.convert import ConvertConfig
 from diffusers_sde.hub.export import ExportConfig
 from diffusers_sde.training import parse_args
 from diffusers_sde.training.cli import CLASSIFIER, ClassifierTrainingConfig, build_parser
+from diffusers_sde.training.fits import FitConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = {page.stem: page for page in [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]}
@@ -134,6 +135,7 @@ PARSERS = {
     "sample.py": lambda argv: parse_options(SamplingConfig, argv),
     "evaluate.py": lambda argv: parse_options(EvaluationConfig, argv),
     "push_to_hub.py": lambda argv: parse_options(ExportConfig, argv),
+    "fit_sampler.py": lambda argv: parse_options(FitConfig, argv),
     "convert.py": lambda argv: parse_options(ConvertConfig, argv),
 }
 

@@ -26,6 +26,7 @@ from diffusers_sde.pipelines.fits import _split
 from diffusers_sde.schedulers.fitted_plans import is_same_network, sampled_weights
 from diffusers_sde.shipping.cards import model_card
 from diffusers_sde.shipping.flattening import self_contained_source
+from diffusers_sde.training.fits import fit_main
 
 LEVELS = 5
 SCHEDULERS = {
@@ -320,6 +321,20 @@ def test_any_other_pipeline_is_run_through_its_own_loop(tmp_path):
 def test_other_arguments_are_refused(network, given, name):
     with pytest.raises(ValueError, match=name):
         fit_scheduler(SDEPipeline(network, VPSDEScheduler()), **{"num_inference_steps": 3, **SMALL, **given})
+
+
+def test_a_saved_pipeline_is_fitted_from_the_command_line(network, tmp_path, capsys):
+    SDEPipeline(network, VPSDEScheduler()).save_pretrained(tmp_path / "model")
+    small = ["--steps", "2", "--batch_size", "8", "--held_out", "16", "--num_inference_steps", "2"]
+    paths = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
+    fit_main([*paths, *small, "--dataset_name", "digits", "--num_images", "60", "--sampler", "corrector=langevin"])
+    report = json.loads((tmp_path / "out" / "fit.json").read_text())
+    assert report["target"] == "data" and report["calls"] == 4 and "verdict" in capsys.readouterr().out
+    loaded = SDEPipeline.from_pretrained(tmp_path / "out")
+    assert (loaded.scheduler.config.fitted_plan is not None) == report["is_fitted"]
+    with pytest.raises(SystemExit):
+        fit_main([*paths[:2], "--output_dir", str(tmp_path / "model")])
+    assert "--output_dir must be another folder" in capsys.readouterr().err
 
 
 def test_images_of_the_sets_are_disjoint():

@@ -4,12 +4,13 @@ All parameters are numbers around 0, and where all are 0 the plan is that of the
 
 * ``grid``: the intervals are softmax shares of the path in lambda = log(alpha/sigma), so that they keep their order;
   none falls below a floor. ``end`` lets the last level stand at more noise than the sampler's.
-* ``stochasticity``: eta of each interval, times exp(e), of predictors that have coefficients for every eta. It enters the predictor, so that the coefficients of the sample
-  and of the noise stay those of one SDE.
+* ``stochasticity``: eta of each interval, times exp(e), of predictors that have coefficients for every eta. It enters the
+  predictor, so that the coefficients of the sample and of the noise stay those of one SDE.
 * ``state`` and ``history``: each step is x_s = (1 + a) x x_t + (model + b_0) x0_hat + sum_k (history_k + b_k) stored_k
-  + noise z, around the predictor's own coefficients (Oganov et al. 2026, arXiv:2510.17699). b_0 follows from the others:
-  with mu the mean of x_t and c_k that of stored_k for data that are one point, a x mu + b_0 + sum_k b_k c_k = 0. So the
-  mean of the samples stays right where x0_hat is, and a point stays a point, whatever the parameters are.
+  + noise z, around the predictor's own coefficients (Oganov et al. 2026, arXiv:2510.17699). b_0 follows from the
+  others: with mu the mean of x_t and c_k that of stored_k for data that are one point, it solves
+  a x mu + b_0 + sum_k b_k c_k = 0. So the mean of the samples stays right where x0_hat is, and a point stays a point,
+  whatever the parameters are.
 * ``estimate``: x0_hat + w k (x_t - alpha x0_hat), k = alpha c^2 / (alpha^2 c^2 + sigma^2), takes the place of x0_hat.
   The bracket is the noise in x_t; c is the standard deviation of the data.
 * ``inputs``: the network is called at a noise level up to half an interval beside that of the sample (Tong et al. 2025,

@@ -67,8 +67,8 @@ class _Sizes:
     held_out: int
 
 
-_WITH_GRADIENTS = _Sizes(steps=120, batch_size=512, learning_rate=0.02, held_out=2048)
-_PAIRED = _Sizes(steps=120, batch_size=256, learning_rate=0.02, held_out=1024)
+_WITH_GRADIENTS = _Sizes(steps=80, batch_size=512, learning_rate=0.02, held_out=2048)
+_PAIRED = _Sizes(steps=100, batch_size=256, learning_rate=0.02, held_out=1024)
 _WITHOUT_GRADIENTS = _Sizes(steps=60, batch_size=32, learning_rate=0.02, held_out=128)
 
 
@@ -102,7 +102,8 @@ def fit_scheduler(
 
     What is fitted are the levels, the weights of the estimates, the noise of each step, the noise level that the
     network is told, and the step sizes of a corrector: some forty numbers for six levels. See ``PlanFamily``. The
-    network does not change. The scheduler that comes back holds the numbers in its config; a step costs what it cost before.
+    network does not change. The scheduler that comes back holds the numbers in its config; a step costs what it cost
+    before.
 
     A pipeline of this package, or an unconditional one of diffusers, is not run itself: its network is called as the
     pipeline calls it, with gradients. Any other pipeline is run through its own loop, which takes no gradients, with
@@ -124,7 +125,7 @@ def fit_scheduler(
         call: Arguments of the pipeline's own call, such as ``prompt``, and then the pipeline is run itself. A list of
             prompts is used in turn. It must take ``latents``, ``num_inference_steps`` and ``output_type="latent"``.
         parts: What is fitted, names of ``fitting.PARTS``.
-        steps: Steps of the optimiser. None is 120, without gradients 60.
+        steps: Steps of the optimiser. None is 80, 100 for ``paired`` and 60 without gradients.
         batch_size: Images of a step; None is 512, 256 for ``paired`` and 32 without gradients. The energy distance of
             few images narrows the law of the samples.
         learning_rate: Of Adam; None is 0.02.
