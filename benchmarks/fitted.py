@@ -41,7 +41,7 @@ from diffusers_sde.metrics.distances import precision_recall
 
 CALLS = (4, 5, 6, 8, 10, 15, 20)
 DRAWS = (101, 102)  # seeds of the noise that judges
-SAMPLES = {"network": 256, "mixture": 1024}
+SAMPLES = {"network": 256, "mixture": 2048}
 RECALLED = 1024  # samples in a recall, at most
 FITTED_TO = 6000  # images, at most
 KINDS: dict[str, dict[str, Any]] = {
@@ -179,7 +179,9 @@ def levels_of(scheduler: Any, calls: int) -> int:
     return levels if len(scheduler.timesteps) <= calls else 0
 
 
-def measure(case: Case, calls: int, seeds: int, options: dict[str, Any], transfer: bool) -> dict[str, Any]:
+def measure(
+    case: Case, calls: int, seeds: int, options: dict[str, Any], transfer: bool, with_peers: bool
+) -> dict[str, Any]:
     """All samplers of one case at a number of calls: label -> values."""
     rows: dict[str, Any] = {}
 
@@ -190,7 +192,7 @@ def measure(case: Case, calls: int, seeds: int, options: dict[str, Any], transfe
         row.update(more)
         print(f"{case.name:20s}{calls:3d} {label:34s}" + " ".join(f"{fd:.3f}" for fd, _ in found), more, flush=True)
 
-    for label, (_, sampler) in case.peers.items():
+    for label, (_, sampler) in case.peers.items() if with_peers else ():
 
         def of_peer(z: Tensor, seed: int, run: Any = sampler) -> Tensor:
             problem = case.problem(z, seed)
@@ -279,6 +281,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS))
     parser.add_argument("--options", default="{}", help="JSON: arguments of fit_scheduler, such as steps")
     parser.add_argument("--transfer", action="store_true", help="also run the plans on other networks and in bfloat16")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="also run diffusers'")
     parser.add_argument("--output", type=Path, default=Path("outputs/fitted"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -295,7 +298,8 @@ def main() -> None:
         for calls in args.calls:
             if str(calls) in entry["calls"]:
                 continue
-            entry["calls"][str(calls)] = measure(case, calls, args.seeds, json.loads(args.options), args.transfer)
+            options = json.loads(args.options)
+            entry["calls"][str(calls)] = measure(case, calls, args.seeds, options, args.transfer, args.peers)
             file.write_text(json.dumps(results) + "\n")
             args.output.with_suffix(".md").write_text(table(results))
 
