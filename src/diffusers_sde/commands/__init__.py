@@ -36,10 +36,12 @@ COMMANDS = {
     "classifier": Command("training.cli", "classifier_main", "train a classifier of noisy images, for guidance"),
     "autoencoder": Command("training.cli", "autoencoder_main", "train an autoencoder for diffusion in its latents"),
     "rl": Command("training.cli", "policy_main", "let a trained pipeline learn from rewards"),
+    "fit": Command("training.fits", "fit_main", "fit a sampler to a trained pipeline, for few network calls"),
     "sample": Command("evaluation.cli", "sample_main", "draw images from a saved pipeline"),
     "evaluate": Command("evaluation.cli", "evaluate_main", "measure a saved pipeline: samples, likelihood, codes"),
     "push": Command("hub.cli", "export_main", "upload a saved pipeline with its code and a model card"),
     "convert": Command("hub.cli", "convert_main", "turn another project's model into a pipeline of this package"),
+    "space": Command("space.cli", "main", "serve a page on which models can be watched and played with"),
     "demo": Command("commands.demo", "main", "train on handwritten digits, sample in many ways, draw the pictures"),
 }
 
