@@ -28,14 +28,14 @@ def measure(name: str, images, steps: int, warm: int, **options) -> float:
         def timed() -> None:
             marks.append(time.process_time())
             take()
-            losses.append(float(trainer._loss_sum))
+            losses.append(float(trainer._loss_sum) / trainer._steps_summed)
 
         trainer._take_step = timed
         trainer.run()
         # The last step is followed by saving, which is left out.
         spent = marks[-1] - marks[warm]
         rate = (steps - 1) * config.train_batch_size / spent
-    print(f"{name:28} {rate:8.1f} images per second, loss of the last logged steps {losses[-1]:.6f}", flush=True)
+    print(f"{name:28} {rate:8.1f} images per second, mean loss {losses[-1]:.6f}", flush=True)
     return rate
 
 

@@ -242,8 +242,8 @@ def test_errors():
     prior = GAUSSIAN.denoiser(sde)
     y = Y.expand(1, 2)
     for options, message in (
-        ({"method": "ddrm"}, "method must be one of dps, pigdm, mmps, gaussian, got 'ddrm'"),
-        ({"method": "smc"}, "method must be one of dps, pigdm, mmps, gaussian, got 'smc'"),
+        ({"method": "ddrm"}, "method must be one of dps, psld, pigdm, mmps, gaussian, got 'ddrm'"),
+        ({"method": "smc"}, "method must be one of dps, psld, pigdm, mmps, gaussian, got 'smc'"),
         ({"noise_std": -1.0}, "noise_std"),
         ({"method": "pigdm", "data_std": 0.0}, "data_std"),
         ({"method": "mmps", "iterations": 0}, "iterations"),
@@ -281,5 +281,5 @@ def test_options_are_checked_frozen_and_follow_the_data(name):
 
 def test_every_method_is_tested():
     guiding = {name for name, cls in POSTERIOR_METHODS.items() if issubclass(cls, GuidingMethod)}
-    assert set(BOUNDS) | set(EXACT) == guiding
+    assert set(BOUNDS) | set(EXACT) | {"psld"} == guiding  # tests/guidance/test_decoding.py
     assert set(POSTERIOR_METHODS) - guiding == {"smc"}  # tests/guidance/test_particles.py
