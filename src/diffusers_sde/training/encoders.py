@@ -87,13 +87,12 @@ def load_autoencoder(options: EncoderOptions, device: torch.device) -> Any:
     """
     path = options.vae
     assert path is not None, "whoever trains on pixels needs no autoencoder"
-    arguments: dict[str, Any] = {"torch_dtype": DTYPES[options.vae_dtype]}
     subfolder = {"subfolder": "vae"} if not Path(path, "config.json").is_file() else {}
     try:
         try:
-            vae = AutoModel.from_pretrained(path, **arguments, **subfolder)
+            vae = AutoModel.from_pretrained(path, **subfolder)
         except OSError:
-            vae = AutoModel.from_pretrained(path, **arguments)
+            vae = AutoModel.from_pretrained(path)
     except Exception as error:  # files that do not belong to an autoencoder may raise anything
         raise ValueError(f"vae {path!r} cannot be loaded: {type(error).__name__}: {error}") from error
     latents_of(vae, None, None)  # refuses what is none
@@ -102,7 +101,7 @@ def load_autoencoder(options: EncoderOptions, device: torch.device) -> Any:
             vae.enable_tiling()
         except (AttributeError, NotImplementedError) as error:
             raise ValueError(f"vae_tiling: {type(vae).__name__} has no tiling.") from error
-    return vae.requires_grad_(False).eval().to(device)
+    return vae.requires_grad_(False).eval().to(device, DTYPES[options.vae_dtype])
 
 
 class LatentSource:
