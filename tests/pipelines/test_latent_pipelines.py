@@ -161,6 +161,22 @@ def test_holes_are_filled_and_known_pixels_kept(options):
     assert pipe(image, hole, num_samples=2, **run | {"output_type": "latent"}).images.shape == (4, 4, 4, 4)
 
 
+def test_an_exact_measurement_is_solved_to_the_error_of_a_decoder():
+    """Without that error the system of this image, which no latent decodes to, would be singular."""
+    pipe, image = of_gaussian_data(InpaintSDEPipeline, vae=PatchAutoencoder().eval()), images(1)
+    hole = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    hole[..., 4:, :] = True
+    options = {"num_inference_steps": 20, "output_type": "latent", "generator": torch.manual_seed(0)}
+    x = pipe(image, hole, **options).images
+    pixels = torch.nn.functional.pixel_unshuffle(image / 127.5 - 1.0, 2)
+    best = torch.einsum("oc,bohw->bchw", pipe.vae.weight, pixels)  # of a decoder with orthonormal columns
+    mean, std = (torch.tensor(each).reshape(4, 1, 1) for each in MOMENTS.values())
+    # The posterior of a unit Gaussian: the variance of x is 1 / (1 + std^2 / 0.05^2), its mean the rest of the way.
+    expected = ((best - mean) / std / (1.0 + 0.05**2 / std**2))[..., :2, :]
+    spread = (1.0 / (1.0 + std**2 / 0.05**2)).sqrt()
+    assert ((x[..., :2, :] - expected).detach() / spread).abs().max() < 5.0
+
+
 def test_only_latents_of_known_pixels_are_known():
     pipe, image = pipeline(InpaintSDEPipeline), images(1)
     hole = torch.zeros(1, 1, 8, 8, dtype=torch.bool)

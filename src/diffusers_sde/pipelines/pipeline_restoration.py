@@ -93,7 +93,7 @@ class RestorationSDEPipeline(SDEPipeline):
                 are scaled to it, for operators that measure pictures.
             operator: A, for data of shape (C, H, W): images, or the latents of a pipeline with an autoencoder.
             noise_std: Standard deviation of the noise, in the units of the network's range, which is [-1, 1] for images
-                of an autoencoder.
+                of an autoencoder. What its decoder cannot draw counts as noise of 0.05 at least.
             posterior: The way to condition on y: a name in ``guidance.POSTERIOR_METHODS``, such as ``mmps``, ``pigdm``,
                 ``dps``, ``gaussian`` or ``smc``, and through a decoder ``psld``. ``smc`` runs a reverse SDE of its own,
                 of first order, on the scheduler's grid. It needs ``noise_std`` > 0, and takes no latents, no callback

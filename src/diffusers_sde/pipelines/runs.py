@@ -51,6 +51,9 @@ logger = logging.get_logger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 METHODS = ("scheduler", "ode", "sde")  # ways to integrate
 DEFAULT_TOLERANCE = 1e-2  # of the adaptive ones
+# Standard deviation, for images in [-1, 1], of what no latent decodes to. To fit measurements closer than that would
+# solve a system that is nearly singular.
+DECODER_ERROR = 0.05
 # What other pipelines and programs call the arguments of ours.
 _OTHER_NAMES = {
     "num_images": "batch_size",
@@ -539,13 +542,15 @@ def draw_posterior(
         method: The posterior method.
         operator: A, for all B measurements.
         y: Measurements, shape (B, *operator.measurement_shape).
-        noise_std: Standard deviation of their noise.
+        noise_std: Standard deviation of their noise; through a decoder ``DECODER_ERROR`` at least.
 
     Raises:
         ValueError: Something does not fit; nothing has been drawn then.
     """
     check_generators(run.generator, len(y))
     scheduler = own_scheduler(pipe)
+    if isinstance(operator, DecodedOperator):
+        noise_std = max(noise_std, DECODER_ERROR)
     problem = PosteriorProblem(unet_denoiser(pipe, scheduler), scheduler.sde, operator, y, noise_std)
     return method.draw(problem, PipelineRun(pipe, run, (len(y), *operator.data_shape)))
 
