@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-lowest lint format types docs dist test-wheel clean
+.PHONY: help venv demo test test-lowest test-space lint format types docs dist test-wheel clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test: lint types  ## Lint, check types, run the tests (PYTEST_ARGS adds options)
 
 test-lowest: $(LOWEST)/.installed  ## Run a part of the tests with the lowest versions that pyproject.toml declares.
 	$(LOWEST)/bin/python -m pytest -n 2 $(LOWEST_TESTS) $(PYTEST_ARGS)
+
+test-space: .venv-space/.installed  ## Try the page (diffusers-sde space) in Chromium, at the width of a desk and of a phone.
+	.venv-space/bin/python -m pytest tests/space $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev  ## Check style and formatting.
 	$(BIN)/ruff check .
@@ -63,7 +66,7 @@ test-wheel: dist  ## Install the wheel into an empty environment and try it ther
 	cd build && empty/bin/python ../scripts/check_installed.py ../src
 
 clean:  ## Remove the environments, caches and builds; outputs stay.
-	rm -rf $(VENV) $(LOWEST) build dist site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) .venv-space build dist site .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -74,6 +77,14 @@ $(BIN)/python:
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV); the first time this takes a few minutes."
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# The page has versions of its own: gradio takes a pillow below 13. torch comes first, so that it is the tested build.
+.venv-space/.installed: pyproject.toml constraints-space.txt | $(BIN)/python
+	$(PYTHON) -m venv .venv-space
+	.venv-space/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	PIP_CONSTRAINT=constraints-space.txt .venv-space/bin/python -m pip install --quiet \
+		-c constraints-space.txt -e '.[space]' playwright pytest
 	@touch $@
 
 # pip builds the package with a hatchling of its own, which the lowest versions do not hold.

@@ -28,6 +28,7 @@ OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "CODE_OF_CONDUCT.md": "conduct.md",
     "CONTRIBUTING.md": "contributing.md",
+    "README.zh.md": "zh.md",
     "SECURITY.md": "security.md",
 }
 INSIDE = {page: source for source, page in OUTSIDE.items()}

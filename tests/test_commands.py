@@ -128,6 +128,8 @@ def test_the_last_lines_of_the_demo_show_images(classes, monkeypatch, tmp_path, 
     demo.run_demo(tmp_path, 1)
     load, show = capsys.readouterr().out.splitlines()[-2:]
     shown = []
-    monkeypatch.setattr(Image.Image, "show", lambda self: shown.append(self.size))
+    monkeypatch.setattr(Image.Image, "show", lambda self: shown.append(self))
     exec(f"{load}\npipe.set_progress_bar_config(disable=True)\n{show}", {})
-    assert shown == [(1024, 256)]
+    assert [picture.size for picture in shown] == [(1024, 256)]
+    between = [shown[0].crop((128 * i - 4, 0, 128 * i + 4, 256)).getextrema() for i in range(1, 8)]
+    assert set(between) <= {(255, 255), ((255, 255),) * 3}  # a white gap beside each image

@@ -1,4 +1,4 @@
-"""The guides in ``docs/``: their code runs as it stands, their commands parse, and no block is left out in silence."""
+"""The README and the guides: their code runs as it stands, their commands parse, no block is left out in silence."""
 
 import re
 import shlex
@@ -20,12 +20,15 @@ from diffusers_sde.basics.options import parse_options
 from diffusers_sde.evaluation import EvaluationConfig, SamplingConfig
 from diffusers_sde.hub.convert import ConvertConfig
 from diffusers_sde.hub.export import ExportConfig
-from diffusers_sde.training import parse_args
+from diffusers_sde.training import PolicyTrainingConfig, parse_args
 from diffusers_sde.training.cli import CLASSIFIER, ClassifierTrainingConfig, build_parser
 from diffusers_sde.training.fits import FitConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-GUIDES = {page.stem: page for page in [ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]}
+GUIDES = {
+    page.stem: page
+    for page in [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+}
 WITH_CODE = [name for name, page in GUIDES.items() if code_blocks(page.read_text(encoding="utf-8"))]
 
 
@@ -101,6 +104,7 @@ def workplace(monkeypatch, tmp_path, hub):
     SDEPipeline(tiny_unet(), scheduler).save_pretrained("outputs/digits")
     by_class = ClassConditionalSDEPipeline(tiny_unet(num_class_embeds=11), scheduler, id2label=names, null_class=10)
     by_class.save_pretrained("outputs/digits-by-class")
+    by_class.save_pretrained("outputs/demo")
     classifier = NoiseConditionalClassifier(
         8, 1, 10, block_out_channels=(4, 8), attention_head_dim=4, norm_num_groups=2
     )
@@ -132,6 +136,7 @@ PARSERS = {
     "train_classifier.py": lambda argv: ClassifierTrainingConfig(
         **vars(build_parser("train_classifier.py", CLASSIFIER, ClassifierTrainingConfig).parse_args(argv))
     ),
+    "train_rl.py": lambda argv: parse_options(PolicyTrainingConfig, argv),
     "sample.py": lambda argv: parse_options(SamplingConfig, argv),
     "evaluate.py": lambda argv: parse_options(EvaluationConfig, argv),
     "push_to_hub.py": lambda argv: parse_options(ExportConfig, argv),
@@ -162,7 +167,14 @@ def test_options_that_are_named_exist(page):
     """Options in the text, such as ``--skip_broken_images``, belong to one of the scripts."""
     text = re.sub(r"^```.*?^```$", "", GUIDES[page].read_text(encoding="utf-8"), flags=re.M | re.S)
     named = set(re.findall(r"`--(\w+)", text)) | set(re.findall(r"\s--(\w+) ", text))
-    configs = (ClassifierTrainingConfig, SamplingConfig, EvaluationConfig, ExportConfig, ConvertConfig)
+    configs = (
+        PolicyTrainingConfig,
+        ClassifierTrainingConfig,
+        SamplingConfig,
+        EvaluationConfig,
+        ExportConfig,
+        ConvertConfig,
+    )
     known = {f for config in configs for f in config.__dataclass_fields__} | set(vars(parse_args([])))
     assert named <= known | {"recipe", "resume_from_checkpoint"}, named - known
 

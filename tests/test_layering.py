@@ -28,6 +28,7 @@ LAYERS = [
     "training",
     "hub",
     "registration",
+    "space",
     "commands",
 ]
 LAYER_OF = {name: level for level, name in enumerate(LAYERS)}

@@ -72,6 +72,13 @@ def test_a_release_is_tested_before_it_is_published_without_a_secret():
     assert commands.index("make dist") < commands.index("make test-wheel")
 
 
+def test_the_run_of_this_place_tests_both_ends_of_the_ranges_and_ends_with_the_newest():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert re.findall(r"make ([\w-]+)", script.splitlines()[-1]) == ["test-lowest", "test"]
+    limit = int(re.search(r"timeout --kill-after=(?P<after>\d+) (?P<limit>\d+) ", script)["limit"])
+    assert limit <= 35 * 60
+
+
 # ---------------------------------------------------------------------- forms
 
 

@@ -1,8 +1,10 @@
 """Model cards say what is true of the pipeline and of the measurements, in metadata that the Hub accepts."""
 
 import re
+from pathlib import Path
 
 import pytest
+import torch
 from hub_models import tiny_pipeline
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -10,7 +12,9 @@ from tiny_networks import tiny_unet
 
 from diffusers_sde import SDEPipeline, SubVPSDEScheduler, VPSDEScheduler
 from diffusers_sde.evaluation.samplers import CALL_OPTIONS as SAMPLER_OPTIONS
-from diffusers_sde.shipping.cards import CALL_OPTIONS, TEMPLATE, add_card, model_card
+from diffusers_sde.shipping import figures
+from diffusers_sde.shipping.cards import CALL_OPTIONS, PIP_NAME, TEMPLATE, add_card, model_card
+from diffusers_sde.shipping.version import __version__
 
 BITS = {"mean": 2.5, "standard_error": 0.01, "images": 90, "dequantization": "uniform", "t_min": 1e-5, "rtol": 3e-4}
 EVALUATION = {
@@ -69,8 +73,8 @@ def test_measurements_reach_table_and_metadata():
     }
     card = model_card(tiny_pipeline(), "user/name", results)
     table = rows(card)
-    assert ["`predictor='ancestral', corrector=None`", "7", "7", "3.21", "0.011"] in table
-    assert ["`method='ode', rtol=0.01`", "", "24.5", "2.1", "0.009"] in table
+    assert ["`predictor='ancestral', corrector=None`", "7", "7", "3.21", "0.011 +- 0.001"] in table
+    assert ["`method='ode', rtol=0.01`", "", "24.5", "2.1", "0.009 +- 0.001"] in table
     assert ["FID, 50 images", "12.35", "4 calls"] in table
     assert ["bits/dim", "2.5000 +- 0.0100"] == next(row for row in table if row[0] == "bits/dim")[:2]
     read = ModelCard(str(card)).data
@@ -215,3 +219,106 @@ def test_a_card_needs_no_result_and_says_so():
     assert "## Training" not in card
     assert "{{" not in card
     assert TEMPLATE.is_file()
+
+
+# ---------------------------------------------------------------------- what the model draws itself
+
+
+def pictures_of(folder):
+    return {path.name: Image.open(path) for path in sorted((folder / "images").iterdir())}
+
+
+@pytest.mark.parametrize("kind", ["vp", "ve", "classes", "inpaint"])
+def test_a_card_shows_samples_and_how_they_form(kind, tmp_path):
+    pipe = tiny_pipeline(kind)
+    before = torch.get_rng_state()
+    add_card(tmp_path, pipe, "user/name")
+    card = (tmp_path / "README.md").read_text()
+    assert "![Samples](images/samples.png)" in card and "![From noise to samples](images/trajectories.png)" in card
+    pictures = pictures_of(tmp_path)
+    assert {name: picture.size for name, picture in pictures.items()} == {
+        "samples.png": (4 * 68, 4 * 68),
+        "trajectories.png": (8 * 68, 4 * 68),
+    }
+    assert torch.equal(torch.get_rng_state(), before)
+    if kind == "ve":  # the last state is the sample; at the first the data's contrast is kept, though sigma is 20
+        sheet, states = (picture.convert("L") for picture in pictures.values())
+        assert states.crop((7 * 68, 0, 8 * 68, 68)).tobytes() == sheet.crop((0, 0, 68, 68)).tobytes()
+        first = torch.tensor(list(states.crop((2, 2, 66, 66)).resize((8, 8), 0).tobytes())) / 255
+        assert 0.2 < float(first.std()) < 0.45  # (x_t/sigma + 1)/2 within 0 and 1 has 0.38
+    again = tmp_path / "again"
+    again.mkdir()
+    add_card(again, pipe, "user/name")
+    assert all((again / "images" / name).read_bytes() == (tmp_path / "images" / name).read_bytes() for name in pictures)
+
+
+def test_drawing_leaves_the_pipeline_as_it_was(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.scheduler.set_timesteps(7)
+    scheduler, timesteps, bar = pipe.scheduler, pipe.scheduler.timesteps.clone(), dict(pipe._progress_bar_config)
+    add_card(tmp_path, pipe, "user/name")
+    assert pipe.scheduler is scheduler and torch.equal(scheduler.timesteps, timesteps)
+    assert pipe._progress_bar_config == bar
+
+
+def test_a_model_that_is_too_slow_or_fails_gets_fewer_pictures_or_none(tmp_path, monkeypatch, caplog):
+    now = [0.0]
+    pipe = tiny_pipeline("inpaint")
+    pipe.unet.register_forward_hook(lambda module, args, output: now.__setitem__(0, now[0] + 0.5 * len(args[0])))
+    monkeypatch.setattr(figures.time, "monotonic", lambda: now[0])
+    for seconds, size in ((60.0, (2 * 68, 2 * 68)), (15.0, (68, 68)), (5.0, None)):  # 20 calls of 16, 4 and 1 images
+        monkeypatch.setattr(figures, "SECONDS", seconds)
+        folder = tmp_path / str(seconds)
+        folder.mkdir()
+        add_card(folder, pipe, "user/name")
+        if size is None:
+            assert not (folder / "images").exists() and "![" not in (folder / "README.md").read_text()
+        else:
+            assert pictures_of(folder)["samples.png"].size == size
+    monkeypatch.setattr(type(pipe.unet), "forward", lambda *args, **options: 1 / 0)
+    add_card(tmp_path, pipe, "user/name")
+    assert "The card gets no pictures: ZeroDivisionError" in caplog.text
+    assert "![" not in (tmp_path / "README.md").read_text()
+
+
+def test_pictures_can_be_refused(tmp_path):
+    add_card(tmp_path, tiny_pipeline(), "user/name", {"pictures": {}})
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_numbers_have_their_errors():
+    """A share p of n samples has the error (p (1 - p)/n)^(1/2): 0.02 for 0.8 of 400, and about 1/n for all of them."""
+    metrics = {"precision": 0.8, "recall": 1.0, "KID": 0.011, "KID_std": 0.001, "FD-classifier": 3.21}
+    evaluation = {**EVALUATION, "num_samples": 400, "samplers": [{**EVALUATION["samplers"][0], "metrics": metrics}]}
+    evaluation["baseline"] = {"label": "real images (test)", "metrics": {"FD-classifier": 0.33, "KID": 0.0}}
+    card = model_card(tiny_pipeline(), "user/name", evaluation)
+    assert "real images (test): FD-classifier 0.33." in str(card)
+    row = next(row for row in rows(card) if "0.8 +- 0.02" in row)
+    assert row[3:] == ["0.8 +- 0.02", "1 +- 0.002", "0.011 +- 0.001", "3.21"]
+
+
+def test_a_card_says_what_the_model_cannot_do_and_where_pip_finds_the_package():
+    card = str(model_card(tiny_pipeline(), "user/name"))
+    assert "- It makes grey images of 8 x 8 pixels, as chance has them. It understands no text." in card
+    assert "of the classes that it was trained on" in str(model_card(tiny_pipeline("classes"), "user/name"))
+    name = re.search(r"`pip install (\S+)`", card)[1]
+    assert name == ("git+https://github.com/diffusers-sde/diffusers-sde" if "dev" in __version__ else "diffusers-sde")
+
+
+# ---------------------------------------------------------------------- the cards of this repository
+
+CARDS = sorted((Path(__file__).resolve().parents[2] / "model_cards").glob("*-*.md"))
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
+def test_a_card_of_this_repository_is_what_the_template_makes(path):
+    text, template = path.read_text(encoding="utf-8"), TEMPLATE.read_text(encoding="utf-8")
+    headings = re.findall(r"^## .+$", template, re.M)
+    found = re.findall(r"^## .+$", text, re.M)
+    assert found == [heading for heading in headings if heading in found or heading != "## Measured"]
+    assert f"`pip install {PIP_NAME}`" in text and "+-" in text
+    assert "It understands no text." in text
+    assert ModelCard(text).data.model_name == path.stem
+    for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text):
+        assert (path.parent / picture).is_file()
+        assert (path.parent / picture).stat().st_size < 100_000

@@ -40,6 +40,7 @@ COMMANDS = {
     "evaluate": Command("evaluation.cli", "evaluate_main", "measure a saved pipeline: samples, likelihood, codes"),
     "push": Command("hub.cli", "export_main", "upload a saved pipeline with its code and a model card"),
     "convert": Command("hub.cli", "convert_main", "turn another project's model into a pipeline of this package"),
+    "space": Command("space.cli", "main", "serve a page on which models can be watched and played with"),
     "demo": Command("commands.demo", "main", "train on handwritten digits, sample in many ways, draw the pictures"),
 }
 

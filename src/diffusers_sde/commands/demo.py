@@ -140,8 +140,10 @@ def draw_conditional(output: Path) -> None:
 def closing_lines(output: Path) -> tuple[str, str]:
     """Two lines of Python that load the saved pipeline and show what it draws."""
     return (
-        f"import diffusers, diffusers_sde; pipe = diffusers.DiffusionPipeline.from_pretrained({str(output)!r})",
-        "diffusers.utils.make_image_grid(pipe(batch_size=16).images, rows=2, cols=8).resize((1024, 256)).show()",
+        "import PIL.ImageOps, diffusers, diffusers_sde; "
+        f"pipe = diffusers.DiffusionPipeline.from_pretrained({str(output)!r})",
+        'framed = [PIL.ImageOps.expand(i.resize((120, 120)), 4, "white") for i in pipe(batch_size=16).images]; '
+        "diffusers.utils.make_image_grid(framed, rows=2, cols=8).show()",
     )
 
 

@@ -4,8 +4,8 @@ All parameters are numbers around 0, and where all are 0 the plan is that of the
 
 * ``grid``: the intervals are softmax shares of the path in lambda = log(alpha/sigma), so that they keep their order;
   none falls below a floor. ``end`` lets the last level stand at more noise than the sampler's.
-* ``stochasticity``: eta of each interval, times exp(e), of predictors that have coefficients for every eta. It enters the
-  predictor, so that the coefficients of the sample and of the noise stay those of one SDE.
+* ``stochasticity``: eta of each interval, times exp(e), of predictors that have coefficients for every eta. It enters
+  the predictor, so that the coefficients of the sample and of the noise stay those of one SDE.
 * ``state`` and ``history``: each step is x_s = (1 + a) x x_t + (model + b_0) x0_hat + sum_k (history_k + b_k) stored_k
   + noise z, around the predictor's own coefficients (Oganov et al. 2026, arXiv:2510.17699). b_0 follows from the
   others: with mu the mean of x_t and c_k that of stored_k for data that are one point, it solves
@@ -165,7 +165,8 @@ class PlanFamily:
         rest = 1.0 - floor * len(shares)
         logits = torch.log((shares - floor) / rest) + self._part(parameters, "grid", shares.shape)
         share = floor + rest * torch.softmax(logits, 0)
-        last = lam[-1] + self._part(parameters, "end", (1,)).clamp(min=-0.5 * float(length), max=0.0)
+        end = self._part(parameters, "end", (1,)).clamp(min=-0.5 * float(length))
+        last = lam[-1] + end - end.detach().clamp(min=0.0)  # cut off at 0, where its gradient goes on
         inner = lam[0] + (last - lam[0]) * share.cumsum(0)
         times = torch.cat([self.times[:1], _time_at(self.sde, inner)])
         if self.snap is None:

@@ -50,10 +50,10 @@ class FitOptions:
         ValueError: A value out of range.
     """
 
-    steps: int = 200
+    steps: int = 40
     batch_size: int = 512
-    learning_rate: float = 0.02
-    held_out: int = 2048
+    learning_rate: float = 0.03
+    held_out: int = 1024
     checks: int = 6
     gradients: bool = True
     directions: int = 4

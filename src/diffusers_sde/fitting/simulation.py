@@ -41,6 +41,7 @@ def simulate(
         batch_norms: As in ``advance``.
         conditioning: Further arguments of the denoiser.
     """
+    precise = torch.float32 if x.device.type == "mps" else torch.float64
     differentiable = plan.table.requires_grad and torch.is_grad_enabled()
     draws = [row.draws_noise for row in plan.rows]
     call = partial(denoiser, **(conditioning or {}))
@@ -48,10 +49,10 @@ def simulate(
     for i, kind in enumerate(plan.kinds):
         if differentiable:
             row = row_of(plan.table[i], kind, plan.memory, draws[i])
-            t = row.t.to(x.device)
+            t = row.t.to(x.device, precise)
         else:
             row = plan.rows[i]
-            t = torch.tensor(row.t, dtype=torch.float64, device=x.device)
+            t = torch.tensor(row.t, dtype=precise, device=x.device)
         if differentiable and checkpointing:
             output = checkpoint(call, x, t, use_reentrant=False)
         else:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 
 REFERENCES_PER_SAMPLE = 4  # they cost no call of the network
-SMALLEST_EIGENVALUE = 1e-4  # of a covariance, in units of the largest
 SETS = ("fit", "choice", "report")  # disjoint: what a set has seen judges no other
 
 
@@ -68,7 +66,9 @@ class Comparison(NamedTuple):
 class Target(Protocol):
     """An objective with its data."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What reports call it."""
 
     def batch(self, part: str, size: int, generator: torch.Generator) -> Batch:
         """Some noise and references of one of the ``SETS``; for ``fit`` drawn anew each time."""
@@ -88,13 +88,11 @@ class EnergyTarget:
         references: Of each of ``SETS``, shape (N, ...).
         classes: Their classes, shape (N,), for samplers of classes; None without.
         labels: Classes to draw from, where samples have classes; None without.
-        whitening: Power w of the covariance C of the references, from 0 to 1. Distances are those of C^(-w/2) x.
     """
 
     references: Mapping[str, Tensor]
     classes: Mapping[str, Tensor] | None = None
     labels: Tensor | None = None
-    whitening: float = 0.0
     name: str = field(default="energy", init=False)
 
     def batch(self, part: str, size: int, generator: torch.Generator) -> Batch:
@@ -111,33 +109,20 @@ class EnergyTarget:
 
     def loss(self, samples: Tensor, batch: Batch) -> Tensor:
         """See ``Target``; E|Y - Y'| is left out, which does not depend on the samples."""
-        s, y = self._points(samples, batch)
+        s, y = _flattened(samples, batch)
         return 2.0 * torch.cdist(s, y).mean() - _between(s)
 
     def compare(self, fitted: Tensor, unfitted: Tensor, batch: Batch) -> Comparison:
         """See ``Target``; the error is that of the projections of the U-statistics (Hoeffding 1948)."""
         values, of_samples, of_references = [], [], []
         for samples in (fitted, unfitted):
-            s, y = (v.double() for v in self._points(samples, batch))
+            s, y = (v.double() for v in _flattened(samples, batch))
             across, within = torch.cdist(s, y), torch.cdist(s, s)
             values.append(float(2.0 * across.mean() - _between(s) - _between(y)))
             of_samples.append(2.0 * across.mean(1) - 2.0 * within.sum(1) / (len(s) - 1))
             of_references.append(2.0 * across.mean(0))
         parts = (of_samples[0] - of_samples[1], of_references[0] - of_references[1])
         return Comparison(values[0], values[1], math.sqrt(sum(float(d.var()) / len(d) for d in parts)))
-
-    @cached_property
-    def _metric(self) -> Tensor | None:
-        """C^(-w/2), shape (d, d); None where it is the identity."""
-        if self.whitening == 0.0:
-            return None
-        values, axes = torch.linalg.eigh(torch.cov(self.references["fit"].flatten(1).double().T))
-        values = values.clamp(min=float(values[-1]) * SMALLEST_EIGENVALUE)
-        return (axes * values ** (-0.5 * self.whitening)) @ axes.T
-
-    def _points(self, samples: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        s, y = _flattened(samples, batch, self._metric)
-        return s, y
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,11 +163,9 @@ def _rms(samples: Tensor, ends: Tensor) -> Tensor:
     return torch.sqrt(square + torch.finfo(square.dtype).tiny)  # whose derivative at 0 is finite
 
 
-def _flattened(samples: Tensor, batch: Batch, metric: Tensor | None) -> tuple[Tensor, Tensor]:
+def _flattened(samples: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Samples and references as points, whose classes, if both have some, count as coordinates."""
     s, y = samples.flatten(1).float(), batch.reference.flatten(1).float()
-    if metric is not None:
-        s, y = s @ metric.to(s), y @ metric.to(y)
     labels = batch.conditioning.get("class_labels")
     if labels is None or batch.reference_classes is None:
         return s, y

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,25 +11,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..basics.checks import check_choice, check_flag, check_integer, check_number
-from ..basics.networks import traits_of
-from ..fitting.families import PARTS, PlanFamily
+from ..basics.checks import check_choice, check_flag, check_integer
+from ..fitting.families import PARTS
 from ..fitting.fit import Fit, FitOptions, fit_parameters, frozen
-from ..fitting.simulation import simulate
 from ..fitting.targets import SETS, Batch, EnergyTarget, PairedTarget, Target, stream
-from ..images.arrays import as_batch, in_network_range
-from ..networks.denoisers import Denoiser
 from ..sampling.planning import make_plan
-from ..sampling.rows import Plan
-from ..sampling.time_grids import whole_timesteps
 from ..schedulers import SDEScheduler
 from ..schedulers.fitted_plans import sampled_weights
-from .pipeline_class_conditional import ClassConditionalSDEPipeline
-from .probability_flow import ProbabilityFlow, own_or_fitting_scheduler
+from .fit_subjects import CalledSubject, DenoisedSubject, FitSubject
+from .probability_flow import own_or_fitting_scheduler
 
 OBJECTIVES = ("paired", "energy")
 PARTS_OF_DATA = (0.6, 0.2, 0.2)  # of the images, for fit, choice and report
-FEWEST_IMAGES = 50
 TEACHER_STEPS = {"paired": 60, "energy": 100}
 PAIRS_PER_HELD_OUT = 2  # pairs of noise and end point to fit to, for each of the report
 _FOR_THE_TEACHER = 9  # purpose of a random stream, apart from those of the fit
@@ -67,8 +59,8 @@ class _Sizes:
     held_out: int
 
 
-_WITH_GRADIENTS = _Sizes(steps=80, batch_size=512, learning_rate=0.02, held_out=2048)
-_PAIRED = _Sizes(steps=100, batch_size=256, learning_rate=0.02, held_out=1024)
+_WITH_GRADIENTS = _Sizes(steps=40, batch_size=512, learning_rate=0.03, held_out=1024)
+_PAIRED = _Sizes(steps=80, batch_size=256, learning_rate=0.03, held_out=512)
 _WITHOUT_GRADIENTS = _Sizes(steps=60, batch_size=32, learning_rate=0.02, held_out=128)
 
 
@@ -125,11 +117,11 @@ def fit_scheduler(
         call: Arguments of the pipeline's own call, such as ``prompt``, and then the pipeline is run itself. A list of
             prompts is used in turn. It must take ``latents``, ``num_inference_steps`` and ``output_type="latent"``.
         parts: What is fitted, names of ``fitting.PARTS``.
-        steps: Steps of the optimiser. None is 80, 100 for ``paired`` and 60 without gradients.
+        steps: Steps of the optimiser. None is 40, 80 for ``paired`` and 60 without gradients.
         batch_size: Images of a step; None is 512, 256 for ``paired`` and 32 without gradients. The energy distance of
             few images narrows the law of the samples.
-        learning_rate: Of Adam; None is 0.02.
-        held_out: Images of the report; None is 2048, 1024 for ``paired`` and 128 without gradients.
+        learning_rate: Of Adam; None is 0.03, without gradients 0.02.
+        held_out: Images of the report; None is 1024, 512 for ``paired`` and 128 without gradients.
         teacher_steps: Levels of the fine sampler, where there is one; None is 60 for ``paired``, 100 for ``energy``.
         gradients: Whether gradients pass through the network; None is True unless ``call`` is given.
         checkpointing: Whether activations are computed again in the backward pass, which needs the memory of one
@@ -172,7 +164,7 @@ def fit_scheduler(
     )
     fine = TEACHER_STEPS[objective] if teacher_steps is None else teacher_steps
     fine = check_integer("teacher_steps", fine, at_least=levels + 1)
-    subject = (_Denoised if call is None else _Called)(
+    subject = (DenoisedSubject if call is None else CalledSubject)(
         pipe, scheduler, levels, guidance_scale, class_labels, call, tuple(parts), checkpointing, options.batch_size
     )
     network = subject.network
@@ -197,212 +189,6 @@ def fit_scheduler(
     return SchedulerFit(fitted, report)
 
 
-# ---------------------------------------------------------------------- what is fitted
-
-
-class _Subject:
-    """A pipeline's sampler with parameters, and a way to draw with it.
-
-    Attributes:
-        network: The network.
-        family: The plans.
-        shape: Of one sample.
-        evaluations: Images that the network was called for, so far.
-    """
-
-    def __init__(
-        self,
-        pipe: Any,
-        scheduler: SDEScheduler,
-        levels: int,
-        guidance_scale: float,
-        class_labels: Any,
-        call: Mapping[str, Any] | None,
-        parts: tuple[str, ...],
-        checkpointing: bool,
-        batch_size: int,
-    ) -> None:
-        self.pipe, self.scheduler, self.levels, self.call = pipe, scheduler, levels, dict(call or {})
-        self.checkpointing, self.batch_size = checkpointing, batch_size
-        self.evaluations = 0
-        network = getattr(pipe, "unet", None)
-        self.network: Any = getattr(pipe, "transformer", None) if network is None else network
-        if self.network is None:
-            raise ValueError(f"pipe must be a pipeline with a unet or a transformer, got {type(pipe).__name__}.")
-        self.device = getattr(pipe, "_execution_device", getattr(pipe, "device", torch.device("cpu")))
-        self.shape = self._sample_shape()
-        self.is_latent = any(getattr(pipe, name, None) is not None for name in ("vae", "vqvae", "movq"))
-        self.data_range = (
-            float(getattr(pipe.config, "data_min", -1.0)),
-            float(getattr(pipe.config, "data_max", 1.0)),
-        )
-        low, high = self.data_range
-        self.family = self._family(parts, 1.0 if self.is_latent else 0.25 * (high - low))
-        self.labels = self._prepare(guidance_scale, class_labels)
-
-    def _prepare(self, guidance_scale: float, class_labels: Any) -> Tensor | None:
-        """Make ready to draw; return the classes to draw from."""
-        raise NotImplementedError
-
-    def draw(self, plan: Plan, times: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Samples of a plan, shape of ``batch.noise``."""
-        raise NotImplementedError
-
-    def _sample_shape(self) -> tuple[int, ...]:
-        if hasattr(self.pipe, "sample_shape"):
-            return tuple(self.pipe.sample_shape)
-        traits = traits_of(self.network)
-        if traits.channels is None or traits.sides is None:
-            raise ValueError("pipe must have a network whose config states in_channels and sample_size.")
-        return (traits.channels, *traits.sides)
-
-    def _family(self, parts: tuple[str, ...], data_std: float) -> PlanFamily:
-        scheduler, config = self.scheduler, self.scheduler.config
-        times = scheduler.sampling_times(self.levels)
-        snap, sde, conditioning = None, scheduler.sde, scheduler.conditioning
-        if conditioning.name == "discrete":
-            parts = tuple(part for part in parts if part != "inputs")
-            fed = conditioning.timestep(sde, times)
-            if config.time_grid in (None, "blended") and bool(((fed - fed.round()).abs() < 1e-6).all()):
-                entries = config.num_train_timesteps
-                snap = lambda t: conditioning.time(sde, whole_timesteps(conditioning.timestep(sde, t), entries))  # noqa: E731
-        return PlanFamily(
-            sde,
-            times,
-            scheduler.own_predictor,
-            config.corrector,
-            config.correct_steps,
-            config.snr,
-            scheduler.own_stochasticity,
-            config.denoise_final,
-            scheduler.own_final_time,
-            data_std,
-            snap,
-            parts,
-        )
-
-    def simulator(self, parameters: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
-        """See ``fitting.fit.Simulator``."""
-        family = self.family
-        return self.draw(family.plan(parameters), family.level_times(parameters).detach(), batch, generator)
-
-    def references(self, data: Any) -> Tensor:
-        """Images as the network's data, float32, shape (N, ...)."""
-        images = as_batch(data, "data")
-        if self.is_latent:
-            encoder = getattr(self.pipe, "encoder", None)
-            if encoder is None or images.is_floating_point():
-                raise ValueError("data must be None, or integers in 0..255 for an SDEPipeline, where there is a vae.")
-            x = torch.cat([encoder.encode(part.to(self.device)) for part in images.split(self.batch_size)])
-        else:
-            x = in_network_range(images, *self.data_range, name="data").to(self.device, torch.float32)
-        if tuple(x.shape[1:]) != self.shape or not bool(torch.isfinite(x).all()) or len(x) < FEWEST_IMAGES:
-            raise ValueError(
-                f"data must hold at least {FEWEST_IMAGES} finite images that give shape {self.shape}, got "
-                f"{tuple(x.shape)}."
-            )
-        return x
-
-
-class _Denoised(_Subject):
-    """A network that is called as its pipeline calls it."""
-
-    def _prepare(self, guidance_scale: float, class_labels: Any) -> Tensor | None:
-        pipe = self.pipe
-        if isinstance(pipe, ClassConditionalSDEPipeline):
-            denoiser: Denoiser = pipe.denoiser(guidance_scale)
-            null = pipe.config.null_class
-            every = [number for number in range(pipe.num_classes) if number != null]
-            numbers = every if class_labels is None else pipe.class_numbers(class_labels)
-            self._denoiser = self.scheduler.tempered(denoiser)
-            return torch.tensor(numbers, dtype=torch.int64)
-        check_number("guidance_scale", guidance_scale, at_least=1.0, at_most=1.0)
-        if class_labels is not None:
-            raise ValueError("class_labels must be None for a pipeline without classes.")
-        if hasattr(pipe, "text_encoder") or hasattr(pipe, "prompt_encoder"):
-            raise ValueError(f"call must be given for a {type(pipe).__name__}, such as call={{'prompt': ...}}.")
-        self._denoiser = self.scheduler.tempered(ProbabilityFlow(pipe).denoiser)
-        return None
-
-    def draw(self, plan: Plan, times: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
-        """See ``_Subject``."""
-        x = batch.noise * self.scheduler.init_noise_sigma
-        whole = plan.table.requires_grad and torch.is_grad_enabled()
-        size = len(x) if whole else self.batch_size
-        self.evaluations += len(x) * len(plan)
-        results = []
-        for start in range(0, len(x), size):
-            rows = slice(start, start + size)
-            results.append(
-                simulate(
-                    plan,
-                    self._denoiser,
-                    x[rows],
-                    generator,
-                    self.scheduler.bounded if self.scheduler.bounds_estimates else None,
-                    self.checkpointing,
-                    self.scheduler.config.langevin_norm == "batch",
-                    {name: value[rows] for name, value in batch.conditioning.items()},
-                )
-            )
-        return torch.cat(results)
-
-
-class _Called(_Subject):
-    """A pipeline that is run through its own loop."""
-
-    def _prepare(self, guidance_scale: float, class_labels: Any) -> Tensor | None:
-        if guidance_scale != 1.0 or class_labels is not None:
-            raise ValueError("guidance_scale and class_labels must be left out with call: put them into it.")
-        taken = {"latents", "num_inference_steps", "output_type", "generator"} & self.call.keys()
-        if taken:
-            raise ValueError(f"call must not hold {', '.join(sorted(taken))}, which the fit chooses.")
-        return None
-
-    def draw(self, plan: Plan, times: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
-        """See ``_Subject``."""
-        return self.run(self.scheduler.with_plan(plan, times), len(times), batch, generator)
-
-    def run(self, scheduler: SDEScheduler, levels: int, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Latents that the pipeline draws with a scheduler."""
-        results = []
-        with _scheduler_of(self.pipe, scheduler):
-            for start in range(0, len(batch.noise), self.batch_size):
-                noise = batch.noise[start : start + self.batch_size]
-                output = self.pipe(
-                    latents=noise.to(self.network.dtype),
-                    num_inference_steps=levels,
-                    output_type="latent",
-                    generator=generator,
-                    **self._arguments(start, len(noise)),
-                )
-                results.append(torch.as_tensor(output[0] if isinstance(output, tuple) else output.images).float())
-                self.evaluations += len(noise) * len(scheduler.timesteps)
-        return torch.cat(results)
-
-    def _arguments(self, start: int, count: int) -> dict[str, Any]:
-        """The call's arguments for images ``start`` to ``start + count``, of which each takes the next prompt."""
-        arguments = {}
-        for name, value in self.call.items():
-            each = [value] if isinstance(value, str) else value
-            takes_turns = name.startswith(("prompt", "negative_prompt")) and isinstance(each, (list, tuple))
-            arguments[name] = [each[(start + i) % len(each)] for i in range(count)] if takes_turns else value
-        return arguments
-
-
-@contextmanager
-def _scheduler_of(pipe: Any, scheduler: SDEScheduler) -> Iterator[None]:
-    """A pipeline with another scheduler and without its bar."""
-    before, bar = pipe.scheduler, dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.scheduler = scheduler
-    pipe.set_progress_bar_config(**{**bar, "disable": True})
-    try:
-        yield
-    finally:
-        pipe.scheduler = before
-        pipe.set_progress_bar_config(**bar)
-
-
 # ---------------------------------------------------------------------- what it is fitted to
 
 
@@ -415,7 +201,7 @@ def _split(images: Tensor, seed: int) -> dict[str, Tensor]:
 
 
 def _target(
-    subject: _Subject, objective: str, references: dict[str, Tensor] | None, fine: int, options: FitOptions
+    subject: FitSubject, objective: str, references: dict[str, Tensor] | None, fine: int, options: FitOptions
 ) -> Target:
     """The objective, for which a fine sampler draws where there are no images."""
     if references is not None:
@@ -438,7 +224,7 @@ def _target(
 
 
 @torch.no_grad()
-def _finely(subject: _Subject, objective: str, fine: int, batch: Batch, generator: torch.Generator) -> Tensor:
+def _finely(subject: FitSubject, objective: str, fine: int, batch: Batch, generator: torch.Generator) -> Tensor:
     """Samples of a fine sampler of the same network: the probability flow, or the reverse SDE."""
     scheduler = subject.scheduler
     is_flow = objective == "paired"
@@ -453,7 +239,7 @@ def _finely(subject: _Subject, objective: str, fine: int, batch: Batch, generato
         changes["time_grid"] = "sech"
     teacher = type(scheduler).from_config(scheduler.config, **changes)
     times = teacher.sampling_times(fine)
-    if isinstance(subject, _Called):
+    if isinstance(subject, CalledSubject):
         return subject.run(teacher, fine, batch, generator)
     plan = make_plan(scheduler.sde, times, teacher.own_predictor, stochasticity=0.0 if is_flow else None)
     return subject.draw(plan, times, batch, generator)
@@ -461,7 +247,7 @@ def _finely(subject: _Subject, objective: str, fine: int, batch: Batch, generato
 
 def _report(
     fit: Fit,
-    subject: _Subject,
+    subject: FitSubject,
     target: Target,
     options: FitOptions,
     fine: int,

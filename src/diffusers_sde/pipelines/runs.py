@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -191,6 +192,28 @@ def own_scheduler(pipe: SharedPipeline) -> SDEScheduler:
             f"{fitting_class(config_of(pipe.scheduler))}.from_config(pipe.scheduler.config)."
         )
     return pipe.scheduler
+
+
+@contextmanager
+def at_temperature(pipe: SharedPipeline, temperature: float | None) -> Iterator[None]:
+    """Let a pipeline draw samples at a temperature that its scheduler's config does not say, for a while.
+
+    Args:
+        pipe: The pipeline, which gets another scheduler for that while.
+        temperature: That of the scheduler of this name; None for that of the config.
+
+    Raises:
+        ValueError: The scheduler is a foreign one, or the number is out of range.
+    """
+    if temperature is None:
+        yield
+        return
+    own = own_scheduler(pipe)
+    pipe.scheduler = type(own).from_config(own.config, temperature=temperature)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
 
 
 def warn_of_foreign_fit(pipe: SharedPipeline) -> None:

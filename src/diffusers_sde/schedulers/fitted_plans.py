@@ -137,8 +137,11 @@ def sampled_weights(network: torch.nn.Module) -> dict[str, Any]:
 
 
 def is_same_network(stored: Mapping[str, Any] | None, network: torch.nn.Module) -> bool:
-    """Whether a network has the weights of which some were stored, up to the rounding of half precision."""
-    if stored is None:
+    """Whether a network has the weights of which some were stored, up to the rounding of half precision.
+
+    It is taken to have them where none were stored, or where its weights are not in memory.
+    """
+    if stored is None or any(p.is_meta for p in network.parameters()):
         return True
     found = sampled_weights(network)
     pairs = list(zip(stored["weights"], found["weights"], strict=False))

@@ -8,8 +8,9 @@
     training_command   one line of shell
     metrics            [{"name": "FID, 5000 images", "type": "fid", "value": 12.3, "on": "20 calls, test split"}]
     recipes            [{"options": {"predictor": "heun"}, "num_inference_steps": 20, "metrics": {"FID": 12.3}}]
-    pictures           {"Samples": "path/to/samples.png"}; copied into the repository
-    limitations        what the model cannot do; default: a sentence
+    pictures           {"Samples": "path/to/samples.png"}; copied into the repository. Default: samples, and states on
+                       the way to them, which the model draws itself; {} for none
+    limitations        what the model cannot do; default: what follows from its kind, and a sentence
 
 and what ``scripts/evaluate.py`` writes: its ``samplers`` become recipes, its numbers entries of the model-index.
 """
@@ -17,6 +18,7 @@ and what ``scripts/evaluate.py`` writes: its ``samplers`` become recipes, its nu
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -28,6 +30,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 
 from ..basics.networks import describe_network
+from .figures import draw_pictures
+from .flattening import HOMEPAGE
 from .version import __version__
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -54,6 +58,9 @@ LIMITATIONS = (
     "The model draws what is like its training data, biases included, and knows nothing else. Nothing is filtered. "
     "It has not been tested for any use beyond research and teaching."
 )
+# Where pip finds the package: by its address until a release has put the name into the index.
+PIP_NAME = f"git+{HOMEPAGE}" if "dev" in __version__ else "diffusers-sde"
+SHARES = ("precision", "recall", "class_accuracy")  # of samples, so that their error follows from their number
 STOCK_PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 # For each class: the tag, the description, and a few lines of code that call it and run as they stand.
@@ -111,7 +118,7 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
     entries = [*metrics, *_sampler_metrics(results)]
     recipes: Sequence[Mapping[str, Any]] = [
         *results.get("recipes", []),
-        *(_recipe(s, shown_metrics(results, s)) for s in results.get("samplers", [])),
+        *(_recipe(s, _with_errors(results, s)) for s in results.get("samplers", [])),
     ]
     recipes = recipes or RECIPES
     fitted = _fitted_plan(pipe.scheduler)
@@ -145,6 +152,7 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
         title=repo_id.split("/")[-1],
         repo_id=repo_id,
         version=f"diffusers_sde {__version__}",
+        pip_name=PIP_NAME,
         description=results.get("description") or f"{description} A score model trained on {_name(dataset)}.",
         pictures=[{"title": t, "path": f"{PICTURES}/{Path(p).name}"} for t, p in results.get("pictures", {}).items()],
         call=call.format(label=repr(label), mode="L" if channels == 1 else "RGB", width=width, height=height),
@@ -158,7 +166,7 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
         measured=bool(metrics),
         metrics=_table(["metric", "value", "on"], [[m["name"], m["text"], m.get("on", "")] for m in metrics]),
         training_command=results.get("training_command"),
-        limitations=results.get("limitations") or LIMITATIONS,
+        limitations=results.get("limitations") or _limitations(pipe),
     )
 
 
@@ -192,17 +200,22 @@ def shown_metrics(results: Mapping[str, Any], sampler: Mapping[str, Any]) -> dic
 
 
 def add_card(folder: str | os.PathLike, pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None) -> None:
-    """Write the card of a pipeline, README.md, into its folder, and copy its pictures there; see ``model_card``.
+    """Write the card of a pipeline, README.md, into its folder, and its pictures there; see ``model_card``.
 
     Raises:
         ValueError: See ``model_card``; or the file of a picture is missing or is not a picture.
     """
-    card = model_card(pipe, repo_id, results)
-    pictures = checked_pictures((results or {}).get("pictures", {}))
+    place = Path(folder) / PICTURES
+    results = checked_results(results)
+    if "pictures" in results:
+        card = model_card(pipe, repo_id, results)
+        for picture in checked_pictures(results["pictures"]):
+            place.mkdir(exist_ok=True)
+            shutil.copyfile(picture, place / Path(picture).name)
+    else:
+        model_card(pipe, repo_id, results)  # what is wrong with the results is found before anything is drawn
+        card = model_card(pipe, repo_id, {**results, "pictures": draw_pictures(pipe, place)})
     card.save(Path(folder) / "README.md")
-    for picture in pictures:
-        (Path(folder) / PICTURES).mkdir(exist_ok=True)
-        shutil.copyfile(picture, Path(folder) / PICTURES / Path(picture).name)
 
 
 def checked_results(results: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -297,6 +310,39 @@ def _facts(pipe: Any, dataset: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
+def _with_errors(results: Mapping[str, Any], sampler: Mapping[str, Any]) -> dict[str, str]:
+    """The numbers of a sampler that a card shows, each with its standard error where that is known.
+
+    The evaluation has the errors of kernel distances and inception scores, as deviations between parts of the samples.
+    A share p of n samples has the error (p (1 - p)/n)^(1/2), here with one sample more on either side, so that 0 and 1
+    have an error too. A Frechet distance has none from a single set of samples.
+    """
+    texts = {}
+    for name, value in shown_metrics(results, sampler).items():
+        error = sampler["metrics"].get(f"{name}_std")
+        if name in SHARES:
+            n = results["num_samples"]
+            share = (value * n + 1) / (n + 2)
+            error = math.sqrt(share * (1 - share) / n)
+        texts[name] = f"{value:.4g}" if error is None else f"{value:.4g} +- {error:.1g}"
+    return texts
+
+
+def _limitations(pipe: Any) -> str:
+    """What a model of this kind cannot do, as a list."""
+    channels, height, width = pipe.image_shape
+    kind = {1: "grey ", 3: "colour "}.get(channels, "")
+    asked = "of the classes that it was trained on" if getattr(pipe, "labels", None) else "as chance has them"
+    return "\n".join(
+        f"- {line}"
+        for line in (
+            f"It makes {kind}images of {height} x {width} pixels, {asked}. It understands no text.",
+            "It knows one SDE, that of its scheduler. Schedulers of another kind refuse it.",
+            LIMITATIONS,
+        )
+    )
+
+
 def _fitted_plan(scheduler: Any) -> Mapping[str, Any] | None:
     """What a scheduler's config says of a plan that was fitted to the network, or None."""
     return getattr(scheduler, "config", {}).get("fitted_plan")
@@ -319,7 +365,7 @@ def _fit_in_words(entry: Mapping[str, Any]) -> str:
     return f"{levels}{scale}; {report['objective']} distance to {report['target']} on held-out noise {numbers}"
 
 
-def _recipe(sampler: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[str, Any]:
+def _recipe(sampler: Mapping[str, Any], metrics: Mapping[str, str]) -> dict[str, Any]:
     """A sampler of an evaluation as a recipe, with these of its numbers."""
     options = dict(sampler["options"])
     if options.get("predictor", "") is None:
@@ -330,7 +376,7 @@ def _recipe(sampler: Mapping[str, Any], metrics: Mapping[str, float]) -> dict[st
         "scheduler": options.get("scheduler"),
         "num_inference_steps": options.get("num_inference_steps", ""),
         "calls": f"{sampler['calls_per_image']:g}",
-        "metrics": {name: f"{value:.4g}" for name, value in metrics.items()},
+        "metrics": dict(metrics),
     }
 
 
@@ -368,6 +414,9 @@ def _features(results: Mapping[str, Any]) -> str | None:
     if not results.get("samplers"):
         return None
     features, data = results["features"], results["data"]
+    real = (results.get("baseline") or {}).get("metrics") or {}
+    frechet = next((name for name in real if name.startswith(("FD", "FID"))), None)
+    floor = "" if frechet is None else f" {results['baseline']['label']}: {frechet} {real[frechet]:.4g}."
     if too_few_samples(results):
         return (
             f"{results['num_samples']} samples of each, which are too few for numbers about the distribution of their "
@@ -376,7 +425,7 @@ def _features(results: Mapping[str, Any]) -> str | None:
     return (
         f"{results['num_samples']} samples of each against {data['images']} images of {data['name']} "
         f"({data['split']}); features: {features['name']}, {features['dimensions']} dimensions. Such numbers compare "
-        "with each other only."
+        f"with each other only.{floor}"
     )
 
 
