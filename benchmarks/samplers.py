@@ -117,7 +117,7 @@ def stock(name: str, **config: Any) -> Sampler:
     def sampler(problem: Problem, calls: int) -> Tensor:
         cls, options = getattr(diffusers, name), dict(config)
         if "clip_sample" in inspect.signature(cls.__init__).parameters:
-            options["clip_sample"] = False
+            options.setdefault("clip_sample", False)
         if problem.path == "ve":
             options["sigma_max"], options["sigma_min"] = problem.ratios()
         scheduler = cls(**options)

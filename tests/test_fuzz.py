@@ -188,7 +188,7 @@ def calls():
     x, run, fast = torch.zeros(2, 1, 8, 8), {"num_inference_steps": 2, "output_type": "pt"}, {"rtol": 0.1, "atol": 0.1}
     measured = {"measurement": torch.zeros(1, 1, 4, 4), "operator": Downsampling(2, (1, 8, 8))}
     return {
-        "plain": (plain, {**run, "batch_size": 1, "generator": None, "latents": None, "method": "scheduler"}),
+        "plain": (plain, {**run, "batch_size": 1, "generator": None, "latents": None, "temperature": None}),
         "adaptive": (plain, {**run, **fast, "method": "sde"}),
         "class": (by_class, {**run, "class_labels": [0], "guidance_scale": 1.0, "guidance_interval": None}),
         "inpaint": (inpaint, {**run, "image": image, "mask_image": mask, "num_samples": 1, "posterior_options": None}),

@@ -20,8 +20,9 @@ from diffusers_sde.basics.options import parse_options
 from diffusers_sde.evaluation import EvaluationConfig, SamplingConfig
 from diffusers_sde.hub.convert import ConvertConfig
 from diffusers_sde.hub.export import ExportConfig
-from diffusers_sde.training import parse_args
+from diffusers_sde.training import PolicyTrainingConfig, parse_args
 from diffusers_sde.training.cli import CLASSIFIER, ClassifierTrainingConfig, build_parser
+from diffusers_sde.training.fits import FitConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = {
@@ -135,9 +136,11 @@ PARSERS = {
     "train_classifier.py": lambda argv: ClassifierTrainingConfig(
         **vars(build_parser("train_classifier.py", CLASSIFIER, ClassifierTrainingConfig).parse_args(argv))
     ),
+    "train_rl.py": lambda argv: parse_options(PolicyTrainingConfig, argv),
     "sample.py": lambda argv: parse_options(SamplingConfig, argv),
     "evaluate.py": lambda argv: parse_options(EvaluationConfig, argv),
     "push_to_hub.py": lambda argv: parse_options(ExportConfig, argv),
+    "fit_sampler.py": lambda argv: parse_options(FitConfig, argv),
     "convert.py": lambda argv: parse_options(ConvertConfig, argv),
 }
 
@@ -164,7 +167,14 @@ def test_options_that_are_named_exist(page):
     """Options in the text, such as ``--skip_broken_images``, belong to one of the scripts."""
     text = re.sub(r"^```.*?^```$", "", GUIDES[page].read_text(encoding="utf-8"), flags=re.M | re.S)
     named = set(re.findall(r"`--(\w+)", text)) | set(re.findall(r"\s--(\w+) ", text))
-    configs = (ClassifierTrainingConfig, SamplingConfig, EvaluationConfig, ExportConfig, ConvertConfig)
+    configs = (
+        PolicyTrainingConfig,
+        ClassifierTrainingConfig,
+        SamplingConfig,
+        EvaluationConfig,
+        ExportConfig,
+        ConvertConfig,
+    )
     known = {f for config in configs for f in config.__dataclass_fields__} | set(vars(parse_args([])))
     assert named <= known | {"recipe", "resume_from_checkpoint"}, named - known
 

@@ -52,6 +52,7 @@ def test_the_options_of_every_script_are_listed():
     listed = re.findall(r"<!-- options: ([\w.]+) -->", "".join(PAGES.values()))
     assert {path.rpartition(".")[2] for path in listed} == {
         "TrainingConfig",
+        "PolicyTrainingConfig",
         "EvaluationConfig",
         "SamplingConfig",
         "ExportConfig",

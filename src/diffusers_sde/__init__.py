@@ -27,6 +27,7 @@ from .pipelines import (
     rollout_model,
 )
 from .pipelines.diagnostics import Diagnosis, diagnose
+from .pipelines.fits import SchedulerFit, fit_scheduler
 from .registration import register_with_diffusers
 from .sampling import Plan, Row, SDEOptions, make_plan, restart_plan, sample, sample_adaptive
 from .schedulers import FlowSDEScheduler, SDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
@@ -72,6 +73,7 @@ __all__ = [
     "SDEOptions",
     "SDEPipeline",
     "SDEScheduler",
+    "SchedulerFit",
     "SubVPSDE",
     "SubVPSDEScheduler",
     "TraceOptions",
@@ -81,6 +83,7 @@ __all__ = [
     "bits_per_dim",
     "collect_rollout",
     "diagnose",
+    "fit_scheduler",
     "log_prob",
     "make_plan",
     "profile_grid",

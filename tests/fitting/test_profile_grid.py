@@ -44,6 +44,13 @@ def test_the_floor_is_spread_evenly():
     torch.testing.assert_close(torch.tensor(knots, dtype=torch.float64), even)
 
 
+def test_a_path_that_begins_with_noise_is_profiled_down_to_that():
+    """The smallest noise of this SDE, 0.02, is above the default ``last_sigma``."""
+    sde = VESDE(sigma_min=0.02, sigma_max=8.0)
+    knots = profile_grid(PointwiseGaussian().denoiser(sde), sde, NOISE[:64])
+    assert knots[-1] == pytest.approx(-math.log(0.02))
+
+
 def test_a_profiled_grid_brings_a_mixture_nearer_than_tuned_constants_where_its_scale_is_another():
     """Structure at a hundredth of the scale that the constants of ``sech`` were measured for."""
     sde = VESDE(sigma_min=1e-5, sigma_max=50.0)

@@ -9,9 +9,12 @@ import math
 import pytest
 import torch
 from analytic import GaussianMixture, PointwiseGaussian, push_gaussian
+from diffusers import DDPMScheduler
 from exact_networks import ExactUNet, quiet
+from tiny_networks import tiny_unet
 
 from diffusers_sde import (
+    ClassConditionalSDEPipeline,
     FlowSDEScheduler,
     RestorationSDEPipeline,
     SDEPipeline,
@@ -213,3 +216,32 @@ def test_bad_values_and_what_cannot_be_cooled_are_refused():
     with pytest.raises(ValueError, match="temperature 0.5"):
         pipe(torch.zeros(1, 1, 1, 1), Downsampling(2, (1, 2, 2)), 0.1, posterior="smc")
     assert ProbabilityFlow(pipe).scheduler.config.temperature == 0.5
+
+
+@pytest.mark.parametrize("method", ["scheduler", "sde"])
+def test_the_argument_of_a_call_is_that_of_the_scheduler(method):
+    by_class = ClassConditionalSDEPipeline(tiny_unet(1.0, num_class_embeds=3), VPSDEScheduler(temperature_std=STD))
+    for pipe, given in (
+        (SDEPipeline(tiny_unet(1.0), FlowSDEScheduler(temperature_std=STD)), {"batch_size": 2}),
+        (by_class, {"class_labels": [0, 1]}),
+    ):
+        quiet(pipe)
+        given |= {"num_inference_steps": 4, "output_type": "latent", "return_dict": False, "method": method}
+        own = pipe.scheduler
+
+        def draw(**more):
+            return pipe(**given, **more, generator=torch.Generator().manual_seed(0))[0]  # noqa: B023
+
+        as_it_is, cooled = draw(), draw(temperature=0.4)
+        assert pipe.scheduler is own and not torch.allclose(as_it_is, cooled)
+        assert torch.equal(draw(), as_it_is) and torch.equal(draw(temperature=1.0), as_it_is)
+        pipe.scheduler = type(own).from_config(own.config, temperature=0.4)
+        assert torch.equal(draw(), cooled)
+        generator = torch.Generator().manual_seed(0)
+        with pytest.raises(ValueError, match="temperature must be"):
+            pipe(**given, temperature=-1.0, generator=generator)
+        assert torch.equal(generator.get_state(), torch.Generator().manual_seed(0).get_state())
+        assert pipe.scheduler.config.temperature == 0.4
+    stock = quiet(SDEPipeline(tiny_unet(), DDPMScheduler()))
+    with pytest.raises(ValueError, match="scheduler must be one of this package's, got DDPMScheduler"):
+        stock(temperature=0.5, num_inference_steps=2)

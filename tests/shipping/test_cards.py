@@ -287,7 +287,7 @@ def test_pictures_can_be_refused(tmp_path):
 
 
 def test_numbers_have_their_errors():
-    """The error of a share p of n samples is (p (1 - p)/n)^(1/2): 0.02 for 0.8 of 400, about 1/n for all of them."""
+    """A share p of n samples has the error (p (1 - p)/n)^(1/2): 0.02 for 0.8 of 400, and about 1/n for all of them."""
     metrics = {"precision": 0.8, "recall": 1.0, "KID": 0.011, "KID_std": 0.001, "FD-classifier": 3.21}
     evaluation = {**EVALUATION, "num_samples": 400, "samplers": [{**EVALUATION["samplers"][0], "metrics": metrics}]}
     evaluation["baseline"] = {"label": "real images (test)", "metrics": {"FD-classifier": 0.33, "KID": 0.0}}

@@ -1,5 +1,6 @@
 """Reinforcement learning: advantages, the clipped objective, the exact policy gradient of a toy, and whole runs."""
 
+import importlib.util
 import shutil
 
 import numpy as np
@@ -20,6 +21,7 @@ from diffusers_sde import (
     rollout_model,
 )
 from diffusers_sde.training.cli import policy_main
+from diffusers_sde.training.experience import deal
 from diffusers_sde.training.policy_configuration import PolicyTrainingConfig
 from diffusers_sde.training.policy_gradient import clipped_objective, group_advantages
 from diffusers_sde.training.rewards import load_reward
@@ -212,7 +214,12 @@ def test_a_run_raises_the_reward(model, tmp_path, policy):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"updates_per_round": 3, "trained_steps": 1, "kl_weight": 0.1, "stochastic_indices": (0, 2)}]
+    "options",
+    [
+        {},
+        {"updates_per_round": 3, "trained_steps": 1, "kl_weight": 0.1, "stochastic_indices": (0, 2)},
+        {"method": "nft"},
+    ],
 )
 def test_a_resumed_run_is_the_whole_run_bit_for_bit(model, tmp_path, options):
     whole = train_policy(config(model, tmp_path / "run", max_train_steps=3, **options))
@@ -249,7 +256,7 @@ def test_every_step_of_every_image_is_in_one_update(model, tmp_path):
     trainer = PolicyTrainer(config(model, tmp_path, updates_per_round=4, sample_batch_size=4, train_batch_size=3))
     trainer._prepare()
     experience, _ = trainer.explore()
-    parts = trainer._parts(experience)
+    parts = deal(experience, trainer.config, 0)
     rows = [[(r, k, b) for r, ks, bs in part for k, b in zip(ks.tolist(), bs.tolist(), strict=True)] for part in parts]
     assert sorted(sum(rows, [])) == [(r, k, b) for r, n in ((0, 4), (1, 2)) for k in range(3) for b in range(n)]
     assert {len(part) for part in rows} <= {4, 5}
@@ -265,7 +272,7 @@ def test_classes_take_turns_in_groups(class_model, tmp_path):
     advantages = torch.cat([part.advantages for part in experience])
     # The classes differ by 10 in reward, and are not compared with each other.
     torch.testing.assert_close(advantages.reshape(2, 6).mean(1), torch.zeros(2), rtol=0, atol=1e-4)
-    assert [part.rollout.batch_size for part in experience] == [5, 5, 2]
+    assert [part.drawn.batch_size for part in experience] == [5, 5, 2]
     trainer.step = 1
     assert trainer._labels(range(12)) == [2] * 6 + [0] * 6
     trainer.step = 0
@@ -306,6 +313,15 @@ def test_mistakes_are_found_before_anything_is_drawn(model, tmp_path, options, w
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="output_dir must be another folder than model"):
         PolicyTrainer(config(model, model, overwrite_output_dir=True))
+
+
+def test_an_adapter_needs_peft(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, found=importlib.util.find_spec: None if name == "peft" else found(name),
+    )
+    with pytest.raises(ValueError, match="lora_rank needs peft: pip install 'diffusers-sde\\[lora\\]'"):
+        config(model, tmp_path, lora_rank=4)
 
 
 def test_the_command_line(model, tmp_path, capsys):

@@ -35,6 +35,7 @@ COMMANDS = {
     "train": Command("training.cli", "main", "train a score model on images"),
     "classifier": Command("training.cli", "classifier_main", "train a classifier of noisy images, for guidance"),
     "rl": Command("training.cli", "policy_main", "let a trained pipeline learn from rewards"),
+    "fit": Command("training.fits", "fit_main", "fit a sampler to a trained pipeline, for few network calls"),
     "sample": Command("evaluation.cli", "sample_main", "draw images from a saved pipeline"),
     "evaluate": Command("evaluation.cli", "evaluate_main", "measure a saved pipeline: samples, likelihood, codes"),
     "push": Command("hub.cli", "export_main", "upload a saved pipeline with its code and a model card"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +34,30 @@ class Images:
     split: str
 
 
+class DataOptions(Protocol):
+    """What says where images are; ``EvaluationConfig`` is one."""
+
+    @property
+    def dataset_name(self) -> str | None:
+        """See ``EvaluationConfig``."""
+
+    @property
+    def data_dir(self) -> str | None:
+        """See ``EvaluationConfig``."""
+
+    @property
+    def image_column(self) -> str | None:
+        """See ``EvaluationConfig``."""
+
+    @property
+    def label_column(self) -> str | None:
+        """See ``EvaluationConfig``."""
+
+    @property
+    def white_level(self) -> int | None:
+        """See ``EvaluationConfig``."""
+
+
 def data_name(config: EvaluationConfig) -> str:
     """The name of the data in reports, which holds no path of this machine."""
     name = config.dataset_name or "digits"
@@ -41,7 +65,7 @@ def data_name(config: EvaluationConfig) -> str:
     return name if folder is None else Path(folder).resolve().name
 
 
-def read_images(config: EvaluationConfig, pipe: Any, split: str, count: int | None, show_progress: bool) -> Images:
+def read_images(config: DataOptions, pipe: Any, split: str, count: int | None, show_progress: bool) -> Images:
     """Images of a split, evenly spread over it, in the size of the pipeline's network.
 
     Args:

@@ -30,6 +30,8 @@ from ..sampling.planning import make_plan
 from ..sampling.time_grids import MOST_KNOTS, SECH_START
 from ..sdes import SDE
 
+BEGINNING_OF_PATH = 1e-9  # the beginning of a path, at which the log-SNR of the VP SDE is infinite
+
 
 @torch.no_grad()
 def profile_grid(
@@ -55,7 +57,8 @@ def profile_grid(
         denoiser: (x_t, SDE time) -> x0_hat. If it may leave the range of the data at high noise, clamp it.
         sde: The SDE.
         noise: Unit noise that the paths start from, shape (B, ...).
-        last_sigma: Noise-to-signal ratio sigma/alpha of the last level.
+        last_sigma: Noise-to-signal ratio sigma/alpha of the last level, or that at which the path begins where it is
+            larger, as on a VE SDE.
         levels: Fine levels, uniform in lambda; each is one call.
         order: The order p of the rule that the grid is for.
         floor: Part of the points that is spread evenly over lambda, from 0 to 1. The density above vanishes where the
@@ -74,7 +77,8 @@ def profile_grid(
     floor = check_number("floor", floor, at_least=0.0, at_most=1.0)
     knots = check_integer("knots", knots, at_least=2, at_most=MOST_KNOTS)
     start_of_path = 0.5 * float(sde.log_snr(sde.t_max))
-    last = -math.log(check_number("last_sigma", last_sigma, above=0.0, below=math.exp(-start_of_path)))
+    last_sigma = check_number("last_sigma", last_sigma, above=0.0, below=math.exp(-start_of_path))
+    last = min(-math.log(last_sigma), 0.5 * float(sde.log_snr(BEGINNING_OF_PATH)))
     first = max(start_of_path, min(SECH_START, last - 1.0))
     lam = torch.linspace(first, last, levels, dtype=torch.float64)
     times = sde.time_of(2.0 * lam).clamp(max=sde.t_max)

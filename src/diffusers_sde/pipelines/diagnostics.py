@@ -10,14 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from diffusers import ModularPipeline
 
 from ..basics.networks import traits_of
 from ..networks.parametrizations import PREDICTION_TYPES
 from ..schedulers import SCHEDULERS, FlowSDEScheduler, SDEScheduler
 from ..schedulers.families import config_family, family_description
+from ..schedulers.fitted_plans import is_same_network
 from ..schedulers.stock_configs import config_of
 from .plain_networks import PlainNetwork
+from .runs import FOREIGN_FIT
 
 # Pipelines that start at N(0, I) whatever the scheduler says, and never scale the network's input.
 _NO_INITIAL_SCALE = ("DDPMPipeline", "DDIMPipeline")
@@ -339,6 +342,17 @@ def _check_bound(case: _Case) -> str | None:
     )
 
 
+def _check_fit(case: _Case) -> str | None:
+    entry = case.scheduler.config.get("fitted_plan")
+    if (
+        entry is None
+        or not isinstance(case.network, torch.nn.Module)
+        or is_same_network(entry["network"], case.network)
+    ):
+        return None
+    return FOREIGN_FIT
+
+
 def _check_offset(case: _Case) -> str | None:
     config = case.scheduler.config
     if not case.latent or config.get("steps_offset") != 0 or config.get("set_alpha_to_one") is not False:
@@ -432,6 +446,7 @@ _CHECKS: tuple[Callable[[_Case], str | None], ...] = (
     _check_generator,
     _check_clipping,
     _check_bound,
+    _check_fit,
     _check_offset,
     _check_zero_snr_prediction,
     _check_zero_snr_spacing,

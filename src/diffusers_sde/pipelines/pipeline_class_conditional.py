@@ -22,6 +22,7 @@ from .probability_flow import ProbabilityFlow
 from .runs import (
     Callback,
     RunOptions,
+    at_temperature,
     execute_guided,
     finished,
     latents_shape,
@@ -145,6 +146,7 @@ class ClassConditionalSDEPipeline(SDEPipeline):
         rtol: float | None = None,
         atol: float | None = None,
         batch_size: int | None = None,
+        temperature: float | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate one image for each label.
 
@@ -169,6 +171,7 @@ class ClassConditionalSDEPipeline(SDEPipeline):
             atol: As in ``SDEPipeline``.
             batch_size: How many images. It may be left out where ``class_labels`` or ``latents`` say it, and else is 1.
                 One label is repeated for all images.
+            temperature: As in ``SDEPipeline``.
 
         Returns:
             The images.
@@ -189,18 +192,19 @@ class ClassConditionalSDEPipeline(SDEPipeline):
             atol=atol,
         )
         own_scheduler(self)
-        denoiser = self.denoiser(guidance_scale, classifier_guidance_scale, guidance_interval)
-        numbers = None if class_labels is None else self.class_numbers(class_labels)
-        shape = self._shape_of_run(numbers, batch_size, latents)
-        if numbers is None and self._ignores_class(guidance_scale, classifier_guidance_scale, guidance_interval):
-            numbers = [self.config.null_class or 0]
-        elif numbers is None:
-            numbers = self._random_numbers(shape[0], run.generator)
-        numbers = numbers * shape[0] if len(numbers) == 1 else numbers
-        labels = torch.tensor(numbers, dtype=torch.int64, device=self._execution_device)
-        noise = starting_noise(self, run, shape)
-        self._drawn_classes = labels
-        x = execute_guided(self, run, noise, lambda index: partial(denoiser, class_labels=labels[index]))
+        with at_temperature(self, temperature):
+            denoiser = self.denoiser(guidance_scale, classifier_guidance_scale, guidance_interval)
+            numbers = None if class_labels is None else self.class_numbers(class_labels)
+            shape = self._shape_of_run(numbers, batch_size, latents)
+            if numbers is None and self._ignores_class(guidance_scale, classifier_guidance_scale, guidance_interval):
+                numbers = [self.config.null_class or 0]
+            elif numbers is None:
+                numbers = self._random_numbers(shape[0], run.generator)
+            numbers = numbers * shape[0] if len(numbers) == 1 else numbers
+            labels = torch.tensor(numbers, dtype=torch.int64, device=self._execution_device)
+            noise = starting_noise(self, run, shape)
+            self._drawn_classes = labels
+            x = execute_guided(self, run, noise, lambda index: partial(denoiser, class_labels=labels[index]))
         return finished(self, run, x)
 
     def denoiser(

@@ -30,11 +30,13 @@ from .runs import (
     RunOptions,
     after_step,
     arguments_of_step,
+    at_temperature,
     execute_adaptive,
     finished,
     latents_shape,
     names_near_arguments,
     starting_noise,
+    warn_of_foreign_fit,
 )
 
 logger = logging.get_logger(__name__)
@@ -217,6 +219,7 @@ class SDEPipeline(SharedPipeline):
         method: str = "scheduler",
         rtol: float | None = None,
         atol: float | None = None,
+        temperature: float | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate images.
 
@@ -238,6 +241,8 @@ class SDEPipeline(SharedPipeline):
             rtol: Relative tolerance of ``ode`` and ``sde``; None is 1e-2. It must be None for ``scheduler``.
             atol: Absolute tolerance, of ``ode`` in standard deviations of the state, of ``sde`` in units of the data;
                 likewise.
+            temperature: Below 1 images are more typical and less diverse, above 1 the other way round; see the
+                scheduler's argument of this name, which None takes.
 
         Returns:
             The images.
@@ -272,12 +277,17 @@ class SDEPipeline(SharedPipeline):
         else:
             shape = latents_shape(self, latents)
         unconditional = self.unconditional(shape[0])
-        latents = starting_noise(self, run, shape)
-        if method != "scheduler":
+        with at_temperature(self, temperature):
+            latents = starting_noise(self, run, shape)
+            if method == "scheduler":
+                return finished(self, run, self._execute(run, latents, unconditional))
             return finished(self, run, execute_adaptive(self, run, latents))
 
+    def _execute(self, run: RunOptions, latents: Tensor, unconditional: Mapping[str, Tensor]) -> Tensor:
+        """Execute the scheduler's sampler from unit noise; returns the sample in the data's range."""
         step_arguments = arguments_of_step(self.scheduler, run.generator)
         needs_next = type(self.scheduler).__name__ == "UnCLIPScheduler"  # which takes t - 1 for it otherwise
+        warn_of_foreign_fit(self)
         self.scheduler.set_timesteps(run.num_inference_steps, device=latents.device)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
@@ -294,9 +304,9 @@ class SDEPipeline(SharedPipeline):
                 if needs_next:
                     step_arguments["prev_timestep"] = timesteps[i + 1] if i + 1 < len(timesteps) else None
                 x = self.scheduler.step(output, t, x, **step_arguments, return_dict=False)[0]
-                x = after_step(callback_on_step_end, self, i, t, x)
+                x = after_step(run.callback_on_step_end, self, i, t, x)
                 progress_bar.update()
-        return finished(self, run, x)
+        return x
 
     def postprocess(self, x: Tensor, output_type: str = "pil") -> Any:
         """Turn data in the network's range into images; see ``output_type`` of the call."""

@@ -87,7 +87,7 @@ class ProbabilityFlow:
                 "concatenation defines no probability flow by itself."
             )
         _check_deterministic(network)
-        self.network, self.scheduler = network, _fitting_scheduler(pipe.scheduler)
+        self.network, self.scheduler = network, own_or_fitting_scheduler(pipe.scheduler)
         self._guided, self._unconditional = denoiser, getattr(pipe, "unconditional", None)
         self.sde = self.scheduler.sde
         self.is_latent = any(getattr(pipe, name, None) is not None for name in ("vae", "vqvae", "movq"))
@@ -510,7 +510,7 @@ def _check_deterministic(network: Any) -> None:
             raise ValueError("the network is in training mode and has dropout or batch norm: call its eval() first.")
 
 
-def _fitting_scheduler(scheduler: Any) -> SDEScheduler:
+def own_or_fitting_scheduler(scheduler: Any) -> SDEScheduler:
     """Return the scheduler itself if it is ours, or our scheduler of the same path."""
     if isinstance(scheduler, SDEScheduler):
         return scheduler

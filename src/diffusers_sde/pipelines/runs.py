@@ -8,12 +8,14 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import ImagePipelineOutput
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -33,9 +35,16 @@ from ..sampling.rows import Plan
 from ..sampling.solution import SolverError
 from ..schedulers import SDEScheduler
 from ..schedulers.families import fitting_class
+from ..schedulers.fitted_plans import is_same_network
 from ..schedulers.stock_configs import config_of
 from .base import SharedPipeline
 from .probability_flow import ProbabilityFlow, Progress, check_sides
+
+FOREIGN_FIT = (
+    "The scheduler was fitted to another network than this one, or to other weights of it: fit it again, or take "
+    "from_config(pipe.scheduler.config, fitted_plan=None)."
+)
+logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 METHODS = ("scheduler", "ode", "sde")  # ways to integrate
@@ -183,6 +192,38 @@ def own_scheduler(pipe: SharedPipeline) -> SDEScheduler:
             f"{fitting_class(config_of(pipe.scheduler))}.from_config(pipe.scheduler.config)."
         )
     return pipe.scheduler
+
+
+@contextmanager
+def at_temperature(pipe: SharedPipeline, temperature: float | None) -> Iterator[None]:
+    """Let a pipeline draw samples at a temperature that its scheduler's config does not say, for a while.
+
+    Args:
+        pipe: The pipeline, which gets another scheduler for that while.
+        temperature: That of the scheduler of this name; None for that of the config.
+
+    Raises:
+        ValueError: The scheduler is a foreign one, or the number is out of range.
+    """
+    if temperature is None:
+        yield
+        return
+    own = own_scheduler(pipe)
+    pipe.scheduler = type(own).from_config(own.config, temperature=temperature)
+    try:
+        yield
+    finally:
+        pipe.scheduler = own
+
+
+def warn_of_foreign_fit(pipe: SharedPipeline) -> None:
+    """Log, once for each pair of scheduler and network, that the sampler was fitted to another network."""
+    entry, pair = pipe.scheduler.config.get("fitted_plan"), (id(pipe.scheduler), id(pipe.unet))
+    if entry is None or getattr(pipe, "_fit_of", None) == pair:
+        return
+    pipe._fit_of = pair
+    if not is_same_network(entry["network"], pipe.unet):
+        logger.warning(FOREIGN_FIT)
 
 
 def arguments_of_step(scheduler: Any, generator: Generators) -> dict[str, Any]:
@@ -392,6 +433,7 @@ def execute(
     Returns:
         The sample in the data's range.
     """
+    warn_of_foreign_fit(pipe)
     scheduler.set_timesteps(run.num_inference_steps, device=latents.device)
     scheduler.set_begin_index(0)
     rows, timesteps = scheduler.rows, scheduler.timesteps

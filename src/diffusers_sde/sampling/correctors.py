@@ -19,7 +19,7 @@ from ..sdes import SDE
 
 
 class Correction(NamedTuple):
-    """One corrector call for each of n levels, each of shape (n,), float64.
+    """One corrector call for each of n levels, each of shape (n,), float64. ``snr`` is one number, or one for each.
 
     Where ``langevin`` is None, ``x``, ``x0`` and ``noise`` are the coefficients of the whole update. Otherwise ``x``
     and ``x0`` give the score, and the step size is langevin (|z| / |score|)^2, which is known only when z and the score
@@ -42,7 +42,7 @@ def _step_ratio(sde: SDE, t: Tensor, s: Tensor) -> Tensor:
     return torch.exp(2.0 * (sde.log_alpha(t) - log_alpha_s))
 
 
-def langevin(sde: SDE, t: Tensor, s: Tensor, snr: float) -> Correction:
+def langevin(sde: SDE, t: Tensor, s: Tensor, snr: Tensor | float) -> Correction:
     """Langevin corrector, step = 2 alpha (snr |z| / |score|)^2 (Song et al. 2021, Algorithms 4 and 5).
 
     The step size comes from the same z and score that it multiplies. This widens p_t by about 4/d for a sample of d
@@ -53,14 +53,14 @@ def langevin(sde: SDE, t: Tensor, s: Tensor, snr: float) -> Correction:
     return Correction(-precision, sde.alpha(t) * precision, torch.zeros_like(t), 2.0 * _step_ratio(sde, t, s) * snr**2)
 
 
-def annealed_langevin(sde: SDE, t: Tensor, s: Tensor, snr: float) -> Correction:
+def annealed_langevin(sde: SDE, t: Tensor, s: Tensor, snr: Tensor | float) -> Correction:
     """Annealed Langevin dynamics, step = 2 alpha (snr sigma_t)^2 (Song & Ermon 2019; the official ``ald``)."""
     relative = 2.0 * _step_ratio(sde, t, s) * snr**2
     sigma = sde.sigma(t)
     return Correction(1.0 - relative, sde.alpha(t) * relative, torch.sqrt(2.0 * relative) * sigma)
 
 
-def ornstein_uhlenbeck(sde: SDE, t: Tensor, s: Tensor, snr: float) -> Correction:
+def ornstein_uhlenbeck(sde: SDE, t: Tensor, s: Tensor, snr: Tensor | float) -> Correction:
     """Langevin dynamics with its linear part exact: x <- e^-h x + (1 - e^-h) alpha x0_hat + sqrt(1 - e^-2h) sigma z.
 
     h = 2 snr^2, the step of ``annealed_langevin`` in units of sigma^2. For a fixed x0_hat the dynamics is an
@@ -70,19 +70,19 @@ def ornstein_uhlenbeck(sde: SDE, t: Tensor, s: Tensor, snr: float) -> Correction
     transition and down again by a first-order step. It needs a much larger ``snr`` than the other two correctors: 0.3
     gives h = 0.18.
     """
-    h = torch.full_like(t, 2.0 * snr**2)
+    h = torch.zeros_like(t) + 2.0 * snr**2
     forget = -torch.expm1(-h)
     return Correction(1.0 - forget, sde.alpha(t) * forget, torch.sqrt(-torch.expm1(-2.0 * h)) * sde.sigma(t))
 
 
-CORRECTORS: dict[str, Callable[[SDE, Tensor, Tensor, float], Correction]] = {
+CORRECTORS: dict[str, Callable[[SDE, Tensor, Tensor, Tensor | float], Correction]] = {
     "langevin": langevin,
     "annealed_langevin": annealed_langevin,
     "ornstein_uhlenbeck": ornstein_uhlenbeck,
 }
 
 
-def get_corrector(name: str) -> Callable[[SDE, Tensor, Tensor, float], Correction]:
+def get_corrector(name: str) -> Callable[[SDE, Tensor, Tensor, Tensor | float], Correction]:
     """Look a corrector up by name.
 
     Raises:

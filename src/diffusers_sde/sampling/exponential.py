@@ -28,6 +28,7 @@ THIRD_ORDER_INTERVAL = 0.6
 # that an interval between the estimates has renewed. It is above 1, so that grids whose neighbouring intervals tend to
 # the same length keep their order of convergence.
 SHORTEST_REACH, LONGEST_REACH, REACH_OF_NOISE = 1.1, 1.75, 0.85
+LEAST_RENEWED = 1e-12  # below it the reach is the longest, and its derivative should be finite
 
 # Up to this lambda (sigma/alpha = 150) E[x_0 | x_t] is nearly constant. The paper's VP SDE starts there.
 START_OF_CHANGE = -5.0
@@ -110,7 +111,9 @@ class Exponential(Predictor):
         lam = 0.5 * sde.log_snr(times)
         h = lam[1:] - lam[:-1]
         longer = torch.maximum(h, torch.cat([h[1:], h[-1:]]))
-        return (RENEWED_VARIANCE / longer).clamp(max=LARGEST_VARIANCE).sqrt()
+        finite = torch.isfinite(longer)  # an infinite interval gets none, and its derivative stays finite
+        eta2 = (RENEWED_VARIANCE / torch.where(finite, longer, torch.ones_like(h))).clamp(max=LARGEST_VARIANCE)
+        return torch.where(finite, eta2.sqrt(), torch.zeros_like(h))
 
     def stages(self, sde: SDE, times: Tensor, stochasticity: Tensor | float) -> list[Stage]:
         """See ``Predictor.stages``."""
@@ -215,7 +218,10 @@ def _exact_part(
     log_std_t, lam_t = _widened_path(sde, t, gaussian_std)
     log_std_s, lam_s = _widened_path(sde, s, gaussian_std)
     h = lam_s - lam_t
-    decay = torch.where(eta2 > 0, eta2 * h, torch.zeros_like(h))
+    finite = torch.isfinite(h)
+    # Derivatives are finite too: nothing infinite is multiplied.
+    decay = torch.where(finite & (eta2 > 0), eta2 * torch.where(finite, h, torch.ones_like(h)), torch.zeros_like(h))
+    decay = torch.where(finite | (eta2 == 0), decay, torch.full_like(h, math.inf))
     return (
         torch.exp(log_std_s - log_std_t - decay),
         torch.exp(log_std_s) * torch.sqrt(-torch.expm1(-2.0 * decay)),
@@ -262,7 +268,7 @@ def _distances(h: Tensor, order: int) -> list[Tensor]:
 
 def _order_for(h: Tensor) -> int:
     """The order for a grid: 3 where its intervals are short, 2 otherwise."""
-    finite = h[torch.isfinite(h)]
+    finite = h[torch.isfinite(h)].detach()
     return 3 if len(finite) and float(finite.median()) <= THIRD_ORDER_INTERVAL else 2
 
 
@@ -281,6 +287,7 @@ def _reach(decay: Tensor, order: int) -> Tensor:
     decay = torch.where(torch.isfinite(decay), decay, torch.zeros_like(decay))
     before = [torch.cat([torch.zeros_like(decay[:k]), decay[:-k]])[: len(decay)] for k in range(1, order)]
     renewed = -torch.expm1(-2.0 * torch.stack([torch.zeros_like(decay), *before]).amax(0))
+    renewed = renewed.clamp(min=LEAST_RENEWED)
     return (REACH_OF_NOISE / renewed.sqrt()).clamp(SHORTEST_REACH, LONGEST_REACH)
 
 
@@ -297,6 +304,8 @@ def _divided_difference(nodes: list[Tensor]) -> list[Tensor]:
     their limit.
     """
     exists = torch.stack([torch.isfinite(node) for node in nodes]).all(0)
+    # Other nodes, as good as any, take the place of those that do not exist, so that derivatives are finite.
+    nodes = [torch.where(exists, node, torch.full_like(node, float(i))) for i, node in enumerate(nodes)]
     coefficients = []
     for i, node in enumerate(nodes):
         product = torch.ones_like(node)
@@ -313,6 +322,7 @@ def _newton_moments(h: Tensor, q: Tensor, back: list[Tensor], degrees: int) -> l
     b_k is the distance back to the k-th estimate before, ``back[k]``. Entries that do not exist are meaningless.
     """
     moments = [kernel_moment(h, q, j) for j in range(degrees)]
+    back = [torch.where(torch.isfinite(b), b, torch.zeros_like(b)) for b in back]
     polynomial, result = [torch.ones_like(h)], [moments[0]]  # of w, lowest power first
     for j in range(1, degrees):
         shifted = [torch.zeros_like(h), *polynomial]
@@ -357,7 +367,9 @@ def _moulton_update(h: Tensor, q: Tensor, back: list[Tensor]) -> list[Tensor]:
 def kernel_moment(h: Tensor, q: Tensor, j: int) -> Tensor:
     """q int_0^h exp(q (w - h)) w^j dw, accurate for every h (h may be infinite for j = 0)."""
     if j == 0:
-        return -torch.expm1(-q * h)
+        finite = torch.isfinite(h)
+        moment = -torch.expm1(-q * torch.where(finite, h, torch.ones_like(h)))
+        return torch.where(finite, moment, torch.ones_like(moment))
     theta = torch.as_tensor(0.5 * (NODES + 1.0), device=h.device)
     half = torch.as_tensor(0.5 * WEIGHTS, device=h.device)
     small = torch.where(torch.isfinite(h), h, torch.zeros_like(h)).minimum(1.0 / q)

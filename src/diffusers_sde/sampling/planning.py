@@ -23,7 +23,7 @@ def make_plan(
     predictor: str | Predictor = "exponential",
     corrector: str | None = None,
     correct_steps: int = 1,
-    snr: float = 0.16,
+    snr: Tensor | float = 0.16,
     stochasticity: Tensor | float | None = 1.0,
     denoise_final: bool = True,
     final_time: float | None = None,
@@ -40,7 +40,8 @@ def make_plan(
             options.
         corrector: A name in ``CORRECTORS``, or None.
         correct_steps: Corrector calls per level.
-        snr: Signal-to-noise ratio r of the corrector's step size.
+        snr: Signal-to-noise ratio r of the corrector's step size; one number, or one for each level that is corrected,
+            shape (n,), or (n - 1,) without ``denoise_final``. Gradients reach it.
         stochasticity: 1 for the reverse SDE, 0 for the probability-flow ODE; one number, or one for each interval,
             shape (n - 1,). None leaves it to the predictor; see ``Predictor.default_stochasticity``.
         denoise_final: Whether the plan ends with x0_hat at the last time (Tweedie's formula: the mean without the
@@ -60,7 +61,7 @@ def make_plan(
     eta = _check_stochasticity(stochasticity, intervals)
     if corrector is not None:
         correct_steps = check_integer("correct_steps", correct_steps, at_least=1)
-        snr = check_number("snr", snr, above=0.0)
+        snr = _check_snr(snr, len(times) if denoise_final else intervals)
     _check_predictor(rule, sde, times, eta, corrector)
     if eta is None:
         eta = rule.default_stochasticity(sde, times)
@@ -108,6 +109,15 @@ def _check_stochasticity(value: Any, intervals: int) -> Tensor | float | None:
         raise ValueError(
             f"stochasticity must be a number >= 0 or one for each of the {intervals} intervals, got {value.tolist()}."
         )
+    return each
+
+
+def _check_snr(value: Any, levels: int) -> Tensor | float:
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return check_number("snr", value, above=0.0)
+    each = check_numbers("snr", value, levels)
+    if each.shape != (levels,) or not bool((each > 0.0).all()):
+        raise ValueError(f"snr must be a number > 0 or one for each of the {levels} levels, got {value.tolist()}.")
     return each
 
 
@@ -179,7 +189,7 @@ def _prediction(stage: Stage, times: Tensor, continues: bool) -> _Block:
     return _Block(t, s, move, Kind(continues=continues, keeps=keep is not None), keep)
 
 
-def _correction(sde: SDE, times: Tensor, levels: int, corrector: str, snr: float) -> _Block:
+def _correction(sde: SDE, times: Tensor, levels: int, corrector: str, snr: Tensor | float) -> _Block:
     t = times[:levels]
     s = torch.cat([times[1:], times.new_tensor([math.nan])])[:levels]
     c = get_corrector(corrector)(sde, t, s, snr)

@@ -26,6 +26,7 @@ from ..sampling.exponential import SOLVER_TYPES
 from ..sampling.policies import POLICIES
 from ..sampling.predictors import PREDICTORS
 from ..sampling.time_grids import TIME_GRIDS, TIMESTEP_SPACINGS, check_time_grid
+from .fitted_plans import check_fitted_plan
 
 # A table is built and a time is listed for each entry: a config of a few hundred bytes must not cost gigabytes.
 LONGEST_TABLE = 100_000
@@ -353,6 +354,15 @@ SAMPLER_ARGUMENTS = (
         0.5,
         SCALE_CHECK,
         "This is the standard deviation of the data, for ``edm`` prediction and ``temperature``.",
+    ),
+    # a sampler that was fitted to the network
+    SamplerArgument(
+        "fitted_plan",
+        "dict | None",
+        None,
+        or_none(check_fitted_plan),
+        "The numbers of a sampler that ``fit_scheduler`` has fitted to one network, for one number of levels, in place "
+        "of the predictor, the grid and their options; None is the sampler that these describe.",
     ),
 )
 

@@ -123,7 +123,8 @@ class FlowSDEScheduler(SDEScheduler):
     def level_times(self, num_inference_steps: int) -> Tensor:
         """As in ``SDEScheduler``; uniform times are shifted."""
         times = super().level_times(num_inference_steps)
-        return self._shifted(times) if self.config.time_grid is None else times
+        own_grid = self.config.time_grid is None and self.config.fitted_plan is None
+        return self._shifted(times) if own_grid else times
 
     def _warp(self, times: Tensor) -> Tensor:
         return self._shifted(times)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,10 +37,11 @@ from ..sampling.time_grids import MIN_LOG_SNR, WARPED, discrete_timesteps, get_t
 from ..sampling.transitions import Transition, transition, why_not_gaussian
 from ..sdes import SDE, expand_like
 from ..shipping.component import ShipsItsCode, refuse_newer, written_before
-from .arguments import SMALLEST_TIME, document_arguments
+from .arguments import SAMPLER_ARGUMENTS, SMALLEST_TIME, document_arguments
 from .config_checks import check_stock_numbers
 from .conversion import KEPT_KEY, SAMPLER_KEYS, exchanged, is_stock_config, on_our_grid, translate_config
 from .families import ORIGIN_KEY, Family, origin_class, register_families
+from .fitted_plans import NETWORK_SETTINGS, changed_settings, check_fitted_plan, plan_entry, stored_plan, why_not_of
 from .refusals import refuse_foreign
 from .stock_configs import LEFT_OUT_KEY, stock_keys, with_stock_defaults
 
@@ -149,6 +151,9 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             get_time_grid(config.time_grid, sde, 2, sde.t_max, self.stated_last_time(), config.rho)
         self.init_noise_sigma = sde.prior_std
         self.num_inference_steps: int | None = None
+        self._fitted: Plan | None = None
+        if config.fitted_plan is not None:
+            self._fitted = self._checked_fit(config.fitted_plan)
         # This is a trial plan: what make_plan refuses on every grid is refused here, before anything is trained.
         self._set_plan(torch.tensor([0.5, 0.4], dtype=torch.float64) * sde.t_max, "cpu", first=None)
         self.order = self._rows_per_level
@@ -209,7 +214,10 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             hidden |= {k: v for k, v in implied.items() if k not in known}
         if kwargs.get("time_grid") not in (None, given.get("time_grid")) or "timestep_spacing" in kwargs:
             hidden.pop(LEFT_OUT_KEY, None)  # it belongs to the grid of the config
-        scheduler = cls(**{**given, **kwargs})
+        arguments = {**given, **kwargs}
+        if arguments.get("fitted_plan") is not None:
+            arguments = cls._without_foreign_fit(arguments)
+        scheduler = cls(**arguments)
         # These are keys of the scheduler that was swapped out. They are kept so that swapping back loses nothing.
         scheduler.register_to_config(**hidden)
         if "_diffusers_version" in config:  # read from a file, which holds no such list
@@ -223,6 +231,60 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         """The config as it is written; a stock class that reads it without this package takes no sampler setting."""
         config = {**json.loads(super().to_json_string()), "_use_default_values": list(SAMPLER_KEYS)}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def _without_foreign_fit(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments, without a fitted plan where they ask for another sampler than the one that was fitted."""
+        entry = check_fitted_plan("fitted_plan", arguments["fitted_plan"])
+        changed = [key for key in changed_settings(entry, arguments) if key not in NETWORK_SETTINGS]
+        if not changed:
+            return arguments
+        fitted, asked = (", ".join(f"{k}={of[k]!r}" for k in changed) for of in (entry["settings"], arguments))
+        warnings.warn(
+            f"the fitted plan of this {cls.__name__} is dropped: it was fitted with {fitted}, and {asked} was asked "
+            "for.",
+            stacklevel=3,
+        )
+        return {**arguments, "fitted_plan": None}
+
+    def _fit_settings(self) -> dict[str, Any]:
+        """The arguments that a fitted plan depends on."""
+        names = [a.name for a in SAMPLER_ARGUMENTS if a.name != "fitted_plan"]
+        names += [name for name in NETWORK_SETTINGS if name in self.config and name not in names]
+        return {name: self.config[name] for name in names}
+
+    def _checked_fit(self, entry: Mapping[str, Any]) -> Plan:
+        """The fitted plan of the config.
+
+        Raises:
+            ValueError: It is one of another SDE, network or sampler.
+        """
+        reason, changed = why_not_of(entry, self.sde, self._fit_settings())
+        if reason is None and changed:
+            was = ", ".join(f"{key}={entry['settings'][key]!r}" for key in changed)
+            reason = f"it was fitted with {was}, not with " + ", ".join(f"{k}={self.config[k]!r}" for k in changed)
+        if reason is not None:
+            raise ValueError(f"fitted_plan does not belong to this {type(self).__name__}: {reason}. Pass None.")
+        return stored_plan(entry)
+
+    def with_plan(
+        self,
+        plan: Plan,
+        times: Tensor,
+        network: Mapping[str, Any] | None = None,
+        report: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """A scheduler like this one whose sampler is a plan, for as many levels as the plan has.
+
+        Args:
+            plan: A plan on x0_hat, on this scheduler's SDE.
+            times: SDE times of its levels.
+            network: Some weights of the network that it was fitted to; see ``sampled_weights``.
+            report: What is known about it, as plain numbers and words.
+        """
+        levels = len(times) if self.config.denoise_final else len(times) - 1
+        entry = plan_entry(plan, times, levels, self.sde, self._fit_settings(), network, report)
+        return type(self).from_config(self.config, fitted_plan=entry)
 
     @property
     def stochasticity(self) -> float | list[float] | None:
@@ -273,10 +335,23 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
 
     def _make_plan(self, times: Tensor, first: int | None = None) -> Plan:
         """Lay out the sampler over levels, of which the first has number ``first`` on its grid; None to try it out."""
+        plan = self._fitted
+        if plan is None or first is None:
+            plan = self._own_plan(times, first)
+        elif first:
+            raise ValueError(
+                "a fitted plan starts at its first level, because its steps look back on those before: pass a "
+                f"scheduler without it, {type(self).__name__}.from_config(scheduler.config, fitted_plan=None)."
+            )
+        # Where x0_hat is clipped it has to be formed; otherwise the parametrisation disappears in the coefficients.
+        first_free = self._first_free(plan)
+        bounds = [self._clips or i < first_free for i in range(len(plan))]
+        return plan.fold(self._sampled, self.sde, bounds_estimate=bounds)
+
+    def _own_plan(self, times: Tensor, first: int | None = None) -> Plan:
+        """The sampler on x0_hat, as the config describes it."""
         config = self.config
-        # Grids of ours end where final_sigmas_type="sigma_min" would lead: a step there would be a call for nothing.
-        final_time = self._final_time if config.time_grid is None else None
-        plan = make_plan(
+        return make_plan(
             self.sde,
             times,
             predictor=self._predictor,
@@ -285,12 +360,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             snr=config.snr,
             stochasticity=self._stochasticity_of(times, first),
             denoise_final=config.denoise_final or len(times) == 1,
-            final_time=final_time,
+            final_time=self.own_final_time,
         )
-        # Where x0_hat is clipped it has to be formed; otherwise the parametrisation disappears in the coefficients.
-        first_free = self._first_free(plan)
-        bounds = [self._clips or i < first_free for i in range(len(plan))]
-        return plan.fold(self._sampled, self.sde, bounds_estimate=bounds)
 
     def _first_free(self, plan: Plan) -> int:
         """The index of the first row at so little noise that ``bound_above_sigma`` does not act from there on."""
@@ -299,11 +370,33 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         is_bounded = self._noise_to_signal(plan.column("t")) > self.config.bound_above_sigma
         return int(is_bounded.long().cumprod(0).sum())
 
+    @property
+    def own_predictor(self) -> Predictor:
+        """The predictor that the config describes."""
+        return self._predictor
+
+    @property
+    def own_final_time(self) -> float | None:
+        """SDE time to which a noise-free step leads behind the last level; None to end with x0_hat."""
+        # Grids of ours end where final_sigmas_type="sigma_min" would lead: a step there would be a call for nothing.
+        return self._final_time if self.config.time_grid is None else None
+
+    def own_stochasticity(self, times: Tensor) -> Tensor | float | None:
+        """Eta of each interval of a whole grid, as the config describes it; None is up to the predictor."""
+        return self._stochasticity_of(times, 0)
+
     # ------------------------------------------------------------------ the time grid
+
+    def sampling_times(self, num_inference_steps: int) -> Tensor:
+        """The SDE times that ``set_timesteps(num_inference_steps)`` lays the sampler out over, decreasing, float64."""
+        return self._finite_start(self.level_times(num_inference_steps))
 
     def level_times(self, num_inference_steps: int) -> Tensor:
         """The SDE times of ``num_inference_steps`` noise levels on the configured grid, decreasing, float64."""
         config, sde = self.config, self.sde
+        if config.fitted_plan is not None:
+            self._check_fitted_levels(num_inference_steps)
+            return torch.tensor(config.fitted_plan["times"], dtype=torch.float64)
         points = num_inference_steps + (0 if config.denoise_final else 1)
         left_out = config.get(LEFT_OUT_KEY)  # of a swapped config
         if config.time_grid is None:
@@ -327,6 +420,16 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             whole = whole_timesteps(self.conditioning.timestep(sde, times), config.num_train_timesteps)
             return self.conditioning.time(sde, whole)
         return times
+
+    def _check_fitted_levels(self, num_inference_steps: int | None) -> None:
+        """Refuse other levels than those that the plan was fitted for."""
+        levels = self.config.fitted_plan["levels"]
+        if num_inference_steps != levels:
+            asked = "a list of levels" if num_inference_steps is None else f"{num_inference_steps}"
+            raise ValueError(
+                f"num_inference_steps must be {levels}, for which this scheduler was fitted, got {asked}: fit another, "
+                f"or take {type(self).__name__}.from_config(scheduler.config, fitted_plan=None)."
+            )
 
     def _warp(self, times: Tensor) -> Tensor:
         """The times to which uniform times are moved; here they stay."""
@@ -397,6 +500,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         if foreign:
             refuse_foreign(type(self).__name__, "set_timesteps", foreign)
         fed = None
+        if self._fitted is not None and (timesteps is not None or sigmas is not None):
+            self._check_fitted_levels(None)
         if timesteps is not None and sigmas is not None:
             times, fed = self._levels_of_lists(timesteps, sigmas)
         elif timesteps is not None:
@@ -762,6 +867,20 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
 
     def _clip(self, x0_hat: Tensor, index: int) -> Tensor:
         """x0_hat of row ``index`` within the bounds that the config states."""
+        return self._clipped(x0_hat, index < self._bounded_rows)
+
+    def bounded(self, x0_hat: Tensor, t: Tensor | float) -> Tensor:
+        """x0_hat at an SDE time as predictors take it: within the bounds that the config states."""
+        threshold = self.config.bound_above_sigma
+        ratio = self._noise_to_signal(torch.as_tensor(t).detach())
+        return self._clipped(x0_hat, threshold is not None and float(ratio) > threshold)
+
+    @property
+    def bounds_estimates(self) -> bool:
+        """Whether the config states any bounds of x0_hat."""
+        return bool(self._clips) or self.config.bound_above_sigma is not None
+
+    def _clipped(self, x0_hat: Tensor, at_high_noise: bool) -> Tensor:
         config = self.config
         if config.get("thresholding", False):
             # Per sample, in the order of Saharia et al. 2022, section 2.3: clip at the quantile, then divide by it.
@@ -770,7 +889,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             x0_hat = torch.clamp(x0_hat, -limit, limit) / limit
         elif config.clip_sample:
             x0_hat = x0_hat.clamp(-config.clip_sample_range, config.clip_sample_range)
-        return x0_hat.clamp(*self._data_range) if index < self._bounded_rows else x0_hat
+        return x0_hat.clamp(*self._data_range) if at_high_noise else x0_hat
 
     # ------------------------------------------------------------------ the path, for training and editing
 

@@ -121,6 +121,10 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
         *(_recipe(s, _with_errors(results, s)) for s in results.get("samplers", [])),
     ]
     recipes = recipes or RECIPES
+    fitted = _fitted_plan(pipe.scheduler)
+    if fitted is not None:
+        call = call.replace("num_inference_steps=20", f"num_inference_steps={fitted['levels']}")
+        recipes = [{"options": {}, "num_inference_steps": fitted["levels"]}, *map(_without_fit, recipes)]
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag=TASK if task.endswith("conditional-image-generation") else task,
@@ -294,6 +298,9 @@ def _facts(pipe: Any, dataset: Mapping[str, Any]) -> list[list[str]]:
             ["the network predicts", f"`{scheduler.config.prediction_type}`"],
             ["it is fed", f"`{scheduler.config.time_conditioning}` time"],
         ]
+    fitted = _fitted_plan(scheduler)
+    if fitted is not None:
+        rows.append(["its sampler was fitted for", _fit_in_words(fitted)])
     return [
         *rows,
         ["network", describe_network(unet)],
@@ -334,6 +341,28 @@ def _limitations(pipe: Any) -> str:
             LIMITATIONS,
         )
     )
+
+
+def _fitted_plan(scheduler: Any) -> Mapping[str, Any] | None:
+    """What a scheduler's config says of a plan that was fitted to the network, or None."""
+    return getattr(scheduler, "config", {}).get("fitted_plan")
+
+
+def _without_fit(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe of one of our schedulers, of the sampler that was not fitted."""
+    if recipe.get("scheduler") is not None:
+        return dict(recipe)
+    return {**recipe, "options": {"fitted_plan": None, **recipe.get("options", {})}}
+
+
+def _fit_in_words(entry: Mapping[str, Any]) -> str:
+    """A fitted plan in a line."""
+    report, levels = entry["report"] or {}, f"{entry['levels']} levels"
+    if "fitted" not in report:
+        return levels
+    numbers = f"{report['fitted']:.4g}, unfitted {report['unfitted']:.4g} ({report['gain_error']:.1g})"
+    scale = "" if report.get("guidance_scale", 1.0) == 1.0 else f", guidance scale {report['guidance_scale']:g}"
+    return f"{levels}{scale}; {report['objective']} distance to {report['target']} on held-out noise {numbers}"
 
 
 def _recipe(sampler: Mapping[str, Any], metrics: Mapping[str, str]) -> dict[str, Any]:

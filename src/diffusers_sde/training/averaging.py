@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from .adapters import trained_parameters
 from .sharding import copy_whole
 
 
@@ -75,7 +76,7 @@ def averaged_weights(
         whole_network.to("cpu")
         return
     network = accelerator.unwrap_model(model)
-    parameters = list(network.parameters())
+    parameters = trained_parameters(network)
     if ema is not None:
         ema.store(parameters)
         ema.copy_to(parameters)

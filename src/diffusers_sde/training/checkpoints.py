@@ -23,6 +23,7 @@ from torch import nn
 from ..basics.files import check_folder, saving, sync, write_folder_whole
 from ..basics.modes import give_mode
 from ..pipelines.base import PIPELINE_MODULE
+from .adapters import ADAPTER_FILES, ADAPTER_FOLDER, save_adapter, trained_state
 from .sharding import copy_sharded, gather, load_state, save_state
 
 logger = logging.getLogger(__name__)
@@ -49,13 +50,14 @@ _FILES_OF_A_RUN = (
     "unet/diffusers_sde.py",
     "vae/config.json",
     "vae/diffusion_pytorch_model*",
+    *(f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_FILES),
     "scheduler/scheduler_config.json",
     "scheduler/diffusers_sde.py",
     "samples/step-*.png",
     "samples/.step-*.png.unfinished",
     "classifier.safetensors",
 )
-_FOLDERS_OF_A_RUN = frozenset(("unet", "vae", "scheduler", "samples"))
+_FOLDERS_OF_A_RUN = frozenset(("unet", "vae", "scheduler", "samples", ADAPTER_FOLDER))
 _FOR_ITSELF = (UNFINISHED, DISCARDED, UNFINISHED_PIPELINE)
 
 
@@ -380,16 +382,25 @@ def _write_state(unfinished: Path, state: Mapping[str, Any]) -> None:
         sync(unfinished / name)
 
 
-def save_model(model: Any, output_dir: Path) -> None:
+def save_model(model: Any, output_dir: Path, adapted: Any = None) -> None:
     """Save a pipeline or a network over an earlier one: every file is the old or the new one at any moment.
+
+    Args:
+        model: The pipeline or network.
+        output_dir: Where it goes.
+        adapted: A network whose adapter, if it has one, is saved by itself beside it.
 
     Raises:
         SaveError: The disk is full, or the like; the earlier one is whole.
     """
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(str(folder))
+        if adapted is not None:
+            save_adapter(adapted, folder / ADAPTER_FOLDER)
+
     with saving("The model", output_dir):
-        write_folder_whole(
-            output_dir, output_dir / UNFINISHED_PIPELINE, lambda folder: model.save_pretrained(str(folder))
-        )
+        write_folder_whole(output_dir, output_dir / UNFINISHED_PIPELINE, write)
 
 
 def check_weights(checkpoint: Path, network: nn.Module) -> None:
@@ -403,7 +414,7 @@ def check_weights(checkpoint: Path, network: nn.Module) -> None:
         return
     with safe_open(path, "pt") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    own = {name: tuple(value.shape) for name, value in trained_state(network).items()}
     for name in sorted(saved.keys() | own.keys()):
         if saved.get(name) != own.get(name):
             raise ValueError(

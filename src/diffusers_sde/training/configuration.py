@@ -9,6 +9,7 @@ from typing import Any
 
 from ..basics.options import option
 from ..images.options import ImageOptions, is_local
+from .adapters import AdapterOptions
 from .encoders import EncoderOptions
 from .networks import DenoiserOptions, NetworkOptions
 from .options import (
@@ -97,6 +98,7 @@ class TrainingConfig(
     HubOptions,
     SampleOptions,
     LossOptions,
+    AdapterOptions,
     DenoiserOptions,
     EncoderOptions,
     ClassOptions,
@@ -122,6 +124,8 @@ class TrainingConfig(
             raise ValueError(
                 f"time_sampling 'importance' is for weighting 'likelihood', got weighting={self.weighting!r}."
             )
+        if self.lora_rank is not None and self.init_from is None:
+            raise ValueError("lora_rank needs init_from: beside new weights that stay as they are it learns nothing.")
         if self.vae is None and self.latent_scaling != "measured":
             raise ValueError(f"latent_scaling {self.latent_scaling!r} has no effect without vae.")
         if self.vae is not None and self.data_min != -1.0:

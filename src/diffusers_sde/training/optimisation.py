@@ -65,7 +65,7 @@ def apply_options(options: OptimiserOptions, optimizer: Any, course: Any) -> Non
 
 
 def build_average(
-    options: AveragingOptions, parameters: list[Tensor], default_max_decay: float, foreach: bool
+    options: AveragingOptions, parameters: Sequence[Tensor], default_max_decay: float, foreach: bool
 ) -> EMAModel | None:
     """The average of the weights, or None where none is kept.
 

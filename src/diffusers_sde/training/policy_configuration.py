@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -10,10 +10,13 @@ import torch
 from ..basics.options import CheckedOptions, option
 from ..images.options import LARGEST_SEED_OF_NUMPY
 from ..sampling.policies import POLICIES
+from .adapters import AdapterOptions
 from .options import AveragingOptions, OptimiserOptions, OutputOptions
 from .rewards import REWARD_INPUTS
 
+METHODS = ("grpo", "nft")
 STORAGE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_OF_GRPO = ("clip_range", "log_prob_reduction", "rollout_storage")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +34,18 @@ class PolicyOptions(CheckedOptions):
     reward_input: str = option(
         "pt", "What a reward function gets: a tensor in [0, 1], (B, C, H, W), or PIL images.", choices=REWARD_INPUTS
     )
+    method: str = option(
+        "grpo",
+        "How the network learns: 'grpo' makes the steps of better images likelier, by their densities; 'nft' "
+        "(DiffusionNFT) denoises what the model's own sampler has drawn, towards better images and away from worse "
+        "ones.",
+        choices=METHODS,
+    )
     policy: str = option(
         "exact",
         "How images are drawn while the network learns: 'exact' has no excess noise at any number of levels; the "
-        "others are the steps of the papers of these names.",
+        "others are the steps of the papers of these names. With nft, this and the next three only say along which "
+        "steps the KL of evaluations is measured.",
         choices=POLICIES,
     )
     stochasticity: float | None = option(None, "Noise of the policy. Default: its published number.", above=0.0)
@@ -49,7 +60,10 @@ class PolicyOptions(CheckedOptions):
     )
     num_inference_steps: int = option(10, "Noise levels of a rollout, and of the sample grids.", least=2)
     trained_steps: int | None = option(
-        None, "Train on so many steps of each image, drawn anew every round. Default: all with noise.", least=1
+        None,
+        "Train on so many steps of each image, drawn anew every round; with nft, on so many noise levels. Default: all "
+        "with noise; all levels of a rollout.",
+        least=1,
     )
     guidance_scale: float = option(1.0, "Classifier-free guidance of class-conditional models.", least=0.0)
     group_size: int = option(64, "Images whose rewards are compared with each other.", least=2)
@@ -65,7 +79,13 @@ class PolicyOptions(CheckedOptions):
     max_train_steps: int = option(100, "Rounds.", least=1)
     clip_range: float = option(0.2, "Clip the ratio of probabilities to 1 plus and minus this.", above=0.0)
     kl_weight: float = option(
-        0.0, "Weight of KL(p(x_s | x_t) || reference) beside the objective; the reference is --model.", least=0.0
+        0.0,
+        "Weight of KL(p(x_s | x_t) || reference) beside the objective, with nft of the mean squared difference of the "
+        "networks' outputs; the reference is --model.",
+        least=0.0,
+    )
+    nft_beta: float = option(
+        1.0, "With nft: how strongly the implicit estimates for good and bad images differ from the old one.", above=0.0
     )
     log_prob_reduction: str = option(
         "sum",
@@ -80,7 +100,7 @@ class PolicyOptions(CheckedOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyTrainingConfig(OutputOptions, AveragingOptions, OptimiserOptions, PolicyOptions):
+class PolicyTrainingConfig(OutputOptions, AveragingOptions, AdapterOptions, OptimiserOptions, PolicyOptions):
     """Everything that reinforcement learning is told; each field is the command-line option of the same name.
 
     A round draws images, rewards them, and takes ``updates_per_round`` optimiser steps.
@@ -99,7 +119,20 @@ class PolicyTrainingConfig(OutputOptions, AveragingOptions, OptimiserOptions, Po
         "constant", "Course of the learning rate after warm-up.", choices=("constant", "linear", "cosine")
     )
     lr_warmup_steps: int | None = option(0, "Optimiser steps of linear warm-up.", least=0)
-    ema_max_decay: float | None = option(0.9, "Largest decay of the averaged weights.", least=0.0, most=1.0)
+    ema_max_decay: float | None = option(
+        0.5,
+        "Largest decay of the averaged weights per optimiser step. They are what is saved, and nft draws by them: in "
+        "short runs large decays let them lag behind.",
+        least=0.0,
+        most=1.0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        others = _OF_GRPO if self.method == "nft" else ("nft_beta",)
+        idle = [f.name for f in fields(self) if f.name in others and getattr(self, f.name) != f.default]
+        if idle:
+            raise ValueError(f"{idle[0]} has no effect with method {self.method!r}.")
 
     def public(self) -> dict[str, Any]:
         """All options as a dictionary, for files and logs."""

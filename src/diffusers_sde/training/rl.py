@@ -1,15 +1,10 @@
-"""Reinforcement learning of a trained pipeline on a black-box reward: group-relative policy optimisation.
+"""Reinforcement learning of a trained pipeline on a black-box reward: the run.
 
-The policy is a stochastic sampler, whose steps are Gaussians with known densities. A round draws groups of images by
-it, compares the rewards within each group, and makes the steps towards better images likelier:
+A round draws groups of images, compares the rewards within each group, and changes the network by what its method makes
+of that: ``policy_gradient`` or ``forward_process``. The network stays in evaluation mode: with dropout, the ratio of
+densities would not be 1 where nothing has changed.
 
-    maximise  E min(rho A, clip(rho, 1 - c, 1 + c) A) - kl_weight KL(p(x_s | x_t) || p_ref(x_s | x_t)),
-
-with rho the ratio of the densities of a step under the new and the old weights, and A the reward less its group's mean,
-in standard deviations of the group (Black et al. 2024, arXiv:2305.13301; Liu et al. 2025, arXiv:2505.05470). The
-network stays in evaluation mode: with dropout, rho would not be 1 where nothing has changed.
-
-The file is long because a round, its checkpoints and its resumption are read in one place.
+The file is long because a run, its checkpoints and its resumption are read in one place.
 """
 
 from __future__ import annotations
@@ -19,8 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,12 +28,20 @@ from ..basics.files import check_unlocked, saving, write_whole
 from ..basics.networks import describe_network
 from ..basics.processes import lock_for_all
 from ..evaluation.generate import fingerprint
-from ..evaluation.samplers import as_sde_pipeline, generator_of, load_pipeline
+from ..evaluation.samplers import as_sde_pipeline, load_pipeline
 from ..images.arrays import to_bytes
 from ..images.pictures import sheet
-from ..pipelines import ClassConditionalSDEPipeline, Rollout, RolloutSteps, SDEPipeline, collect_rollout, rollout_model
+from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
 from ..pipelines.runs import own_scheduler
-from ..sampling.transitions import Transition
+from .adapters import (
+    adapter_identity,
+    add_adapter,
+    describe_adapter,
+    has_adapter,
+    keep_adapter_alone,
+    merged,
+    trained_parameters,
+)
 from .averaging import averaged_weights
 from .checkpoints import (
     CONFIG_FILE,
@@ -54,17 +56,22 @@ from .checkpoints import (
     save_model,
     set_aside_later,
 )
+from .experience import Experience, Rows, deal
+from .forward_process import ForwardProcess
 from .identity import as_recorded, check_same_run, log_changes
 from .logs import due, log_pictures, progress_bar, start_trackers
 from .optimisation import apply_options, build_average, build_optimizer
-from .policy_configuration import STORAGE, PolicyTrainingConfig
-from .policy_gradient import clipped_objective, group_advantages
+from .policy_configuration import PolicyTrainingConfig
+from .policy_gradient import PolicyGradient, group_advantages, path_kl
 from .precision import default_precision
+from .reward_methods import Reference, RewardMethod, arguments_of_images
 from .rewards import Reward, load_reward
 from .sharding import check_launch, is_sharded
 from .signals import EXIT_CODE, StopSignal
 
 logger = logging.getLogger(__name__)
+
+METHOD_CLASSES: dict[str, type[RewardMethod]] = {"grpo": PolicyGradient, "nft": ForwardProcess}
 
 # Options with which a run is another one; the others count from where it is resumed.
 _OF_THE_RUN = (
@@ -74,25 +81,9 @@ _OF_THE_RUN = (
 _CHANGING = (
     *("learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay"),
     *("adam_epsilon", "max_grad_norm", "trained_steps", "group_size", "num_groups", "updates_per_round", "clip_range"),
-    *("kl_weight", "log_prob_reduction", "rollout_storage", "ema_inv_gamma", "ema_power", "ema_max_decay"),
+    *("kl_weight", "nft_beta", "log_prob_reduction", "rollout_storage", "ema_inv_gamma", "ema_power", "ema_max_decay"),
 )
-# Numbers of the noise of sample grids, and of the choice of steps, apart from those of the noise of rollouts.
-_SHEETS, _DEALING = 2**40, 2**41
-
-
-@dataclass(frozen=True)
-class Experience:
-    """A part of the images of a round on one process.
-
-    Attributes:
-        rollout: The images, and the steps to them.
-        advantages: Of each image, shape (B,).
-        numbers: Of each image in the round.
-    """
-
-    rollout: Rollout
-    advantages: Tensor
-    numbers: range
+_SHEETS = 2**40  # numbers of the noise of sample grids, apart from those of the noise of rollouts
 
 
 class PolicyTrainer:
@@ -135,7 +126,11 @@ class PolicyTrainer:
         self.pipe.set_progress_bar_config(disable=True)
         self.network = self.pipe.unet.to(torch.float32).eval().requires_grad_(True)
         self._reference_hash = fingerprint(self.network)
-        self.reference = self._pipeline(copy.deepcopy(self.network).requires_grad_(False), self._policy())
+        original = self.network
+        if config.lora_rank is None:
+            original = copy.deepcopy(self.network).requires_grad_(False)
+        add_adapter(self.network, config, config.seed)
+        self.reference = Reference(self._pipeline(original), self.accelerator, has_adapter(self.network))
         self.reward = reward or load_reward(config.reward, self.pipe, config.reward_classifier, config.reward_input)
 
         self.classes = self._classes()
@@ -160,14 +155,15 @@ class PolicyTrainer:
 
     def _check_steps(self) -> None:
         """Refuse steps that are not there, before anything is drawn."""
-        scheduler = self.reference.scheduler
+        scheduler = self._policy()
         scheduler.set_timesteps(self.config.num_inference_steps)
-        steps = len(scheduler.stochastic_steps)
-        if steps == 0:
+        if not scheduler.stochastic_steps:
             raise ValueError("stochastic_indices and stochastic_sigmas leave no step with noise to train on.")
-        wanted = self.config.trained_steps
+        steps, wanted = self._method().count_steps(), self.config.trained_steps
         if wanted is not None and wanted > steps:
-            raise ValueError(f"trained_steps must be at most {steps}, the steps with noise of a rollout, got {wanted}.")
+            raise ValueError(
+                f"trained_steps must be at most {steps}, the steps to train on of a rollout, got {wanted}."
+            )
         most = (wanted or steps) + self.images_per_round - 1
         if self.config.updates_per_round > most:
             raise ValueError(
@@ -175,8 +171,14 @@ class PolicyTrainer:
                 f"{self.config.updates_per_round}."
             )
 
+    def _method(self) -> RewardMethod:
+        """What the network learns by, from samples of the network as it is now."""
+        kind = METHOD_CLASSES[self.config.method]
+        scheduler = self._policy() if kind is PolicyGradient else None
+        return kind(self.config, self._pipeline(self.network, scheduler), self.reference)
+
     def _policy(self) -> Any:
-        """The scheduler by which rollouts are drawn: that of the model, with the policy as its sampler."""
+        """The scheduler with the policy as its sampler, and the rest as in the model's own."""
         config, scheduler = self.config, self.pipe.scheduler
         changes: dict[str, Any] = {"predictor": "exponential", "corrector": None, "probability_flow": False}
         for name in ("policy", "stochasticity", "stochastic_indices", "stochastic_sigmas"):
@@ -230,9 +232,11 @@ class PolicyTrainer:
         accelerator.wait_for_everyone()
         self._prepare()
         logger.info("Network: %s.", describe_network(self.network))
+        if has_adapter(self.network):
+            logger.info("Trained: %s.", describe_adapter(self.network))
         logger.info(
-            "Policy: %s, %d levels, %d images a round in %d group(s), %d updates; rounds %d to %d.",
-            config.policy,
+            "Method: %s, %d levels, %d images a round in %d group(s), %d updates; rounds %d to %d.",
+            f"grpo, policy {config.policy}" if config.method == "grpo" else config.method,
             config.num_inference_steps,
             self.images_per_round,
             self.num_groups,
@@ -252,13 +256,15 @@ class PolicyTrainer:
         config, accelerator = self.config, self.accelerator
         set_seed(config.seed, device_specific=True)
         updates = config.max_train_steps * config.updates_per_round
-        parameters = list(self.network.parameters())
-        optimizer, self.lr_scheduler = build_optimizer(config, parameters, updates, accelerator.device)
+        optimizer, self.lr_scheduler = build_optimizer(
+            config, trained_parameters(self.network), updates, accelerator.device
+        )
         # Gradients are averaged by hand: rollouts and replay call the network itself, which DDP would not see.
         self.network = accelerator.prepare_model(self.network, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
-        self.policy = self._pipeline(self.network, self._policy())
-        self.ema = build_average(config, list(self.network.parameters()), 0.9, foreach=True)
+        keep_adapter_alone(accelerator, self.network)
+        self.method = self._method()
+        self.ema = build_average(config, trained_parameters(self.network), 0.5, foreach=True)
         start_trackers(accelerator, config)
         if self.resume_from is not None:
             self._load(self.resume_from)
@@ -301,7 +307,7 @@ class PolicyTrainer:
     def round(self) -> dict[str, float]:
         """Draw and reward the images of a round, and take its optimiser steps; returns what is logged."""
         experience, values = self.explore()
-        for part in self._parts(experience):
+        for part in deal(experience, self.config, self.step * self.images_per_round):
             values |= self._update(experience, part)
         self.step += 1
         return values
@@ -313,18 +319,20 @@ class PolicyTrainer:
         config, accelerator = self.config, self.accelerator
         own = range(accelerator.process_index, self.images_per_round, accelerator.num_processes)
         parts = [own[i : i + config.sample_batch_size] for i in range(0, len(own), config.sample_batch_size)]
-        rollouts, rewards = [], []
-        for numbers in parts:
-            rollout, images = self._draw(self.policy, numbers, self.step * self.images_per_round)
-            rollouts.append(rollout)
-            rewards.append(self._rewards(images, numbers))
+        drawn, rewards = [], []
+        averaged = self._averaged() if self.method.learns_from_average else nullcontext()
+        with averaged:
+            for numbers in parts:
+                one, images = self.method.draw(numbers, self.step * self.images_per_round, self._labels(numbers))
+                drawn.append(one)
+                rewards.append(self._rewards(images, numbers))
         everything = accelerator.gather(torch.cat(rewards).to(accelerator.device))
         groups = accelerator.gather(self._groups(list(own)))
         advantages = group_advantages(everything, groups)
         mine = advantages[accelerator.process_index * len(own) :][: len(own)]
         split = mine.split([len(numbers) for numbers in parts])
         values = {"reward": float(everything.mean()), "reward_std": float(everything.std())}
-        return [Experience(*each) for each in zip(rollouts, split, parts, strict=True)], values
+        return [Experience(*each) for each in zip(drawn, split, parts, strict=True)], values
 
     def _groups(self, numbers: list[int]) -> Tensor:
         """The group of each image of a round."""
@@ -337,69 +345,25 @@ class PolicyTrainer:
         first = self.step * self.num_groups
         return [self.classes[(first + n // self.config.group_size) % len(self.classes)] for n in numbers]
 
-    def _draw(self, pipe: SDEPipeline, numbers: range, first: int) -> tuple[Rollout, Tensor]:
-        """A rollout of images by their numbers, and the images in [0, 1]."""
-        config = self.config
-        arguments: dict[str, Any] = {"batch_size": len(numbers)}
-        if self.classes:
-            arguments = {"class_labels": self._labels(numbers), "guidance_scale": config.guidance_scale}
-        rollout = collect_rollout(
-            pipe,
-            STORAGE[config.rollout_storage],
-            config.log_prob_reduction,
-            **arguments,
-            num_inference_steps=config.num_inference_steps,
-            generator=[generator_of(config.seed, first + number) for number in numbers],
-            output_type="pt",
-        )
-        return rollout, rollout.output.images
-
     def _rewards(self, images: Tensor, numbers: range) -> Tensor:
         labels = self._labels(numbers)
         return self.reward(images, None if labels is None else torch.tensor(labels, device=images.device)).float()
 
     # ------------------------------------------------------------------ learning
 
-    def _parts(self, experience: list[Experience]) -> list[list[tuple[int, Tensor, Tensor]]]:
-        """The steps that each update is made of: (number of the rollout, numbers of steps, numbers of images).
-
-        The steps of an image are drawn and dealt out by its number, so that they do not depend on the processes.
-        """
-        config, updates = self.config, self.config.updates_per_round
-        parts: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in range(updates)]
-        for r, part in enumerate(experience):
-            dealt: list[list[tuple[int, int]]] = [[] for _ in range(updates)]
-            for image, number in enumerate(part.numbers):
-                generator = generator_of(config.seed, _DEALING + self.step * self.images_per_round + number)
-                chosen = torch.randperm(len(part.rollout), generator=generator)[: config.trained_steps]
-                for j, k in enumerate(chosen.tolist()):
-                    dealt[(j + number) % updates].append((k, image))
-            for update, rows in enumerate(dealt):
-                pairs = torch.tensor(sorted(rows), dtype=torch.int64).reshape(-1, 2)  # of one step, one after the other
-                parts[update] += [(r, chunk[:, 0], chunk[:, 1]) for chunk in pairs.split(config.train_batch_size)]
-        return parts
-
-    def _update(self, experience: list[Experience], part: list[tuple[int, Tensor, Tensor]]) -> dict[str, float]:
+    def _update(self, experience: list[Experience], part: Rows) -> dict[str, float]:
         """One optimiser step."""
         config, accelerator = self.config, self.accelerator
         count = int(accelerator.reduce(torch.tensor(sum(len(k) for _, k, _ in part), device=accelerator.device)))
-        sums = torch.zeros(3, device=accelerator.device)
-        for r, k, b in part:
-            if not len(k):
+        sums = torch.zeros(len(self.method.statistics), device=accelerator.device)
+        for r, steps, images in part:
+            if not len(steps):
                 continue
-            rollout, advantages = experience[r].rollout, experience[r].advantages[b.to(accelerator.device)]
-            steps = rollout.steps(k, b)
-            law = rollout.transition(steps, rollout_model(self.policy, rollout)(steps))
-            ratio = torch.exp(law.log_prob(steps.x_s, config.log_prob_reduction) - steps.log_prob)
-            objective = clipped_objective(ratio, advantages, config.clip_range)
-            kl = torch.zeros_like(ratio)
-            if config.kl_weight:
-                kl = law.kl(self._reference_law(rollout, steps), config.log_prob_reduction)
-            accelerator.backward((config.kl_weight * kl - objective).sum() / count)
-            with torch.no_grad():
-                off = (ratio - 1.0).abs()
-                sums += torch.stack([off.sum(), (off > config.clip_range).float().sum(), kl.sum()])
-        parameters = list(self.network.parameters())
+            advantages = experience[r].advantages[images.to(accelerator.device)]
+            losses, statistics = self.method.losses(experience[r].drawn, steps, images, advantages)
+            accelerator.backward(losses.sum() / count)
+            sums += statistics
+        parameters = trained_parameters(self.network)
         if accelerator.num_processes > 1:
             for p in parameters:
                 p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
@@ -416,35 +380,22 @@ class PolicyTrainer:
         if not accelerator.optimizer_step_was_skipped:
             self.lr_scheduler.step()
             if self.ema is not None:
-                self.ema.step(self.network.parameters())
-        off, clipped, kl_mean = (accelerator.reduce(sums, "sum") / count).tolist()
-        values = {"ratio_deviation": off, "clipped": clipped, "gradient_norm": float(norm), "lr": rate}
-        return values | ({"kl": kl_mean} if config.kl_weight else {})
-
-    @torch.no_grad()
-    def _reference_law(self, rollout: Rollout, steps: RolloutSteps) -> Transition:
-        """The law of steps under the weights that the run started from."""
-        with self.accelerator.autocast():
-            return rollout.transition(steps, rollout_model(self.reference, rollout)(steps))
+                self.ema.step(parameters)
+        means = (accelerator.reduce(sums, "sum") / count).tolist()
+        values = {"gradient_norm": float(norm), "lr": rate}
+        logged = zip(self.method.statistics, means, strict=True)
+        return values | {name: value for name, value in logged if name != "kl" or config.kl_weight}
 
     # ------------------------------------------------------------------ along the way
 
-    @torch.no_grad()
     def path_kl(self, network: Any) -> tuple[float, float]:
         """KL of the paths of a network to those of the reference in nats, and the mean reward at their ends.
 
-        The KL is the sum over the steps of a rollout of KL(p(x_s | x_t) || p_ref(x_s | x_t)), summed over the entries
-        and averaged over fresh images. That of the images is at most this.
+        The images are fresh ones, the same noise every time; see ``policy_gradient.path_kl``.
         """
-        policy = self._pipeline(network, self._policy())
-        numbers = range(self.config.num_sample_images)
-        rollout, images = self._draw(policy, numbers, _SHEETS)
-        total = torch.zeros((), device=self.accelerator.device)
-        for k in range(len(rollout)):
-            steps = rollout.steps(k)
-            law = rollout.transition(steps, rollout_model(policy, rollout)(steps))
-            total += law.kl(self._reference_law(rollout, steps), "sum").mean()
-        return float(total), float(self._rewards(images, numbers).mean())
+        policy, numbers = self._pipeline(network, self._policy()), range(self.config.num_sample_images)
+        kl, images = path_kl(self.config, policy, self.reference, numbers, _SHEETS, self._labels(numbers))
+        return kl, float(self._rewards(images, numbers).mean())
 
     def _observe(self) -> None:
         """Draw, reward and save a grid of samples of the averaged weights, the same noise every time."""
@@ -453,17 +404,8 @@ class PolicyTrainer:
             if accelerator.is_main_process:
                 kl, reward = self.path_kl(network)
                 pipe, numbers = self._pipeline(network), range(config.num_sample_images)
-                labels = self._labels(numbers)
-                arguments: dict[str, Any] = {"batch_size": len(numbers)}
-                if labels is not None:
-                    arguments = {"class_labels": labels, "guidance_scale": config.guidance_scale}
-                images: Tensor = pipe(
-                    **arguments,
-                    num_inference_steps=config.num_inference_steps,
-                    generator=[generator_of(config.seed, _SHEETS + number) for number in numbers],
-                    output_type="pt",
-                    return_dict=False,
-                )[0]
+                arguments = arguments_of_images(config, numbers, _SHEETS, self._labels(numbers))
+                images: Tensor = pipe(**arguments, output_type="pt", return_dict=False)[0]
                 own = float(self._rewards(images, numbers).mean())
                 values = {"eval/reward_policy": reward, "eval/reward": own, "eval/kl_path": kl}
                 logger.info("Round %d: %s", self.step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
@@ -503,16 +445,22 @@ class PolicyTrainer:
 
     def _save_result(self) -> SDEPipeline:
         with self._averaged() as network:
-            averaged = copy.deepcopy(self.reference.unet)
-            averaged.load_state_dict(network.state_dict())
-        pipeline = self._pipeline(averaged.requires_grad_(True))
-        if self.accelerator.is_main_process:
-            save_model(pipeline, self.output_dir)
+            if has_adapter(network):
+                averaged = merged(network)
+            else:
+                averaged = copy.deepcopy(self.reference.network)
+                averaged.load_state_dict(network.state_dict())
+            pipeline = self._pipeline(averaged.requires_grad_(True))
+            if self.accelerator.is_main_process:
+                save_model(pipeline, self.output_dir, network)
         self.accelerator.wait_for_everyone()
         return pipeline
 
     def _identity(self) -> dict[str, Any]:
         own = {name: getattr(self.config, name) for name in _OF_THE_RUN}
+        if self.config.method != "grpo":  # which the first checkpoints do not say
+            own["method"] = self.config.method
+        own |= adapter_identity(self.config, None)
         return as_recorded({"task": "policy", "model": self._reference_hash, **own})
 
     def _options(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from ..images.loading import load_images
 from ..images.samples import TrainingSource, batches
 from ..images.streaming import is_streamed, open_source
 from ..schedulers import SDEScheduler
+from .adapters import describe_adapter, has_adapter, keep_adapter_alone, trained_parameters
 from .averaging import averaged_weights
 from .checkpoints import (
     CONFIG_FILE,
@@ -122,6 +123,7 @@ class TrainingRun(ABC):
         check_memory(weights, self.source, config.train_batch_size)
         set_seed(config.seed)
         self.network = self._build_network()
+        self._prepare_network()
         if config.gradient_checkpointing:
             if not getattr(self.network, "_supports_gradient_checkpointing", False):
                 raise ValueError(f"gradient_checkpointing is not supported by {type(self.network).__name__}.")
@@ -172,6 +174,9 @@ class TrainingRun(ABC):
     @abstractmethod
     def _task(self) -> str:
         """What the network does, in words."""
+
+    def _prepare_network(self) -> None:  # noqa: B027
+        """Change the new network, where that is due, before anything is compared with it."""
 
     def _seen(self, source: TrainingSource) -> TrainingSource:
         """The data as the network sees them."""
@@ -284,10 +289,11 @@ class TrainingRun(ABC):
             # In place: names of weights stay as they are. On the CPU inductor's own choice of layouts gives UNets
             # wrong gradients (torch 2.13).
             self.network.compile(options={"layout_optimization": False} if accelerator.device.type == "cpu" else None)
-        parameters = list(self.network.parameters())
+        parameters = trained_parameters(self.network)
         optimizer, self.lr_scheduler = build_optimizer(config, parameters, self.max_steps, accelerator.device)
         self.model, self.optimizer = prepare(accelerator, self.network, optimizer)
-        parameters = list(self.network.parameters())
+        keep_adapter_alone(accelerator, self.network)
+        parameters = trained_parameters(self.network)
         # Sharded ones that are frozen have no foreach copy.
         foreach = self._whole_network is None or all(parameter.requires_grad for parameter in parameters)
         self.ema = build_average(config, parameters, default_ema_max_decay(self.scheduler), foreach)
@@ -344,7 +350,7 @@ class TrainingRun(ABC):
         if not accelerator.optimizer_step_was_skipped:  # fp16 skips steps whose gradients overflow
             self.lr_scheduler.step()
             if self.ema is not None:
-                self.ema.step(self.network.parameters())
+                self.ema.step(trained_parameters(self.network))
         self.step += 1
         self.samples_seen += self.global_batch_size
         self._steps_summed += 1
@@ -396,6 +402,8 @@ class TrainingRun(ABC):
             logger.info("Resuming: %s holds no checkpoint yet, so the run starts at step 0.", self.output_dir)
         logger.info("Data: %s.", describe_source(self.source))
         logger.info("Network: %s; it %s.", describe_network(self.network), self._task())
+        if has_adapter(self.network):
+            logger.info("Trained: %s.", describe_adapter(self.network))
         logger.info(
             "Training: %s, %s weighting, precision %s, steps %d to %d of %d images (%d process(es)).",
             sde if len(repr(sde)) < 200 else type(sde).__name__,

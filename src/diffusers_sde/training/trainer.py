@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..basics.files import saving, write_whole
 from ..basics.networks import traits_of
+from ..evaluation.generate import fingerprint
 from ..images.arrays import to_bytes
 from ..images.pictures import sheet
 from ..images.samples import TrainingSource
@@ -19,6 +20,7 @@ from ..networks.denoisers import call_network
 from ..networks.losses import denoising_loss, importance_ratio
 from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
 from ..schedulers import SDEScheduler
+from .adapters import adapter_identity, add_adapter, merged
 from .checkpoints import save_model
 from .configuration import TrainingConfig
 from .encoders import LatentSource, load_autoencoder
@@ -28,6 +30,7 @@ from .networks import SavedModel, build_network, checked_classes
 from .progress import ProgressOfSamples
 from .publisher import Publisher
 from .run import TrainingRun
+from .sharding import is_sharded
 from .trainable import build_scheduler, check_network
 
 logger = logging.getLogger(__name__)
@@ -92,6 +95,14 @@ class Trainer(TrainingRun):
             network = traits_of(self._build_network())
         return build_scheduler(self.config, self.source, self.config, network, of_pixels=self._latents is None)
 
+    def _prepare_network(self) -> None:
+        self._frozen: str | None = None
+        if self.config.lora_rank is not None:
+            if is_sharded(self.accelerator):
+                raise ValueError("lora_rank cannot be used with FSDP: an adapter is small, train it under DDP.")
+            self._frozen = fingerprint(self.network)
+            add_adapter(self.network, self.config, self.config.seed)
+
     def _seen(self, source: TrainingSource) -> TrainingSource:
         self._latents: LatentSource | None = None
         if self.config.vae is None:
@@ -154,7 +165,7 @@ class Trainer(TrainingRun):
         if self.config.push_to_hub:
             with self._averaged_weights() as network:
                 if self.publisher is not None:
-                    self.publisher.start(self._pipeline(network), f"Step {self.step}")
+                    self.publisher.start(self._pipeline(merged(network)), f"Step {self.step}")
 
     def _end(self, result: SDEPipeline) -> None:
         if self.publisher is not None:
@@ -212,13 +223,14 @@ class Trainer(TrainingRun):
 
     def _save_result(self) -> SDEPipeline:
         with self._averaged_weights() as network:
-            pipeline = self._pipeline(network)
+            whole = merged(network)
+            pipeline = self._pipeline(whole)
             if self.accelerator.is_main_process:
-                save_model(pipeline, self.output_dir)
+                save_model(pipeline, self.output_dir, network)
             if self.step >= self.max_steps:
                 # The run is over: hand out the averaged weights themselves, without accelerate's wrapping.
                 averaged = type(network).from_config(network.config).to(self.accelerator.device)
-                averaged.load_state_dict(network.state_dict())
+                averaged.load_state_dict(whole.state_dict())
                 pipeline = self._pipeline(averaged.eval())
         self.accelerator.wait_for_everyone()
         return pipeline
@@ -227,6 +239,7 @@ class Trainer(TrainingRun):
         config, identity = self.config, super()._identity()
         if self.weighting == "min_snr":
             identity["min_snr_gamma"] = config.min_snr_gamma
+        identity |= adapter_identity(config, self._frozen)
         if config.class_conditional:
             identity["label_dropout"] = config.label_dropout
         if self._latents is not None:

@@ -1,0 +1,308 @@
+"""Samplers fitted to a network beside the unfitted ones and diffusers', at few calls.
+
+    python benchmarks/fitted.py --mixtures digits:vp digits:flow --networks digits-ddpm fashion-flow \\
+        --folder outputs/zoo --fashion FOLDER --cifar FOLDER --output outputs/fitted
+
+What is sampled: Gaussian mixtures with exact networks (mixtures.py) and trained networks (zoo.py). For each number of
+calls our reverse SDE, probability flow and predictor-corrector are fitted by ``fit_scheduler`` to images that train,
+with its defaults, once for each of ``--seeds`` seeds, and measured with noise that no fit has drawn:
+
+* a mixture by the Frechet distance of its own moments (the fit minimises an energy distance, or pairs end points);
+* a trained network by the Frechet distance of the features of a classifier, which no fit has seen;
+* by recall beside it: of exact samples, or of real images in these features.
+
+``cost`` is the number of network evaluations of one image and the seconds of a fit. ``+-`` is the standard deviation
+between draws of noise and, where there are several, between fits. ``--transfer`` also runs each plan on another network
+of the same data (TRANSFER of zoo.py) and in bfloat16, without fitting again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from mixtures import Mixture, MixtureJudge, fitted
+from samplers import PEERS, SCHEDULERS, Problem
+from torch import Tensor, nn
+from trained import BOUND, TrainedNetwork, load_judge, peers
+from zoo import RECIPES, TRANSFER, Folders, add_folders, all_of
+
+from diffusers_sde import SDEPipeline, VPSDEScheduler, fit_scheduler
+from diffusers_sde.metrics.distances import precision_recall
+
+CALLS = (4, 5, 6, 8, 10, 15, 20)
+DRAWS = (101, 102)  # seeds of the noise that judges
+SAMPLES = {"network": 256, "mixture": 2048}
+RECALLED = 1024  # samples in a recall, at most
+FITTED_TO = 6000  # images, at most
+KINDS: dict[str, dict[str, Any]] = {
+    "SDE": {},
+    "ODE": {"probability_flow": True},
+    "PC": {"probability_flow": True, "corrector": "ornstein_uhlenbeck", "snr": 0.2},
+}
+
+
+class ExactNetwork(nn.Module):
+    """x0_hat of a mixture in the form of a network that is fed t itself and predicts the data."""
+
+    def __init__(self, data: Mixture, sde: Any) -> None:
+        super().__init__()
+        self.data, self.sde = data, sde
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """x0_hat, of the shape of ``sample``; all of a batch stand at one time."""
+        t = torch.as_tensor(timestep, dtype=torch.float64).reshape(-1)[0]
+        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+        return self.data.denoise(sample.flatten(1), alpha, sigma).reshape(sample.shape).to(sample.dtype)
+
+
+class Case:
+    """One network with its data and its judge.
+
+    Attributes:
+        name: Of the mixture or the network.
+        pipe: Its pipeline, with the scheduler that nothing is set of.
+        images: Images to fit to, in the range of the network.
+        judge: samples -> FD and recall.
+        peers: diffusers' samplers by name.
+        problem: What they are run on.
+        others: Pipelines of other networks of the same data.
+    """
+
+    name: str
+    pipe: Any
+    images: Tensor
+    judge: Callable[[Tensor], tuple[float, float]]
+    peers: dict[str, tuple[str, Any]]
+    problem: Callable[[Tensor, int], Problem]
+    others: dict[str, Any]
+
+    def noise(self, seed: int) -> Tensor:
+        """Unit noise to start from."""
+        return torch.randn(self.samples, *self.shape, generator=torch.Generator().manual_seed(seed))
+
+    samples: int
+    shape: tuple[int, ...]
+
+
+class MixtureCase(Case):
+    """A mixture, ``data:path``."""
+
+    def __init__(self, name: str) -> None:
+        data_name, path = name.split(":")
+        self.name, data = name, fitted(data_name)
+        channels, side = (1, 8) if data_name == "digits" else (3, 6)
+        self.shape, self.samples = (channels, side, side), SAMPLES["mixture"]
+        scheduler = SCHEDULERS[path](prediction_type="sample", time_conditioning="time")
+        self.pipe = SDEPipeline(ExactNetwork(data, scheduler.sde), scheduler, sample_shape=self.shape)
+        self.images = data.sample(FITTED_TO, seed=7).float().reshape(-1, *self.shape)
+        exact, self.others = MixtureJudge(data, self.samples), {}
+        self.floor, some = exact.floor["fd"], data.sample(RECALLED, seed=8)
+
+        def judge(x: Tensor) -> tuple[float, float]:
+            rows = x.flatten(1).double()
+            return exact.fd(rows), precision_recall(rows[:RECALLED], some)[1]
+
+        self.judge, self.peers = judge, PEERS[path]
+        own = SCHEDULERS[path]()
+
+        class Flat:
+            """The mixture for the peers, whose samples are images here."""
+
+            @staticmethod
+            def denoise(x: Tensor, alpha: float, sigma: float) -> Tensor:
+                return data.denoise(x.flatten(1), alpha, sigma).reshape(x.shape)
+
+        self.problem = lambda z, seed: Problem(path, own, Flat(), z, seed)
+
+
+class NetworkCase(Case):
+    """A network of zoo.py."""
+
+    def __init__(self, name: str, folder: Path, folders: Folders) -> None:
+        network = TrainedNetwork(folder / name)
+        self.name, self.shape, self.samples = name, network.shape, SAMPLES["network"]
+        self.pipe = bounded_pipeline(folder / name)
+        twins = [other for other, of in TRANSFER.items() if of == name and (folder / other).exists()]
+        self.others = {other: bounded_pipeline(folder / other) for other in twins}
+        images = all_of(folders.source(RECIPES[name], to_judge=False))[0]
+        self.images = images[:FITTED_TO].float() / 127.5 - 1.0
+        self.judge = load_judge(name, folders, folder)
+        self.floor = self.judge.floor
+        self.peers = peers(network)
+        self.problem = lambda z, seed: Problem(network.path, network.scheduler, network, z, seed)
+
+
+def bounded_pipeline(folder: Path) -> Any:
+    """A pipeline of ours, with the bound; a stranger's gets our scheduler."""
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    if not isinstance(pipe.scheduler, tuple(SCHEDULERS.values())):
+        pipe.scheduler = VPSDEScheduler.from_config(pipe.scheduler.config, **BOUND)
+    return pipe
+
+
+def sampler_of(pipe: Any, scheduler: Any, levels: int, bf16: bool = False) -> Callable[[Tensor, int], Tensor]:
+    """(unit noise, seed) -> samples by the loop of a pipeline."""
+    network = pipe.unet.eval()
+
+    def sample(z: Tensor, seed: int) -> Tensor:
+        scheduler.set_timesteps(levels)
+        generator, x = torch.Generator().manual_seed(1000 + seed), z * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                output = network(scheduler.scale_model_input(x, t), t)
+            output = output if isinstance(output, Tensor) else getattr(output, "sample", output)
+            x = scheduler.step(output.float(), t, x, generator=generator, return_dict=False)[0]
+        return x
+
+    return sample
+
+
+def judged(case: Case, sample: Callable[[Tensor, int], Tensor]) -> list[tuple[float, float]]:
+    """FD and recall of each draw."""
+    return [case.judge(sample(case.noise(seed), seed)) for seed in DRAWS]
+
+
+def levels_of(scheduler: Any, calls: int) -> int:
+    """Noise levels that cost so many calls, or 0 where none do."""
+    levels = max(calls // scheduler.order, 1)
+    scheduler.set_timesteps(levels)
+    return levels if len(scheduler.timesteps) <= calls else 0
+
+
+def measure(
+    case: Case, calls: int, seeds: int, options: dict[str, Any], transfer: bool, with_peers: bool
+) -> dict[str, Any]:
+    """All samplers of one case at a number of calls: label -> values."""
+    rows: dict[str, Any] = {}
+
+    def note(label: str, found: list[tuple[float, float]], **more: Any) -> None:
+        row = rows.setdefault(label, {"fd": [], "recall": []})
+        row["fd"] += [fd for fd, _ in found]
+        row["recall"] += [recall for _, recall in found]
+        row.update(more)
+        print(f"{case.name:20s}{calls:3d} {label:34s}" + " ".join(f"{fd:.3f}" for fd, _ in found), more, flush=True)
+
+    for label, (_, sampler) in case.peers.items() if with_peers else ():
+
+        def of_peer(z: Tensor, seed: int, run: Any = sampler) -> Tensor:
+            problem = case.problem(z, seed)
+            x: Tensor = run(problem, calls)
+            if problem.calls > calls:
+                raise ValueError(f"needs {problem.calls} calls")
+            return x
+
+        try:
+            note(label, judged(case, of_peer), peer=True)
+        except Exception as error:  # a peer's limits are part of the result
+            rows[label] = {"fd": [], "recall": [], "peer": True, "error": str(error)[:200]}
+    for kind, config in KINDS.items():
+        scheduler = type(case.pipe.scheduler).from_config(case.pipe.scheduler.config, **config)
+        levels = levels_of(scheduler, calls)
+        if levels < 2:
+            continue
+
+        note(f"{kind}, unfitted", judged(case, sampler_of(case.pipe, scheduler, levels)))
+        for seed in range(seeds):
+            began = time.process_time()
+            fit = fit_scheduler(
+                case.pipe, levels, case.images, sampler=config, seed=seed, progress_bar=False, **options
+            )
+            cost = {"evaluations": fit.report["network_evaluations"], "seconds": time.process_time() - began}
+            found = judged(case, sampler_of(case.pipe, fit.scheduler, levels))
+            note(f"{kind}, fitted", found, **cost, is_fitted=fit.report["is_fitted"])
+            if transfer and seed == 0:
+                found = judged(case, sampler_of(case.pipe, fit.scheduler, levels, bf16=True))
+                note(f"{kind}, fitted, in bf16", found)
+                for other, pipe in case.others.items():
+                    note(f"{kind}, unfitted, on {other}", judged(case, sampler_of(pipe, scheduler, levels)))
+                    note(f"{kind}, fitted, on {other}", judged(case, sampler_of(pipe, fit.scheduler, levels)))
+    return rows
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["# Fitted samplers", "", "Written by benchmarks/fitted.py: FD / recall, with the spread of FD.", ""]
+    for name, entry in results.items():
+        columns = sorted(entry["calls"], key=int)
+        labels = list(dict.fromkeys(label for c in columns for label in entry["calls"][c]))
+        labels.sort(key=lambda label: bool(entry["calls"][columns[0]].get(label, {}).get("peer")))
+        lines += [f"## {name}", "", f"Exact samples, or real images: FD {entry['floor']:.3f}.", ""]
+        lines += ["| sampler | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+        best = {c: min((_mean(row["fd"]) for row in entry["calls"][c].values()), default=math.inf) for c in columns}
+        for label in labels:
+            cells = []
+            for c in columns:
+                row = entry["calls"][c].get(label, {"fd": [], "recall": []})
+                value = _mean(row["fd"])
+                if not math.isfinite(value):
+                    cells.append("-")
+                    continue
+                mark = "**" if value == best[c] else ""
+                spread = float(torch.tensor(row["fd"]).std())
+                unchanged = " (unfitted)" if row.get("is_fitted") is False else ""
+                cells.append(f"{mark}{value:.3f}{mark} +- {spread:.3f} / {_mean(row['recall']):.2f}{unchanged}")
+            own = not any(entry["calls"][c].get(label, {}).get("peer") for c in columns)
+            lines.append(f"| {'ours, ' if own else ''}{label} | " + " | ".join(cells) + " |")
+        cost = [
+            f"{label} at {c}: {row['evaluations']} evaluations, {row['seconds']:.0f} s"
+            for c in columns
+            for label, row in entry["calls"][c].items()
+            if "evaluations" in row
+        ]
+        lines += ["", "Cost of a fit, in network evaluations of one image: " + "; ".join(cost) + ".", ""]
+    return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.inf
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_folders(parser)
+    parser.add_argument(
+        "--mixtures", nargs="*", default=[f"{d}:{p}" for d in ("digits", "patches") for p in SCHEDULERS]
+    )
+    parser.add_argument("--networks", nargs="*", default=[n for n in RECIPES if n not in TRANSFER])
+    parser.add_argument("--folder", type=Path, default=Path("outputs/zoo"), help="where zoo.py wrote the networks")
+    parser.add_argument("--calls", nargs="+", type=int, default=list(CALLS))
+    parser.add_argument("--seeds", type=int, default=2, help="fits of each sampler")
+    parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS))
+    parser.add_argument("--options", default="{}", help="JSON: arguments of fit_scheduler, such as steps")
+    parser.add_argument("--transfer", action="store_true", help="also run the plans on other networks and in bfloat16")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="also run diffusers'")
+    parser.add_argument("--output", type=Path, default=Path("outputs/fitted"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    diffusers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    for kind in [kind for kind in KINDS if kind not in args.kinds]:
+        del KINDS[kind]
+    folders, file = Folders(args.fashion, args.cifar), args.output.with_suffix(".json")
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for name in [*args.mixtures, *args.networks]:
+        case: Any = MixtureCase(name) if ":" in name else NetworkCase(name, args.folder, folders)
+        entry = results.setdefault(name, {"floor": case.floor, "calls": {}})
+        for calls in args.calls:
+            if str(calls) in entry["calls"]:
+                continue
+            options = json.loads(args.options)
+            entry["calls"][str(calls)] = measure(case, calls, args.seeds, options, args.transfer, args.peers)
+            file.write_text(json.dumps(results) + "\n")
+            args.output.with_suffix(".md").write_text(table(results))
+
+
+if __name__ == "__main__":
+    main()

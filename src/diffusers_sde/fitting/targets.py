@@ -1,0 +1,181 @@
+"""What the samples of a fitted plan are to be like, and how far they are from it.
+
+Two objectives, each with noise and references of its own for fitting, for choosing and for reporting:
+
+* *Energy*: 2 E|S - Y| - E|S - S'| - E|Y - Y'| between samples S and references Y (Szekely & Rizzo 2013), the unbiased
+  U-statistic. It is 0 where, and only where, both have the same law; it pairs nothing, so it suits any sampler.
+* *Paired*: E|S - T| where S and T start from the same noise, and T is a fine solution of the same flow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+REFERENCES_PER_SAMPLE = 4  # they cost no call of the network
+SETS = ("fit", "choice", "report")  # disjoint: what a set has seen judges no other
+
+
+def stream(seed: int, *purpose: int) -> torch.Generator:
+    """A generator for one purpose, independent of those for others under the same seed."""
+    state = np.random.SeedSequence((seed, *purpose)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) >> 1)
+
+
+class Batch(NamedTuple):
+    """What a sampler starts from, and what its samples are compared with.
+
+    Attributes:
+        noise: Unit noise, shape (B, ...).
+        reference: Data, shape (N, ...), or one end point for each sample.
+        conditioning: Further arguments of the denoiser, with one row for each sample.
+        reference_classes: Classes of the references, shape (N,), where the samples have classes too.
+    """
+
+    noise: Tensor
+    reference: Tensor
+    conditioning: Mapping[str, Tensor] = {}
+    reference_classes: Tensor | None = None
+
+
+class Comparison(NamedTuple):
+    """Two samplers on the same noise.
+
+    Attributes:
+        fitted: Distance of the fitted one.
+        unfitted: Distance of the unfitted one.
+        error: Standard error of their difference.
+    """
+
+    fitted: float
+    unfitted: float
+    error: float
+
+    @property
+    def gain(self) -> float:
+        """By how much the fitted one is nearer."""
+        return self.unfitted - self.fitted
+
+
+class Target(Protocol):
+    """An objective with its data."""
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+
+    def batch(self, part: str, size: int, generator: torch.Generator) -> Batch:
+        """Some noise and references of one of the ``SETS``; for ``fit`` drawn anew each time."""
+
+    def loss(self, samples: Tensor, batch: Batch) -> Tensor:
+        """The distance of samples, shape (), with gradients."""
+
+    def compare(self, fitted: Tensor, unfitted: Tensor, batch: Batch) -> Comparison:
+        """Both distances, and the standard error of their difference."""
+
+
+@dataclass(frozen=True, eq=False)
+class EnergyTarget:
+    """Energy distance to references.
+
+    Args:
+        references: Of each of ``SETS``, shape (N, ...).
+        classes: Their classes, shape (N,), for samplers of classes; None without.
+        labels: Classes to draw from, where samples have classes; None without.
+    """
+
+    references: Mapping[str, Tensor]
+    classes: Mapping[str, Tensor] | None = None
+    labels: Tensor | None = None
+    name: str = field(default="energy", init=False)
+
+    def batch(self, part: str, size: int, generator: torch.Generator) -> Batch:
+        """See ``Target``."""
+        references = self.references[part]
+        count = min(REFERENCES_PER_SAMPLE * size, len(references))
+        rows = torch.randperm(len(references), generator=generator)[:count].to(references.device)
+        noise = torch.randn(size, *references.shape[1:], generator=generator).to(references.device)
+        if self.labels is None:
+            return Batch(noise, references[rows])
+        drawn = self.labels[torch.randint(len(self.labels), (size,), generator=generator)].to(references.device)
+        classes = None if self.classes is None else self.classes[part][rows]
+        return Batch(noise, references[rows], {"class_labels": drawn}, classes)
+
+    def loss(self, samples: Tensor, batch: Batch) -> Tensor:
+        """See ``Target``; E|Y - Y'| is left out, which does not depend on the samples."""
+        s, y = _flattened(samples, batch)
+        return 2.0 * torch.cdist(s, y).mean() - _between(s)
+
+    def compare(self, fitted: Tensor, unfitted: Tensor, batch: Batch) -> Comparison:
+        """See ``Target``; the error is that of the projections of the U-statistics (Hoeffding 1948)."""
+        values, of_samples, of_references = [], [], []
+        for samples in (fitted, unfitted):
+            s, y = (v.double() for v in _flattened(samples, batch))
+            across, within = torch.cdist(s, y), torch.cdist(s, s)
+            values.append(float(2.0 * across.mean() - _between(s) - _between(y)))
+            of_samples.append(2.0 * across.mean(1) - 2.0 * within.sum(1) / (len(s) - 1))
+            of_references.append(2.0 * across.mean(0))
+        parts = (of_samples[0] - of_samples[1], of_references[0] - of_references[1])
+        return Comparison(values[0], values[1], math.sqrt(sum(float(d.var()) / len(d) for d in parts)))
+
+
+@dataclass(frozen=True, eq=False)
+class PairedTarget:
+    """Distance to the end points of a fine solution from the same noise.
+
+    Args:
+        noise: Of each of ``SETS``, shape (N, ...).
+        ends: The end points, same shapes.
+        classes: The classes that they were drawn with, shape (N,); None without.
+    """
+
+    noise: Mapping[str, Tensor]
+    ends: Mapping[str, Tensor]
+    classes: Mapping[str, Tensor] | None = None
+    name: str = field(default="paired", init=False)
+
+    def batch(self, part: str, size: int, generator: torch.Generator) -> Batch:
+        """See ``Target``."""
+        noise = self.noise[part]
+        rows = torch.randperm(len(noise), generator=generator)[: min(size, len(noise))].to(noise.device)
+        conditioning = {} if self.classes is None else {"class_labels": self.classes[part][rows]}
+        return Batch(noise[rows], self.ends[part][rows], conditioning)
+
+    def loss(self, samples: Tensor, batch: Batch) -> Tensor:
+        """See ``Target``: the mean over samples of the root mean square over their entries."""
+        return _rms(samples, batch.reference).mean()
+
+    def compare(self, fitted: Tensor, unfitted: Tensor, batch: Batch) -> Comparison:
+        """See ``Target``."""
+        ours, theirs = (_rms(samples.double(), batch.reference.double()) for samples in (fitted, unfitted))
+        return Comparison(float(ours.mean()), float(theirs.mean()), float((ours - theirs).std()) / math.sqrt(len(ours)))
+
+
+def _rms(samples: Tensor, ends: Tensor) -> Tensor:
+    """Root mean square of the difference of each sample, shape (B,)."""
+    square = (samples - ends).flatten(1).square().mean(1)
+    return torch.sqrt(square + torch.finfo(square.dtype).tiny)  # whose derivative at 0 is finite
+
+
+def _flattened(samples: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Samples and references as points, whose classes, if both have some, count as coordinates."""
+    s, y = samples.flatten(1).float(), batch.reference.flatten(1).float()
+    labels = batch.conditioning.get("class_labels")
+    if labels is None or batch.reference_classes is None:
+        return s, y
+    # Two classes lie as far apart as two references do on average.
+    count = int(max(int(labels.max()), int(batch.reference_classes.max()))) + 1
+    length = math.sqrt(2.0 * float(y.var(0).sum())) / math.sqrt(2.0)
+    ours, theirs = (torch.nn.functional.one_hot(c, count).to(s) * length for c in (labels, batch.reference_classes))
+    return torch.cat([s, ours], dim=1), torch.cat([y, theirs], dim=1)
+
+
+def _between(x: Tensor) -> Tensor:
+    """Mean distance of two different points."""
+    return torch.cdist(x, x).sum() / (len(x) * (len(x) - 1))
