@@ -1,4 +1,4 @@
-"""The course: its pages print what they show, their claims are among what is printed, and all that follows from them fits.
+"""The course: its pages print what they show, their claims are among what is printed, translations and notebooks fit.
 
 ``scripts/course.py`` writes the outputs, the Chinese pages' code and the notebooks; here they are compared.
 """
