@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-lowest test-space lint format types docs dist test-wheel clean
+.PHONY: help venv demo test test-lowest test-space lint format types course docs dist test-wheel clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ format: $(VENV)/.installed-dev  ## Format the code and fix what can be fixed.
 
 types: $(VENV)/.installed-dev  ## Check the types of src and scripts.
 	$(BIN)/mypy
+
+course: $(VENV)/.installed-dev  ## Run the course; write its outputs, pictures, Chinese code and notebooks.
+	$(BIN)/python scripts/course.py
 
 docs: $(VENV)/.installed-dev $(VENV)/.installed-docs  ## Run the code of the pages and build the site into site/.
 	$(BIN)/python -m pytest -q -n 2 tests/test_guides.py tests/test_gallery.py \

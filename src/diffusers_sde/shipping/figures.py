@@ -82,10 +82,10 @@ def _drawn(pipe: Any, count: int) -> tuple[list[Image.Image], list[list[Image.Im
             seen.append(_view(pipe, tensors["latents"][:SHOWN_PATHS], after))
         return {}
 
+    fitted = getattr(pipe.scheduler, "config", {}).get("fitted_plan")
+    arguments |= {"num_inference_steps": LEVELS if fitted is None else fitted["levels"], "callback_on_step_end": watch}
     generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
-    images = draws.__call__(
-        pipe, **arguments, num_inference_steps=LEVELS, generator=generators, callback_on_step_end=watch
-    ).images
+    images = draws.__call__(pipe, **arguments, generator=generators).images
     shown = [seen[round(i * (len(seen) - 1) / (SHOWN_STATES - 1))] for i in range(SHOWN_STATES)] if seen else []
     return images, [list(states) for states in zip(*shown, strict=True)]
 
