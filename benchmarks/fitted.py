@@ -76,6 +76,9 @@ class Case:
         peers: diffusers' samplers by name.
         problem: What they are run on.
         others: Pipelines of other networks of the same data.
+        samples: How many are drawn with each seed.
+        shape: Of one of them.
+        floor: The distance of exact samples, or of real images.
     """
 
     name: str
@@ -86,12 +89,13 @@ class Case:
     problem: Callable[[Tensor, int], Problem]
     others: dict[str, Any]
 
+    samples: int
+    shape: tuple[int, ...]
+    floor: float
+
     def noise(self, seed: int) -> Tensor:
         """Unit noise to start from."""
         return torch.randn(self.samples, *self.shape, generator=torch.Generator().manual_seed(seed))
-
-    samples: int
-    shape: tuple[int, ...]
 
 
 class MixtureCase(Case):

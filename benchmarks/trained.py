@@ -40,7 +40,6 @@ SAMPLES, SEEDS = 256, 2
 CLASSIFIER_STEPS = 500
 PATHS = {VESDEScheduler: "ve", SubVPSDEScheduler: "sub_vp", FlowSDEScheduler: "flow"}
 NOTHING_SET, NOTHING_SET_ODE = "nothing set", "nothing set, ODE"
-ORDER_2, ORDER_OPEN = "order 2", "order left open"  # the first is what training saves, the second what a swap gives
 
 
 class TrainedNetwork:
@@ -180,8 +179,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     NOTHING_SET_ODE: ("ode", {"probability_flow": True}),
     "Karras line": ("sde", {**MIDPOINT, "time_grid": "karras"}),
     "plain sech": ("sde", {**PLAIN, "time_grid": "sech"}),
-    ORDER_2: ("sde", {"solver_order": 2}),
-    ORDER_OPEN: ("sde", {"solver_order": None}),
+    "order 2": ("sde", {"solver_order": 2}),
 }
 BOUND: dict[str, Any] = {"bound_above_sigma": 1.0, "data_range": [-1.0, 1.0]}
 
@@ -190,8 +188,6 @@ def settings(network: TrainedNetwork, more: dict[str, tuple[str, dict[str, Any]]
     """Ours: with nothing set, and variants; ``time_grid="profile"`` stands for the knots of this network."""
     result: dict[str, tuple[str, Sampler]] = {}
     for label, (kind, config) in {**SETTINGS, **more}.items():
-        if label == (ORDER_OPEN if network.is_stranger else ORDER_2):
-            continue  # that is what nothing set is
         if config.get("time_grid") == "profile":
             config = {**config, "time_grid": network.profile()}
         result[label] = (kind, ours(**config))
@@ -252,9 +248,11 @@ def verdict(entries: dict[str, Any], label: str, calls: tuple[int, ...]) -> str:
 
 def table(entries: dict[str, Any], calls: tuple[int, ...]) -> str:
     """Markdown."""
-    lines = ["# Samplers on trained networks", "", "Written by benchmarks/trained.py.", ""]
-    own = list(dict.fromkeys(n for e in entries.values() for n, row in e["rows"].items() if not row["peer"]))
-    lines += [verdict(entries, label, calls) for label in own]
+    lines = ["# Samplers on trained networks", "", "Written by benchmarks/trained.py; FD / recall."]
+    for title, held_out in (("chosen on", False), ("held out", True)):
+        group = {name: entry for name, entry in entries.items() if RECIPES[name].held_out == held_out}
+        own = list(dict.fromkeys(n for e in group.values() for n, row in e["rows"].items() if not row["peer"]))
+        lines += ["", f"Networks that are {title}:", "", *(verdict(group, label, calls) for label in own)]
     for name, entry in entries.items():
         lines += ["", f"## {name}", "", entry["about"], ""]
         lines += ["| sampler | kind | " + " | ".join(map(str, calls)) + " |", "|---|---|" + "---|" * len(calls)]

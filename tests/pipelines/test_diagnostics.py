@@ -160,6 +160,23 @@ def test_a_bound_of_pixels_on_latents():
     assert not warned(diffusers.DDPMPipeline(unet(), VPSDEScheduler(bound_above_sigma=1.0)), "data_range")
 
 
+def test_pixels_that_nothing_bounds():
+    """A config cannot say that the data are pixels, so that a swap alone does not bound them; the pipeline can."""
+    pipe = diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler(clip_sample=False))
+    assert warned(pipe, "nothing bounds it")
+    for line in diagnose(pipe).suggestions:
+        config = follow(pipe, line).scheduler.config
+        assert (config.bound_above_sigma, config.data_range) == (1.0, [-1.0, 1.0])
+        assert not warned(pipe, "nothing bounds it")
+        pipe.scheduler = diffusers.DDPMScheduler(clip_sample=False)
+    for sound in (
+        diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler()),
+        diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler(clip_sample=False, prediction_type="v_prediction")),
+        latent_pipeline(diffusers.DDIMScheduler(clip_sample=False)),
+    ):
+        assert not warned(sound, "nothing bounds it")
+
+
 def test_steps_offset():
     scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
     assert warned(latent_pipeline(scheduler), "steps_offset=1")

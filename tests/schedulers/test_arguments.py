@@ -43,6 +43,7 @@ SHARED = {
     "variance_type": "fixed_small",
     "time_conditioning": None,
     "sigma_data": 0.5,
+    "fitted_plan": None,
 }
 SIGNATURES = {
     VPSDEScheduler: {

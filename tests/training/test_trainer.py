@@ -101,7 +101,6 @@ def test_defaults_of_each_sde(tmp_path, digits, sde, scheduler, expected):
     assert trainer.scheduler.config.sampling_eps == scheduler().config.sampling_eps
     assert trainer.scheduler.config.bound_above_sigma == 1.0
     assert trainer.scheduler.config.data_range == [-1.0, 1.0]
-    assert trainer.scheduler.config.solver_order == 2
     images = torch.stack([torch.tensor(np.asarray(row["image"])) for row in digits]).flatten(1).double() / 127.5 - 1
     if sde == "ve":
         assert trainer.scheduler.config.sigma_max == pytest.approx(float(torch.cdist(images, images).max()), rel=5e-3)

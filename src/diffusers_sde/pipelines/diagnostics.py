@@ -37,6 +37,7 @@ _OF_PIPELINES = {
 }
 _NETWORKS = ("unet", "transformer", "prior")
 _AUTOENCODERS = ("vae", "vqvae")
+_PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline")  # whose data are in [-1, 1]
 
 
 @dataclass
@@ -238,6 +239,7 @@ def _needed_arguments(case: _Case) -> list[str]:
     needed = {
         "clip_sample=False": case.latent and config.clip_sample,
         "thresholding=False": case.latent and config.get("thresholding"),
+        "bound_above_sigma=1.0, data_range=[-1.0, 1.0]": _is_unbounded(case),
         'variance_type="learned_range"': case.returns_unused_variance,
     }
     return [argument for argument, is_needed in needed.items() if is_needed]
@@ -339,6 +341,23 @@ def _check_bound(case: _Case) -> str | None:
     return (
         "bound_above_sigma is on without a data_range, and these are latents, whose range is not that of pixels: pass "
         "data_range, their mean minus and plus a few of their standard deviations, or bound_above_sigma=None."
+    )
+
+
+def _is_unbounded(case: _Case) -> bool:
+    """Whether pixels are predicted by way of the noise, and nothing keeps the estimate of them in their range."""
+    if case.name not in _PIXEL_PIPELINES or case.fitting is None or case.fitting.config.prediction_type != "epsilon":
+        return False
+    config = case.fitting.config
+    return not (config.clip_sample or config.get("thresholding") or config.bound_above_sigma is not None)
+
+
+def _check_unbounded(case: _Case) -> str | None:
+    if not _is_unbounded(case):
+        return None
+    return (
+        "the network predicts noise, so that at high noise its errors take x0_hat far out of the range of pixels, and "
+        "nothing bounds it: pass bound_above_sigma=1.0 and data_range=[-1.0, 1.0]."
     )
 
 
@@ -446,6 +465,7 @@ _CHECKS: tuple[Callable[[_Case], str | None], ...] = (
     _check_generator,
     _check_clipping,
     _check_bound,
+    _check_unbounded,
     _check_fit,
     _check_offset,
     _check_zero_snr_prediction,

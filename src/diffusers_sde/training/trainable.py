@@ -27,9 +27,6 @@ from ..sdes import BETA_SCHEDULES, SDE
 # At a noise-to-signal ratio above this one, x0_hat of a trained network is kept in the range of its pixels; measured in
 # docs/results.md.
 BOUND_ABOVE_SIGMA = 1.0
-# From about 13 levels on the samplers choose order 3, which suits exact scores. Order 2 carries on less of what a
-# trained network gets wrong (docs/results.md).
-SOLVER_ORDER = 2
 # Of the arguments that all schedulers share, those that a network is trained with; the others belong to sampling.
 TRAINED_ARGUMENTS = ("num_train_timesteps", "prediction_type", "variance_type", "time_conditioning", "sigma_data")
 
@@ -257,7 +254,6 @@ def build_scheduler(
     }
     if of_pixels:
         arguments |= {"bound_above_sigma": BOUND_ABOVE_SIGMA, "data_range": [options.data_min, 1.0]}
-        arguments["solver_order"] = SOLVER_ORDER
     if prediction.time_conditioning is not None or fixed[1] is not None:
         arguments["time_conditioning"] = prediction.time_conditioning or fixed[1]
     if network is not None and network.returns_variance:
