@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from exact_networks import quiet, seeded, unet
+from PIL import Image
 from tiny_parts import conditional_unet, tiny_text, tiny_vae
 
 from diffusers_sde import (
@@ -25,6 +26,7 @@ from diffusers_sde.fitting import PlanFamily, simulate
 from diffusers_sde.pipelines.fits import _split
 from diffusers_sde.schedulers.fitted_plans import is_same_network, sampled_weights
 from diffusers_sde.shipping.cards import model_card
+from diffusers_sde.shipping.figures import draw_pictures
 from diffusers_sde.shipping.flattening import self_contained_source
 from diffusers_sde.training.fits import fit_main
 
@@ -226,6 +228,17 @@ def test_the_card_shows_the_fit(network):
         card = str(model_card(SDEPipeline(network, scheduler), "user/fitted"))
     assert "its sampler was fitted for" in card and f"num_inference_steps={LEVELS}" in card
     assert "fitted_plan=None" in card
+
+
+def test_the_pictures_of_a_card_are_of_the_fitted_sampler(network, tmp_path):
+    scheduler, _ = fitted(VPSDEScheduler(), network)
+    pipe = SDEPipeline(network, scheduler)
+    draw_pictures(pipe, tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    first = pipe(num_inference_steps=LEVELS, generator=[torch.Generator().manual_seed(0)]).images[0]
+    sheet = Image.open(tmp_path / "samples.png")
+    shown = sheet.crop((2, 2, 66, 66)).resize(first.size, Image.Resampling.NEAREST)
+    assert shown.tobytes() == first.tobytes()
 
 
 # ---------------------------------------------------------------------- pipelines
