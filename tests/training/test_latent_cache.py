@@ -9,7 +9,7 @@ from shades import TINY
 from tiny_parts import tiny_vae
 
 from diffusers_sde.images.loading import load_digits
-from diffusers_sde.training import Trainer, TrainingConfig, latent_cache, train
+from diffusers_sde.training import Trainer, TrainingConfig, row_cache, train
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def vae(tmp_path):
 @pytest.fixture
 def small_files(monkeypatch):
     """Files of eight images: 4 x 4 x 4 numbers, four of them with mirrored ones."""
-    monkeypatch.setattr(latent_cache, "SHARD_BYTES", 8 * 4 * 64 * 4)
+    monkeypatch.setattr(row_cache, "SHARD_BYTES", 8 * 4 * 64 * 4)
 
 
 def config(tmp_path, vae, name="out", **options):

@@ -1,37 +1,28 @@
 """Latents of all images, computed once and kept in files, from which training reads them.
 
-A cache is a folder of safetensors files. Each holds the latents of consecutive images: their modes, their standard
-deviations where the autoencoder returns a distribution, and the same of the mirrored images where training mirrors
-them. A file is written whole or not at all, so that an interrupted run goes on with the files that are missing. They
-are mapped into memory and read where they are asked for.
+A row of the cache is the latent of an image: its mode, its standard deviation where the autoencoder returns a
+distribution, and the same of the mirrored image where training mirrors them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ..basics.files import saving, write_whole
 from ..images.samples import TrainingSamples
 from ..images.source import ImageSource
 from ..pipelines.encoders import Latents
+from .row_cache import RowCache
 
-SHARD_BYTES = 2**26  # of latents in a file, all of which are held in memory while it is made
 MIRRORED = "_mirrored"  # what the names of the mirrored images' tensors end in
-KEY = "key"
 
 
-class LatentCache:
+class LatentCache(RowCache):
     """The latents of the images of a source, in a folder.
 
     Args:
@@ -54,66 +45,18 @@ class LatentCache:
         sampled: bool,
         shape: tuple[int, int, int],
     ) -> None:
-        self.folder, self._key, self._encoder, self._images = folder, key, encoder, images
         moments = ("mean", "std") if sampled else ("mean",)
-        self._names = [name + end for end in (("", MIRRORED) if mirrored else ("",)) for name in moments]
-        self._bytes = math.prod(shape) * encoder.vae.dtype.itemsize * len(self._names)
-        self._per_file = max(1, SHARD_BYTES // self._bytes)
-        self._files = math.ceil(len(images) / self._per_file)
-        self._open: dict[int, dict[str, Tensor]] = {}
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole cache."""
-        return self._bytes * len(self._images)
-
-    def path(self, number: int) -> Path:
-        """The file of this number, which is one of several."""
-        return self.folder / f"latents-{number + 1:05d}-of-{self._files:05d}.safetensors"
-
-    def missing(self) -> list[int]:
-        """Numbers of the files that are not there, or are of something else."""
-        return [number for number in range(self._files) if not self._is_there(number)]
-
-    def _is_there(self, number: int) -> bool:
-        try:
-            with safe_open(self.path(number), "pt") as file:
-                return (file.metadata() or {}).get(KEY) == self._key and set(file.keys()) == set(self._names)
-        except (OSError, SafetensorError):
-            return False
-
-    def build(self, process: PartialState) -> int:
-        """Compute what is missing, each process its part; to be called on all of them, which share the folder.
-
-        Returns:
-            How many files this process has written.
-
-        Raises:
-            SaveError: The disk is full, or the like; the files that are there are whole.
-        """
-        missing = self.missing()
-        process.wait_for_everyone()  # all of them have looked before the first one writes
-        own = missing[process.process_index :: process.num_processes]
-        count = sum(len(self._indices(number)) for number in own)
-        with tqdm(total=count, desc="Encoding", unit="image", disable=not process.is_main_process or not own) as bar:
-            for number in own:
-                tensors = self._compute(self._indices(number), bar)
-                with saving("The cache of latents", self.folder):
-                    save = partial(save_file, tensors, metadata={"format": "pt", KEY: self._key})
-                    write_whole(self.path(number), save)
-        process.wait_for_everyone()
-        return len(own)
-
-    def _indices(self, number: int) -> range:
-        first = number * self._per_file
-        return range(first, min(first + self._per_file, len(self._images)))
+        names = [name + end for end in (("", MIRRORED) if mirrored else ("",)) for name in moments]
+        row_bytes = math.prod(shape) * encoder.vae.dtype.itemsize * len(names)
+        super().__init__(folder, key, "latents", names, row_bytes, len(images), "image")
+        self._encoder, self._images = encoder, images
 
     @torch.no_grad()
-    def _compute(self, indices: range, bar: Any) -> dict[str, Tensor]:
-        """The latents of these images by name; images are read and encoded a chunk at a time."""
+    def _compute(self, rows: range, bar: Any) -> dict[str, Tensor]:
+        """See ``RowCache``; images are read and encoded a chunk at a time."""
         parts: dict[str, list[Tensor]] = {name: [] for name in self._names}
-        for start in range(0, len(indices), self._encoder.chunk):
-            part = indices[start : start + self._encoder.chunk]
+        for start in range(0, len(rows), self._encoder.chunk):
+            part = rows[start : start + self._encoder.chunk]
             images = torch.from_numpy(self._images.get_many(part)).to(self._encoder.vae.device)
             for end in {name.removeprefix("mean").removeprefix("std") for name in self._names}:
                 ((mean, std),) = self._encoder.moments(images.flip(-1) if end else images, fixed=True)
@@ -134,22 +77,13 @@ class LatentCache:
         moments = [name for name in self._names if not name.endswith(MIRRORED)]
         rows: dict[str, list[Tensor]] = {name: [] for name in moments}
         for index, flip in zip(indices, mirrored, strict=True):
-            number, row = divmod(index, self._per_file)
-            tensors = self._tensors(number)
+            tensors = self.row(index)
             for name in moments:
-                rows[name].append(tensors[name + MIRRORED * flip][row])
+                rows[name].append(tensors[name + MIRRORED * flip])
         return {f"latent_{name}": torch.stack(each).float() for name, each in rows.items()}
 
-    def _tensors(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a file, which are mapped into memory and stay so."""
-        if number not in self._open:
-            with safe_open(self.path(number), "pt") as file:
-                self._open[number] = {name: file.get_tensor(name) for name in self._names}
-        return self._open[number]
-
     def __getstate__(self) -> dict[str, Any]:
-        # A loader process maps the files itself, and encodes nothing.
-        return {**self.__dict__, "_open": {}, "_encoder": None}
+        return {**super().__getstate__(), "_encoder": None}  # a loader process encodes nothing
 
 
 class CachedSamples(TrainingSamples):
