@@ -23,6 +23,7 @@ from .pipelines import (
     Rollout,
     RolloutSteps,
     SDEPipeline,
+    TextSDEPipeline,
     collect_rollout,
     rollout_model,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "SchedulerFit",
     "SubVPSDE",
     "SubVPSDEScheduler",
+    "TextSDEPipeline",
     "TraceOptions",
     "VESDEScheduler",
     "VPSDEScheduler",

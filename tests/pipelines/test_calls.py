@@ -7,6 +7,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 import torch
 from exact_networks import quiet, seeded
+from hub_models import tiny_pipeline
 from tiny_networks import tiny_unet
 
 import diffusers_sde
@@ -17,6 +18,7 @@ from diffusers_sde.pipelines import (
     ClassConditionalSDEPipeline,
     InpaintSDEPipeline,
     RestorationSDEPipeline,
+    TextSDEPipeline,
     probability_flow,
 )
 from diffusers_sde.sampling.predictors import PREDICTORS
@@ -44,7 +46,8 @@ def inputs_of(pipe):
 
 
 def all_pipelines():
-    return [by_class() if cls is ClassConditionalSDEPipeline else make(cls) for cls in PIPELINES.values()]
+    special = {ClassConditionalSDEPipeline: by_class, TextSDEPipeline: lambda: tiny_pipeline("text")}
+    return [special[cls]() if cls in special else make(cls) for cls in PIPELINES.values()]
 
 
 @pytest.mark.parametrize("pipe", all_pipelines(), ids=lambda pipe: type(pipe).__name__)

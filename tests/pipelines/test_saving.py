@@ -31,7 +31,7 @@ RESULTS = {
     "recipes": [{"options": {"predictor": "ancestral", "corrector": None}, "num_inference_steps": 4}],
     "training_command": "accelerate launch scripts/train.py --sde vp",
 }
-KINDS = ("vp", "ve", "classes", "inpaint", "restore")
+KINDS = ("vp", "ve", "classes", "text", "inpaint", "restore")
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ class NetworkTraits:
         returns_variance: Whether the network returns a variance in as many channels again, behind those of the image.
         prediction_type: The prediction that the form of the network fixes; None where any will do.
         time_conditioning: The time conditioning that the form of the network fixes; None where any will do.
+        caption_width: Width of the embeddings of captions that the network is told; None for one that is told none.
     """
 
     channels: int | None
@@ -38,6 +39,7 @@ class NetworkTraits:
     returns_variance: bool
     prediction_type: str | None
     time_conditioning: str | None
+    caption_width: int | None
 
     def constant_labels(self, batch_size: int, device: torch.device | str) -> dict[str, Tensor]:
         """The arguments that a network takes beside x and timestep though it is unconditional; mostly none."""
@@ -51,7 +53,8 @@ def traits_of(network: Any) -> NetworkTraits:
 
     A ``DiTTransformer2DModel`` has one label more than ``num_embeds_ada_norm``, its null class, which is the last one.
     Other networks count their labels in ``num_class_embeds``. A network that divides its output by sigma
-    (``scale_by_sigma``) returns the score, and one that takes the logarithm of its timestep is fed sigma.
+    (``scale_by_sigma``) returns the score, and one that takes the logarithm of its timestep is fed sigma. A
+    ``UNet2DConditionModel`` is told captions.
     """
     config: Mapping[str, Any] = getattr(network, "config", None) or {}
     channels, size = config.get("in_channels"), config.get("sample_size")
@@ -60,6 +63,7 @@ def traits_of(network: Any) -> NetworkTraits:
         labels, divisor, is_transformer = config["num_embeds_ada_norm"] + 1, config.get("patch_size"), True
     elif config.get("block_out_channels") is not None:
         divisor = 2 ** (len(config["block_out_channels"]) - 1)
+    told_captions = "encoder_hid_dim" in config
     takes_sigma = config.get("time_embedding_type") == "fourier" or config.get("sigma_levels") is not None
     return NetworkTraits(
         channels=channels,
@@ -70,6 +74,7 @@ def traits_of(network: Any) -> NetworkTraits:
         needs_constant_label=is_transformer and labels == 1,
         returns_variance=channels is not None and config.get("out_channels") == 2 * channels,
         prediction_type="score" if config.get("scale_by_sigma") else None,
+        caption_width=(config["encoder_hid_dim"] or config["cross_attention_dim"]) if told_captions else None,
         time_conditioning="sigma" if "scale_by_sigma" in config and takes_sigma else None,
     )
 

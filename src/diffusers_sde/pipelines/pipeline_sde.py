@@ -99,6 +99,7 @@ class SDEPipeline(SharedPipeline):
     model_cpu_offload_seq = "unet->vae"
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
+    _has_null_class = True  # whether ``null_class`` is among the arguments, which diffusers compares with the config
 
     def __init__(
         self,
@@ -140,7 +141,9 @@ class SDEPipeline(SharedPipeline):
         elif any(value is not None for value in moments.values()):
             raise ValueError(f"latents_mean and latents_std must be None without a vae, got {moments}.")
         self.register_modules(unet=network, scheduler=_adopted(scheduler), vae=vae)
-        self.register_to_config(data_min=data_min, data_max=data_max, null_class=null_class)
+        self.register_to_config(data_min=data_min, data_max=data_max)
+        if self._has_null_class:
+            self.register_to_config(null_class=null_class)
         if shape is not None:
             self.register_to_config(sample_shape=list(shape))
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False)

@@ -76,6 +76,11 @@ PIPELINES = {
         "Draws images of a class that you name.",
         "image = pipe(class_labels={label}, num_inference_steps=20).images[0]",
     ),
+    "TextSDEPipeline": (
+        "text-to-image",
+        "Draws images of captions.",
+        'image = pipe("{caption}", num_inference_steps=20).images[0]',
+    ),
     "InpaintSDEPipeline": (
         "image-to-image",
         "Fills holes in images.",
@@ -156,7 +161,13 @@ def model_card(pipe: Any, repo_id: str, results: Mapping[str, Any] | None = None
         pip_name=PIP_NAME,
         description=results.get("description") or f"{description} A score model trained on {_name(dataset)}.",
         pictures=[{"title": t, "path": f"{PICTURES}/{Path(p).name}"} for t, p in results.get("pictures", {}).items()],
-        call=call.format(label=repr(label), mode="L" if channels == 1 else "RGB", width=width, height=height),
+        call=call.format(
+            caption="what you want to see",
+            label=repr(label),
+            mode="L" if channels == 1 else "RGB",
+            width=width,
+            height=height,
+        ),
         stock=_stock(pipe),
         features=_features(results),
         recipes=_recipe_table(pipe.scheduler, recipes),
@@ -335,10 +346,13 @@ def _limitations(pipe: Any) -> str:
     channels, height, width = pipe.image_shape
     kind = {1: "grey ", 3: "colour "}.get(channels, "")
     asked = "of the classes that it was trained on" if getattr(pipe, "labels", None) else "as chance has them"
+    told = "It understands no text."
+    if hasattr(pipe, "embed"):
+        asked, told = "of captions", "It understands such captions as it was trained on."
     return "\n".join(
         f"- {line}"
         for line in (
-            f"It makes {kind}images of {height} x {width} pixels, {asked}. It understands no text.",
+            f"It makes {kind}images of {height} x {width} pixels, {asked}. {told}",
             "It knows one SDE, that of its scheduler. Schedulers of another kind refuse it.",
             LIMITATIONS,
         )
