@@ -235,7 +235,10 @@ def test_recipes_name_the_networks_of_the_paper():
     [
         ({"model_type": "dit", "patch_size": 3}, "patch_size must divide the side of the images, 8, got 3"),
         ({"model_type": "unet", "patch_size": 2}, "patch_size is for model_type dit, got model_type='unet'"),
-        ({"model_type": "dit", "layers_per_block": 1}, "layers_per_block is for model_type unet or ncsnpp or ddpmpp"),
+        (
+            {"model_type": "dit", "layers_per_block": 1},
+            "layers_per_block is for model_type unet or unet_condition or ncsnpp or ddpmpp",
+        ),
         ({"model_size": "S"}, "model_size is for model_type dit"),
         ({"model_type": "ncsnpp", "model_preset": "ve/cifar10"}, "model_preset must be one of ve/cifar10_ncsnpp_con"),
         (

@@ -50,6 +50,12 @@ _FILES_OF_A_RUN = (
     "unet/diffusers_sde.py",
     "vae/config.json",
     "vae/diffusion_pytorch_model*",
+    "text_encoder/config.json",
+    "text_encoder/model*.safetensors*",
+    *(
+        f"tokenizer/{name}"
+        for name in ("*.json", "merges.txt", "vocab.txt", "*.model", "*.jinja")  # each kind of tokenizer has others
+    ),
     *(f"{ADAPTER_FOLDER}/{name}" for name in ADAPTER_FILES),
     "scheduler/scheduler_config.json",
     "scheduler/diffusers_sde.py",
@@ -57,7 +63,7 @@ _FILES_OF_A_RUN = (
     "samples/.step-*.png.unfinished",
     "classifier.safetensors",
 )
-_FOLDERS_OF_A_RUN = frozenset(("unet", "vae", "scheduler", "samples", ADAPTER_FOLDER))
+_FOLDERS_OF_A_RUN = frozenset(("unet", "vae", "text_encoder", "tokenizer", "scheduler", "samples", ADAPTER_FOLDER))
 _FOR_ITSELF = (UNFINISHED, DISCARDED, UNFINISHED_PIPELINE)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from ..basics.options import option
 from ..images.options import ImageOptions, is_local
 from .adapters import AdapterOptions
+from .captions import CaptionOptions
 from .encoders import EncoderOptions
-from .networks import DenoiserOptions, NetworkOptions
+from .networks import CAPTIONED_NETWORKS, DenoiserOptions, NetworkOptions
 from .options import (
     AveragingOptions,
     ClassOptions,
@@ -29,6 +30,7 @@ from .trainable import SDEOptions
 _HUB = tuple(f.name for f in fields(HubOptions))
 _LOCAL = (
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "cache_dir", "logging_dir", "latent_cache_dir"),
+    "caption_cache_dir",
     *_HUB,
 )
 
@@ -37,7 +39,13 @@ def _without_folders(name: str, word: str) -> str:
     """A word of a command line for others, without the folders of this machine."""
     word = " ".join(word.split()) if "\n" in word or "\r" in word else word  # a card shows one line
     looks_local = word.startswith(("/", "~", ".", "file:")) or "\\" in word or re.match("[A-Za-z]:", word) is not None
-    may_be_local = name in ("dataset_name", "model_config_name_or_path", "init_from", "vae")  # or a name on the Hub
+    may_be_local = name in (
+        "dataset_name",
+        "model_config_name_or_path",
+        "init_from",
+        "vae",
+        "text_encoder",
+    )  # or a name on the Hub
     if name == "train_data_dir" or looks_local or (may_be_local and (word.count("/") > 1 or is_local(word))):
         last = re.split(r"[/\\]", word.rstrip("/\\"))[-1]
         return f"path/to/{last.strip('~.') or 'data'}"
@@ -104,6 +112,7 @@ class TrainingConfig(
     AdapterOptions,
     DenoiserOptions,
     EncoderOptions,
+    CaptionOptions,
     ClassOptions,
     CommonTrainingConfig,
 ):
@@ -118,8 +127,8 @@ class TrainingConfig(
 
     @property
     def needs_labels(self) -> bool:
-        """Whether the network is told the class of each image."""
-        return self.class_conditional
+        """Whether the network is told the class or the caption of each image."""
+        return self.class_conditional or self.caption_column is not None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,6 +136,7 @@ class TrainingConfig(
             raise ValueError(
                 f"time_sampling 'importance' is for weighting 'likelihood', got weighting={self.weighting!r}."
             )
+        self._check_captions()
         if self.lora_rank is not None and self.init_from is None:
             raise ValueError("lora_rank needs init_from: beside new weights that stay as they are it learns nothing.")
         if self.vae is not None and self.data_min != -1.0:
@@ -137,6 +147,23 @@ class TrainingConfig(
                 "time_embedding_type 'fourier' divides the network's output by its timestep: it needs prediction_type "
                 f"'score' and time_conditioning 'sigma', got {self.prediction_type!r} and {self.time_conditioning!r}."
             )
+
+    def _check_captions(self) -> None:
+        column = self.caption_column
+        if (column is not None) is not (self.model_type in CAPTIONED_NETWORKS):
+            raise ValueError(
+                f"caption_column needs a model_type of {', '.join(CAPTIONED_NETWORKS)}, and these need caption_column, "
+                f"got {column!r} and {self.model_type!r}."
+            )
+        if column is None:
+            return
+        if self.streaming:
+            raise ValueError("caption_column needs data that are not streamed: all captions are embedded beforehand.")
+        for name in ("class_conditional", "label_column", "num_classes", "init_from"):
+            if getattr(self, name):
+                raise ValueError(f"{name} cannot be set beside caption_column, got {getattr(self, name)!r}.")
+        if self.eval_every and self.caption_dropout == 0.0:
+            raise ValueError("eval_every draws without captions: it needs a caption_dropout above 0.")
 
     def command(self) -> str:
         """The command line of this run, to be pasted into a shell: nothing of one machine or account only is in it.

@@ -1,21 +1,23 @@
 """The networks that training builds, by name, with sizes that suit the images.
 
-A network type is a function of the options, the images and the number of classes that the network is told, which
-returns a ``ModelMixin`` of diffusers, called as ``network(x, timestep, return_dict=...)``, and with ``class_labels``
-where it has classes. Its config holds ``sample_size`` and ``in_channels``; ``basics.networks.NetworkTraits`` says what
+A network type is a function of the options, the images and the number of classes that the network is told (or, for one
+that is told captions, the width of their embeddings), which returns a ``ModelMixin`` of diffusers, called as
+``network(x, timestep, return_dict=...)``, with ``class_labels`` where it has classes, and with ``encoder_hidden_states``
+and ``encoder_attention_mask`` where it is told captions. Its config holds ``sample_size`` and ``in_channels``; ``basics.networks.NetworkTraits`` says what
 else is read from it. There is a builder for each type, which makes the file a long one.
 """
 
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import psutil
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, ModelMixin, UNet2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, UNet2DModel
 
 from ..basics.networks import denoises_images, traits_of
 from ..basics.options import CheckedOptions, option
@@ -175,6 +177,36 @@ def build_unet(options: DenoiserOptions, source: TrainingSource, classes: int | 
     return UNet2DModel(**sizes, time_embedding_type=options.time_embedding_type, num_class_embeds=classes)
 
 
+def build_unet_condition(options: DenoiserOptions, source: TrainingSource, caption_width: int | None) -> ModelMixin:
+    """A UNet that attends to the embeddings of a caption, from ``model_config_name_or_path`` or with sizes that suit.
+
+    It does so at the lowest resolution, and wherever it has self-attention.
+
+    Raises:
+        ValueError: A given config that does not fit the images or the captions, or sizes that do not divide.
+    """
+    path = options.model_config_name_or_path
+    if path is not None:
+        network = network_from_config(UNet2DConditionModel, path, source, None)
+        takes = traits_of(network).caption_width
+        if takes != caption_width:
+            raise ValueError(
+                f"model_config_name_or_path {path!r} is for embeddings of captions of width {takes}, but those of "
+                f"text_encoder have {caption_width}."
+            )
+        return network
+    sizes = unet_sizes(options, source)
+    for name in ("down_block_types", "up_block_types"):
+        sizes[name] = tuple(block.replace("Attn", "CrossAttn") for block in sizes[name])
+    width_of_head = sizes.pop("attention_head_dim")
+    return UNet2DConditionModel(
+        **sizes,
+        # What diffusers calls attention_head_dim here is the number of heads.
+        attention_head_dim=tuple(channels // width_of_head for channels in sizes["block_out_channels"]),
+        cross_attention_dim=caption_width,
+    )
+
+
 def build_dit(options: DenoiserOptions, source: TrainingSource, classes: int | None) -> ModelMixin:
     """A transformer on patches, built from ``model_config_name_or_path``, or of the named size; see ``transformers``.
 
@@ -255,8 +287,11 @@ NETWORKS: dict[str, NetworkBuilder] = {
     "ncsnpp": build_ncsnpp,
     "ddpmpp": build_ddpmpp,
 }
+CAPTIONED_NETWORKS: dict[str, NetworkBuilder] = {"unet_condition": build_unet_condition}
+"""Those that are told captions; their builders get the width of the embeddings in the place of the classes."""
+_TYPES = ChainMap(NETWORKS, CAPTIONED_NETWORKS)
 _PAPER = ("ncsnpp", "ddpmpp")
-_OF_UNETS = ("unet", *_PAPER)
+_OF_UNETS = ("unet", "unet_condition", *_PAPER)
 # Of these options, those networks of the registry that take them; networks of a user's own may take any.
 _TAKEN_BY = {
     "block_out_channels": _OF_UNETS,
@@ -267,7 +302,7 @@ _TAKEN_BY = {
     "patch_size": ("dit",),
     "model_preset": _PAPER,
 }
-_BUILT_IN = tuple(NETWORKS)
+_BUILT_IN = tuple(_TYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,8 +312,8 @@ class DenoiserNetworkOptions(NetworkOptions):
     model_type: str = option(
         "unet",
         "Kind of network: 'unet' (UNet2DModel), 'dit' (DiTTransformer2DModel on patches of the image), 'ncsnpp' or "
-        "'ddpmpp' (the paper's).",
-        choices=NETWORKS,
+        "'ddpmpp' (the paper's), or 'unet_condition' (UNet2DConditionModel, for captions).",
+        choices=_TYPES,
     )
     model_size: str | None = option(
         None,
@@ -330,18 +365,22 @@ class DenoiserOptions(PredictionOptions, DenoiserNetworkOptions, SDEOptions):
     """What decides about the network of a denoiser: its own options, and what it predicts for which SDE."""
 
 
-def build_network(options: DenoiserOptions, source: TrainingSource, classes: int | None) -> ModelMixin:
+def build_network(
+    options: DenoiserOptions, source: TrainingSource, classes: int | None, caption_width: int | None = None
+) -> ModelMixin:
     """The network that the options name, with new weights.
 
     Args:
         options: Its type and sizes, and what it is trained for.
         source: The images.
         classes: Number of classes that it is told, with the null class; None for a network that is told none.
+        caption_width: Width of the embeddings of captions that it is told; None likewise.
 
     Raises:
         ValueError: Options that do not fit together or do not fit the images.
     """
-    network = NETWORKS[options.model_type](options, source, classes)
+    told = caption_width if options.model_type in CAPTIONED_NETWORKS else classes
+    network = _TYPES[options.model_type](options, source, told)
     leave_labels(network)
     return network
 

@@ -35,6 +35,7 @@ class ProgressOfSamples:
         if not self._process.is_main_process:
             return
         images, labels = source.spread(REFERENCE)
+        labels = None if config.caption_column is not None else labels  # the numbers of captions are no classes
         path = Path(config.output_dir) / CLASSIFIER
         extractor = make_extractor(config.eval_features, images, labels, path, device=self._process.device)
         self._quality = SampleQuality(images, extractor)

@@ -110,7 +110,7 @@ class TrainingRun(ABC):
             images = load_images(config) if dataset is None else dataset
         if is_streamed(images, config):
             config.check_streamed()
-        self.source = self._seen(open_source(images, config, show_progress=main_process))
+        self.source = self._seen(self._open(images))
 
         self.has_given_scheduler = scheduler is not None
         self.scheduler = self._build_scheduler() if scheduler is None else scheduler
@@ -177,6 +177,10 @@ class TrainingRun(ABC):
 
     def _prepare_network(self) -> None:  # noqa: B027
         """Change the new network, where that is due, before anything is compared with it."""
+
+    def _open(self, images: datasets.Dataset | datasets.IterableDataset) -> TrainingSource:
+        """The images as training data."""
+        return open_source(images, self.config, show_progress=self.accelerator.is_main_process)
 
     def _seen(self, source: TrainingSource) -> TrainingSource:
         """The data as the network sees them."""

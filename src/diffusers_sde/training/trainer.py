@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -15,13 +16,16 @@ from ..basics.files import saving, write_whole
 from ..basics.networks import traits_of
 from ..evaluation.generate import fingerprint
 from ..images.arrays import to_bytes
+from ..images.options import ImageOptions
 from ..images.pictures import sheet
 from ..images.samples import TrainingSource
+from ..images.streaming import is_streamed, open_source
 from ..networks.denoisers import call_network
 from ..networks.losses import denoising_loss, importance_ratio
-from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
+from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline, TextSDEPipeline
 from ..schedulers import SDEScheduler
 from .adapters import adapter_identity, add_adapter, merged
+from .captions import CAPTION_NUMBERS, TrainingCaptions
 from .checkpoints import save_model
 from .configuration import TrainingConfig
 from .encoders import LatentSource, load_autoencoder
@@ -104,6 +108,20 @@ class Trainer(TrainingRun):
             self._frozen = fingerprint(self.network)
             add_adapter(self.network, self.config, self.config.seed)
 
+    def _open(self, images: datasets.Dataset | datasets.IterableDataset) -> TrainingSource:
+        self._captions: TrainingCaptions | None = None
+        if self.config.caption_column is None:
+            return super()._open(images)
+        if is_streamed(images, self.config):
+            raise ValueError("caption_column needs data that are not streamed: all captions are embedded beforehand.")
+        with self.accelerator.main_process_first():
+            self._captions = TrainingCaptions(self.config, self.accelerator.device)
+        # To the data a caption is a class: its number goes where labels go, and is hidden as labels are.
+        numbered = self._captions.of(images)
+        options = {f.name: getattr(self.config, f.name) for f in fields(ImageOptions)}
+        options |= {"label_column": CAPTION_NUMBERS, "num_classes": len(self._captions.captions)}
+        return open_source(numbered, ImageOptions(**options), show_progress=self.accelerator.is_main_process)
+
     def _seen(self, source: TrainingSource) -> TrainingSource:
         self._latents: LatentSource | None = None
         if self.config.vae is None:
@@ -125,7 +143,8 @@ class Trainer(TrainingRun):
             classes = checked_classes(self.source) + (1 if self.config.label_dropout > 0.0 else 0)
         if self._saved is not None:
             return self._saved.network_for(self.source, classes)
-        return build_network(self.config, self.source, classes)
+        width = None if self._captions is None else self._captions.width
+        return build_network(self.config, self.source, classes, width)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Denoising score-matching loss of each sample of a batch from ``TrainingSamples``, shape (B,)."""
@@ -137,6 +156,8 @@ class Trainer(TrainingRun):
             hidden = batch["label_draw"] < config.label_dropout
             labels = torch.where(hidden, len(self.source.class_names), batch["labels"])
             arguments["class_labels"] = labels.to(x0.device, non_blocking=True)
+        if self._captions is not None:
+            arguments |= self._captions.arguments(batch["labels"], batch["label_draw"])
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             return call_network(self.model, x, conditioning.timestep(self.sde, t), **arguments)
@@ -150,6 +171,8 @@ class Trainer(TrainingRun):
     def _begin(self) -> None:
         if self._latents is not None:
             self._latents.prepare(PartialState())
+        if self._captions is not None:
+            self._captions.prepare(PartialState())
         self._progress = ProgressOfSamples(self.config, self.source) if self.config.eval_every else None
 
     def _observe(self, last: bool) -> bool:
@@ -162,8 +185,9 @@ class Trainer(TrainingRun):
                 values = {f"eval/{name}": value for name, value in self._progress(self._pipeline(network)).items()}
             logger.info("Step %d: %s", self.step, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
             self.accelerator.log(values, step=self.step)
-        if observed and self._latents is not None and not last:
-            self._latents.rest()
+        for resting in (self._latents, self._captions):
+            if observed and resting is not None and not last:
+                resting.rest()
         return observed
 
     def _publish(self) -> None:
@@ -198,6 +222,9 @@ class Trainer(TrainingRun):
             arguments: dict[str, Any] = {"batch_size": len(numbers)}
             if config.class_conditional:
                 arguments = {"class_labels": [number % len(self.source.class_names) for number in numbers]}
+            elif self._captions is not None:
+                captions = self._captions.captions
+                arguments = {"prompt": [captions[number % len(captions)] for number in numbers]}
             generator = [torch.Generator().manual_seed(config.seed + number) for number in numbers]
             images = pipeline(
                 **arguments,
@@ -217,8 +244,20 @@ class Trainer(TrainingRun):
         parts: dict[str, Any] = {"data_min": self.config.data_min}
         if self._latents is not None:
             self._latents.wake()
-            encoder = self._latents.encoder
-            parts |= {"vae": encoder.vae, "latents_mean": list(encoder.mean), "latents_std": list(encoder.std)}
+            latents = self._latents.encoder
+            parts |= {"vae": latents.vae, "latents_mean": list(latents.mean), "latents_std": list(latents.std)}
+        if self._captions is not None:
+            self._captions.wake()
+            encoder = self._captions.encoder
+            return TextSDEPipeline(
+                network,
+                scheduler,
+                encoder.text_encoder,
+                encoder.tokenizer,
+                **parts,
+                max_caption_length=encoder.max_length,
+                null_caption="" if self.config.caption_dropout > 0.0 else None,
+            )
         if not self.config.class_conditional:
             return SDEPipeline(network, scheduler, **parts)
         names = self.source.class_names
@@ -250,6 +289,8 @@ class Trainer(TrainingRun):
             identity["label_dropout"] = config.label_dropout
         if self._latents is not None:
             identity |= self._latents.identity()
+        if self._captions is not None:
+            identity |= {"class_conditional": False} | self._captions.identity()
         # Checkpoints of before there was a choice do not say it.
         if config.init_from is not None and type(self.network).__name__ != "UNet2DModel":
             return identity | {"network": type(self.network).__name__}
