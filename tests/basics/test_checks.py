@@ -176,6 +176,7 @@ WRONG = {
     "probability_flow": ["false", 0],
     "prediction_type": ["eps", None, 5],
     "time_conditioning": ["t", 4],
+    "fitted_plan": [3, "plan", {}, {"levels": 3}, []],
     "sigma_data": [0.0, -1.0, NAN, "x", None],
     "num_train_timesteps": [0, -5, 1.5, NAN, "1000", None, 10**9, 1e30],
 }
