@@ -8,11 +8,11 @@ import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.torch import load_file
 from shades import TINY
-from tiny_parts import tiny_text, tiny_vae
+from tiny_parts import conditional_unet, tiny_text, tiny_vae
 
 from diffusers_sde import TextSDEPipeline
 from diffusers_sde.images.loading import load_digits
-from diffusers_sde.training import Trainer, TrainingConfig, captions, train
+from diffusers_sde.training import Trainer, TrainingConfig, captions, row_cache, train
 from diffusers_sde.training.checkpoints import clear_run
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -86,9 +86,11 @@ def test_captions_mean_something_and_come_back(tmp_path, encoder, shades):
     torch.testing.assert_close(drawn[1], drawn[0], rtol=1e-4, atol=1e-5)
 
 
-def test_the_network_is_told_the_embeddings_of_its_captions(tmp_path, encoder, captioned):
+def test_the_network_is_told_the_embeddings_of_its_captions(tmp_path, encoder, captioned, monkeypatch):
+    monkeypatch.setattr(row_cache, "SHARD_BYTES", 3 * 8 * (16 * 4 + 1))  # three captions in a file
     trainer = Trainer(tiny(tmp_path, encoder, caption_dropout=0.3), captioned)
     trainer._begin()
+    assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 4
     batch = trainer.source.samples(0, False, 1).__getitems__(range(400))
     fed = told(trainer, batch)
     hidden = batch["label_draw"] < 0.3
@@ -127,6 +129,36 @@ def test_a_resumed_run_is_the_same_and_embeds_nothing_again(tmp_path, encoder, c
             Trainer(tiny(tmp_path, encoder, **options, **changed, resume_from_checkpoint="latest"), data)
     clear_run(tmp_path / "out")  # text encoder and tokenizer included
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_encoder_may_come_from_a_pipeline(tmp_path, encoder, captioned):
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(encoder, tmp_path / "pipe" / part)
+    trainer = Trainer(
+        tiny(tmp_path, str(tmp_path / "pipe"), text_encoder_dtype="bf16", max_caption_length=5), captioned
+    )
+    trainer._begin()
+    assert trainer._captions.cache.read(torch.tensor([0])).states.dtype == torch.bfloat16
+    fed = told(trainer, trainer.source.samples(0, False, 1).__getitems__(range(20)))
+    order = trainer.source.order(0, range(20))
+    states, _ = expected(encoder, [captioned["text"][index] for index in order], length=5)
+    kept = [i for i in range(20) if fed["encoder_attention_mask"][i].sum() > 2]  # the empty caption has two tokens
+    assert len(kept) > 10
+    # Numbers of bf16 have 8 bits, and those of a layer norm are of the order of 1.
+    torch.testing.assert_close(fed["encoder_hidden_states"][kept], states[kept], rtol=5e-2, atol=5e-2)
+
+
+def test_a_given_config_must_fit_the_captions(tmp_path, encoder, captioned):
+    options = {"block_out_channels": None, "layers_per_block": 2, "model_config_name_or_path": str(tmp_path / "config")}
+    network = conditional_unet(cross_attention_dim=16, in_channels=1, out_channels=1)
+    network.save_config(tmp_path / "config")
+    built = Trainer(tiny(tmp_path, encoder, **options), captioned).network
+    assert {n: tuple(w.shape) for n, w in built.named_parameters()} == {
+        n: tuple(w.shape) for n, w in network.named_parameters()
+    }
+    conditional_unet(cross_attention_dim=8, in_channels=1, out_channels=1).save_config(tmp_path / "config")
+    with pytest.raises(ValueError, match="of width 8, but those of text_encoder have 16"):
+        Trainer(tiny(tmp_path, encoder, **options), captioned)
 
 
 def test_captions_go_with_latents(tmp_path, encoder, captioned):

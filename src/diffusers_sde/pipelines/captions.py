@@ -61,7 +61,7 @@ class CaptionEncoder:
                 return_tensors="pt",
             )
             mask = tokens["attention_mask"].to(device)
-            # Nobody can attend to nothing: of a caption without tokens, such as the empty one, one padding token is seen.
+            # A network cannot attend to nothing, so that of a caption without tokens one token of padding is seen.
             mask[:, 0] |= ~mask.any(1)
             states.append(self.text_encoder(tokens["input_ids"].to(device), attention_mask=mask)[0])
             masks.append(mask.bool())

@@ -2,9 +2,10 @@
 
 A network type is a function of the options, the images and the number of classes that the network is told (or, for one
 that is told captions, the width of their embeddings), which returns a ``ModelMixin`` of diffusers, called as
-``network(x, timestep, return_dict=...)``, with ``class_labels`` where it has classes, and with ``encoder_hidden_states``
-and ``encoder_attention_mask`` where it is told captions. Its config holds ``sample_size`` and ``in_channels``; ``basics.networks.NetworkTraits`` says what
-else is read from it. There is a builder for each type, which makes the file a long one.
+``network(x, timestep, return_dict=...)``, with ``class_labels`` where it has classes, and with
+``encoder_hidden_states`` and ``encoder_attention_mask`` where it is told captions. Its config holds ``sample_size`` and
+``in_channels``; ``basics.networks.NetworkTraits`` says what else is read from it. There is a builder for each type,
+which makes the file a long one.
 """
 
 from __future__ import annotations
