@@ -168,16 +168,17 @@ def fit_scheduler(
         pipe, scheduler, levels, guidance_scale, class_labels, call, tuple(parts), checkpointing, options.batch_size
     )
     network = subject.network
-    with frozen(network), tqdm(total=options.steps, desc="Fitting", disable=not progress_bar) as bar:
+    with frozen(network):
         references = None if data is None else _split(subject.references(data), seed)
-        target = _target(subject, objective, references, fine, options)
+        target = _target(subject, objective, references, fine, options, progress_bar)
         taught = subject.evaluations
+        with tqdm(total=options.steps, desc="Fitting", disable=not progress_bar) as bar:
 
-        def progress(step: int, loss: float) -> None:
-            bar.set_postfix(loss=f"{loss:.4g}")
-            bar.update()
+            def progress(step: int, loss: float) -> None:
+                bar.set_postfix(loss=f"{loss:.4g}")
+                bar.update()
 
-        fit = fit_parameters(subject.family.size, subject.simulator, target, options, progress)
+            fit = fit_parameters(subject.family.size, subject.simulator, target, options, progress)
     report = _report(fit, subject, target, options, fine, data is not None, guidance_scale, taught)
     if not fit.is_fitted:
         return SchedulerFit(scheduler, report)
@@ -201,7 +202,12 @@ def _split(images: Tensor, seed: int) -> dict[str, Tensor]:
 
 
 def _target(
-    subject: FitSubject, objective: str, references: dict[str, Tensor] | None, fine: int, options: FitOptions
+    subject: FitSubject,
+    objective: str,
+    references: dict[str, Tensor] | None,
+    fine: int,
+    options: FitOptions,
+    progress_bar: bool,
 ) -> Target:
     """The objective, for which a fine sampler draws where there are no images."""
     if references is not None:
@@ -218,13 +224,16 @@ def _target(
             drawn = torch.randint(len(subject.labels), (len(noise[part]),), generator=generator)
             classes[part] = subject.labels[drawn].to(subject.device)
             conditioning = {"class_labels": classes[part]}
-        ends[part] = _finely(subject, objective, fine, Batch(noise[part], noise[part], conditioning), generator)
+        batch = Batch(noise[part], noise[part], conditioning)
+        ends[part] = _finely(subject, objective, fine, batch, generator, progress_bar)
     known = classes or None
     return PairedTarget(noise, ends, known) if objective == "paired" else EnergyTarget(ends, known, subject.labels)
 
 
 @torch.no_grad()
-def _finely(subject: FitSubject, objective: str, fine: int, batch: Batch, generator: torch.Generator) -> Tensor:
+def _finely(
+    subject: FitSubject, objective: str, fine: int, batch: Batch, generator: torch.Generator, progress_bar: bool
+) -> Tensor:
     """Samples of a fine sampler of the same network: the probability flow, or the reverse SDE."""
     scheduler = subject.scheduler
     is_flow = objective == "paired"
@@ -242,7 +251,14 @@ def _finely(subject: FitSubject, objective: str, fine: int, batch: Batch, genera
     if isinstance(subject, CalledSubject):
         return subject.run(teacher, fine, batch, generator)
     plan = make_plan(scheduler.sde, times, teacher.own_predictor, stochasticity=0.0 if is_flow else None)
-    return subject.draw(plan, times, batch, generator)
+    ends = []
+    with tqdm(total=len(batch.noise), desc="Drawing what to fit to", unit="image", disable=not progress_bar) as bar:
+        for rows in torch.arange(len(batch.noise)).split(subject.batch_size):
+            noise = batch.noise[rows]
+            conditioning = {name: value[rows] for name, value in batch.conditioning.items()}
+            ends.append(subject.draw(plan, times, Batch(noise, noise, conditioning), generator))
+            bar.update(len(noise))
+    return torch.cat(ends)
 
 
 def _report(
