@@ -17,6 +17,7 @@ from code_blocks import code_blocks
 from diffusers import DDPMPipeline, DiffusionPipeline
 from hub_models import fingerprint, tiny_pipeline, use_hub
 from loopback_hub import TOKEN, LoopbackHub
+from tiny_parts import HAS_TRANSFORMERS
 
 import diffusers_sde
 from diffusers_sde import SDEPipeline, VPSDEScheduler
@@ -31,7 +32,7 @@ RESULTS = {
     "recipes": [{"options": {"predictor": "ancestral", "corrector": None}, "num_inference_steps": 4}],
     "training_command": "accelerate launch scripts/train.py --sde vp",
 }
-KINDS = ("vp", "ve", "classes", "text", "inpaint", "restore")
+KINDS = ("vp", "ve", "classes", *(["text"] if HAS_TRANSFORMERS else []), "inpaint", "restore")
 
 
 @pytest.fixture(scope="module")
