@@ -31,7 +31,7 @@ demo: $(VENV)/.installed-training  ## Train a score model on digits and sample i
 	$(BIN)/python scripts/demo.py
 
 test: lint types  ## Lint, check types, run the tests (PYTEST_ARGS adds options).
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 test-lowest: $(LOWEST)/.installed  ## Run a part of the tests with the lowest versions that pyproject.toml declares.
 	$(LOWEST)/bin/python -m pytest -n 2 $(LOWEST_TESTS) $(PYTEST_ARGS)
