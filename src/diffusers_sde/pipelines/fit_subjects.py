@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,7 +26,7 @@ from .probability_flow import ProbabilityFlow
 FEWEST_IMAGES = 50
 
 
-class FitSubject:
+class FitSubject(ABC):
     """A pipeline's sampler with parameters, and a way to draw with it.
 
     Attributes:
@@ -65,13 +66,13 @@ class FitSubject:
         self.family = self._family(parts, 1.0 if self.is_latent else 0.25 * (high - low))
         self.labels = self._prepare(guidance_scale, class_labels)
 
+    @abstractmethod
     def _prepare(self, guidance_scale: float, class_labels: Any) -> Tensor | None:
         """Make ready to draw; return the classes to draw from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draw(self, plan: Plan, times: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
         """Samples of a plan, shape of ``batch.noise``."""
-        raise NotImplementedError
 
     def _sample_shape(self) -> tuple[int, ...]:
         if hasattr(self.pipe, "sample_shape"):
