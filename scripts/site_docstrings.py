@@ -25,7 +25,8 @@ class Completed(Extension):
             old = cls.docstring
             cls.docstring = Docstring(inspect.cleandoc(imported.__doc__), lineno=old.lineno, parent=cls)
         if "__init__" in cls.members:
-            cls.members["__init__"].parameters = Parameters(
+            constructor: Any = cls.members["__init__"]
+            constructor.parameters = Parameters(
                 *(
                     Parameter(
                         p.name,

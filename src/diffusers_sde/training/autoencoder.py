@@ -9,24 +9,20 @@ trained on other data).
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ..basics.files import check_unlocked, saving, write_whole
+from ..basics.files import saving, write_whole
 from ..basics.networks import describe_network
-from ..basics.processes import lock_for_all
 from ..images.arrays import to_bytes, to_network
 from ..images.loading import load_images
 from ..images.pictures import tile
@@ -35,26 +31,18 @@ from ..images.source import ImageSource
 from .autoencoder_configuration import AutoencoderTrainingConfig
 from .averaging import averaged_weights
 from .checkpoints import (
-    CONFIG_FILE,
     check_output_dir,
     check_weights,
-    clear_run,
-    find_checkpoint,
-    load_checkpoint,
     read_state,
-    remove_leftovers,
-    remove_surplus,
-    save_checkpoint,
     save_model,
-    set_aside_later,
 )
 from .identity import as_recorded, check_same_run, log_changes
 from .logs import describe_source, due, log_pictures, progress_bar, start_trackers
 from .networks import network_identity
-from .optimisation import apply_options, build_average, build_optimizer, check_optimizer
-from .precision import default_precision
-from .sharding import check_launch, is_sharded
-from .signals import EXIT_CODE, StopSignal
+from .optimisation import build_average, build_optimizer, check_optimizer
+from .saved_run import SavedRun
+from .sharding import is_sharded
+from .signals import StopSignal
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +82,7 @@ class ReconstructionLoss(nn.Module):
         return error + self._kl_weight * kl, error.detach(), kl.detach()
 
 
-class AutoencoderTrainer:
+class AutoencoderTrainer(SavedRun):
     """One training run of an ``AutoencoderKL``. Building it checks everything and changes nothing; ``run`` works.
 
     Args:
@@ -106,20 +94,8 @@ class AutoencoderTrainer:
     """
 
     def __init__(self, config: AutoencoderTrainingConfig, dataset: datasets.Dataset | None = None) -> None:
-        self.config = config
-        self.output_dir = Path(config.output_dir)
         check_optimizer(config)
-        check_unlocked(self.output_dir)
-        self.resume_from = find_checkpoint(self.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)
-        self.accelerator = Accelerator(
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            mixed_precision=config.mixed_precision or default_precision(),
-            log_with=None if config.logger == "none" else config.logger,
-            project_config=ProjectConfiguration(
-                project_dir=str(self.output_dir), logging_dir=str(self.output_dir / config.logging_dir)
-            ),
-        )
-        check_launch(self.accelerator)
+        super().__init__(config, gradient_accumulation_steps=config.gradient_accumulation_steps)
         if is_sharded(self.accelerator):
             raise ValueError("An autoencoder is small: launch its training without FSDP.")
         with self.accelerator.main_process_first():
@@ -166,27 +142,8 @@ class AutoencoderTrainer:
 
     # ------------------------------------------------------------------ the run
 
-    def run(self) -> AutoencoderKL:
-        """Train, and save the autoencoder with its averaged weights.
-
-        Raises:
-            FolderInUse: Another run is writing to ``output_dir``; nothing has been changed.
-            SaveError: The disk is full, or the like; earlier checkpoints are whole.
-            RuntimeError: The loss is not finite any more; the last checkpoint is kept.
-            SystemExit: SIGTERM has ended the run; a checkpoint is saved.
-        """
-        self.accelerator.wait_for_everyone()
-        with lock_for_all(self.output_dir, PartialState()):
-            return self._run()
-
-    def _run(self) -> AutoencoderKL:
+    def _work(self) -> AutoencoderKL:
         config, accelerator = self.config, self.accelerator
-        if accelerator.is_main_process:
-            if config.overwrite_output_dir:
-                clear_run(self.output_dir)
-            if self.resume_from is None:
-                self._save_configuration()
-        accelerator.wait_for_everyone()
         self._prepare()
         logger.info("Data: %s.", describe_source(self.source))
         logger.info("Network: %s.", describe_network(self.network))
@@ -217,17 +174,8 @@ class AutoencoderTrainer:
         self.model, self.optimizer = accelerator.prepare(loss, optimizer)
         self.ema = build_average(config, list(self.model.parameters()), 0.999, foreach=True)
         start_trackers(accelerator, config)
-        if self.resume_from is None:
-            return
-        self.lr_scheduler.load_state_dict(load_checkpoint(accelerator, self.resume_from, self.ema)["lr_scheduler"])
-        apply_options(config, self.optimizer, self.lr_scheduler)
-        accelerator.step = 0
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            set_aside_later(self.output_dir, self.resume_from, self.step)
-            remove_leftovers(self.output_dir)
-            remove_surplus(self.output_dir, config.checkpoints_total_limit)
-            self._save_configuration()
+        if self.resume_from is not None:
+            self._load(self.resume_from)
 
     def _loop(self, stop: StopSignal) -> None:
         config, accelerator = self.config, self.accelerator
@@ -248,10 +196,7 @@ class AutoencoderTrainer:
             if checkpoint_due:
                 checkpoint = self._save_checkpoint()
                 if stopped:
-                    progress.close()
-                    accelerator.end_training()
-                    logger.info("Stopped after step %d; saved %s.", self.step, checkpoint)
-                    raise SystemExit(EXIT_CODE)
+                    self._stop(progress, checkpoint)
             if due(self.step, config.sample_every, last):
                 self._save_samples()
         progress.close()
@@ -313,23 +258,6 @@ class AutoencoderTrainer:
                     write_whole(path, partial(tile(rows).save, format="PNG"))
                 log_pictures(self.accelerator.trackers, "reconstructions", rows.flatten(0, 1), self.step)
         self.accelerator.wait_for_everyone()
-
-    def _save_configuration(self) -> None:
-        text = json.dumps(self.config.public(), indent=2) + "\n"
-        with saving("The configuration", self.output_dir):
-            write_whole(self.output_dir / CONFIG_FILE, lambda file: file.write_text(text))
-
-    def _save_checkpoint(self) -> Path:
-        state = {
-            "step": self.step,
-            "samples_seen": self.samples_seen,
-            "processes": self.accelerator.num_processes,
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "identity": self._identity(),
-            "options": self._options(),
-        }
-        limit = self.config.checkpoints_total_limit
-        return save_checkpoint(self.accelerator, self.output_dir, state, self.ema, limit)
 
     def _save_result(self) -> AutoencoderKL:
         """Save the averaged autoencoder, whose config says the scale of its latents, and log how well it does."""

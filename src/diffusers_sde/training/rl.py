@@ -3,14 +3,11 @@
 A round draws groups of images, compares the rewards within each group, and changes the network by what its method makes
 of that: ``policy_gradient`` or ``forward_process``. The network stays in evaluation mode: with dropout, the ratio of
 densities would not be 1 where nothing has changed.
-
-The file is long because a run, its checkpoints and its resumption are read in one place.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -20,13 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 
-from ..basics.files import check_unlocked, saving, write_whole
+from ..basics.files import saving, write_whole
 from ..basics.networks import describe_network
-from ..basics.processes import lock_for_all
 from ..evaluation.generate import fingerprint
 from ..evaluation.samplers import as_sde_pipeline, load_pipeline
 from ..images.arrays import to_bytes
@@ -44,30 +39,22 @@ from .adapters import (
 )
 from .averaging import averaged_weights
 from .checkpoints import (
-    CONFIG_FILE,
     check_output_dir,
-    clear_run,
-    find_checkpoint,
-    load_checkpoint,
     read_state,
-    remove_leftovers,
-    remove_surplus,
-    save_checkpoint,
     save_model,
-    set_aside_later,
 )
 from .experience import Experience, Rows, deal
 from .forward_process import ForwardProcess
 from .identity import as_recorded, check_same_run, log_changes
 from .logs import due, log_pictures, progress_bar, start_trackers
-from .optimisation import apply_options, build_average, build_optimizer
+from .optimisation import build_average, build_optimizer
 from .policy_configuration import PolicyTrainingConfig
 from .policy_gradient import PolicyGradient, group_advantages, path_kl
-from .precision import default_precision
 from .reward_methods import Reference, RewardMethod, arguments_of_images
 from .rewards import Reward, load_reward
-from .sharding import check_launch, is_sharded
-from .signals import EXIT_CODE, StopSignal
+from .saved_run import SavedRun
+from .sharding import is_sharded
+from .signals import StopSignal
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +73,7 @@ _CHANGING = (
 _SHEETS = 2**40  # numbers of the noise of sample grids, apart from those of the noise of rollouts
 
 
-class PolicyTrainer:
+class PolicyTrainer(SavedRun):
     """One run of reinforcement learning. Building it checks everything and changes nothing on disk; ``run`` works.
 
     Args:
@@ -99,20 +86,9 @@ class PolicyTrainer:
     """
 
     def __init__(self, config: PolicyTrainingConfig, reward: Reward | None = None) -> None:
-        self.config = config
-        self.output_dir = Path(config.output_dir)
-        if self.output_dir.resolve() == Path(config.model).resolve():
+        if Path(config.output_dir).resolve() == Path(config.model).resolve():
             raise ValueError(f"output_dir must be another folder than model, got {config.output_dir!r} for both.")
-        check_unlocked(self.output_dir)
-        self.resume_from = find_checkpoint(self.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision or default_precision(),
-            log_with=None if config.logger == "none" else config.logger,
-            project_config=ProjectConfiguration(
-                project_dir=str(self.output_dir), logging_dir=str(self.output_dir / config.logging_dir)
-            ),
-        )
-        check_launch(self.accelerator)
+        super().__init__(config)
         if is_sharded(self.accelerator):
             raise ValueError("Reinforcement learning draws images with the whole network: launch it without FSDP.")
         with self.accelerator.main_process_first():
@@ -209,27 +185,8 @@ class PolicyTrainer:
 
     # ------------------------------------------------------------------ the run
 
-    def run(self) -> SDEPipeline:
-        """Train, and save the pipeline with the averaged weights and the model's own scheduler.
-
-        Raises:
-            FolderInUse: Another run is writing to ``output_dir``; nothing has been changed.
-            SaveError: The disk is full, or the like; earlier checkpoints are whole.
-            RuntimeError: The objective is not finite any more; the last checkpoint is kept.
-            SystemExit: SIGTERM has ended the run; a checkpoint is saved.
-        """
-        self.accelerator.wait_for_everyone()
-        with lock_for_all(self.output_dir, PartialState()):
-            return self._run()
-
-    def _run(self) -> SDEPipeline:
+    def _work(self) -> SDEPipeline:
         config, accelerator = self.config, self.accelerator
-        if accelerator.is_main_process:
-            if config.overwrite_output_dir:
-                clear_run(self.output_dir)
-            if self.resume_from is None:
-                self._save_configuration()
-        accelerator.wait_for_everyone()
         self._prepare()
         logger.info("Network: %s.", describe_network(self.network))
         if has_adapter(self.network):
@@ -269,17 +226,6 @@ class PolicyTrainer:
         if self.resume_from is not None:
             self._load(self.resume_from)
 
-    def _load(self, checkpoint: Path) -> None:
-        accelerator = self.accelerator
-        self.lr_scheduler.load_state_dict(load_checkpoint(accelerator, checkpoint, self.ema)["lr_scheduler"])
-        apply_options(self.config, self.optimizer, self.lr_scheduler)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            set_aside_later(self.output_dir, checkpoint, self.step)
-            remove_leftovers(self.output_dir)
-            remove_surplus(self.output_dir, self.config.checkpoints_total_limit)
-            self._save_configuration()
-
     def _loop(self, stop: StopSignal) -> None:
         config, accelerator = self.config, self.accelerator
         progress = progress_bar(accelerator, config.max_train_steps, self.step, "Learning", "round")
@@ -296,10 +242,7 @@ class PolicyTrainer:
             if stopped or due(self.step, config.checkpointing_steps, last):
                 checkpoint = self._save_checkpoint()
                 if stopped:
-                    progress.close()
-                    accelerator.end_training()
-                    logger.info("Stopped after round %d; saved %s.", self.step, checkpoint)
-                    raise SystemExit(EXIT_CODE)
+                    self._stop(progress, checkpoint)
             if due(self.step, config.sample_every, last):
                 self._observe()
         progress.close()
@@ -426,22 +369,10 @@ class PolicyTrainer:
 
     # ------------------------------------------------------------------ what is saved
 
-    def _save_configuration(self) -> None:
-        text = json.dumps(self.config.public(), indent=2) + "\n"
-        with saving("The configuration", self.output_dir):
-            write_whole(self.output_dir / CONFIG_FILE, lambda file: file.write_text(text))
-
-    def _save_checkpoint(self) -> Path:
-        state = {
-            "step": self.step,
-            "samples_seen": self.step * self.images_per_round,
-            "processes": self.accelerator.num_processes,
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "identity": self._identity(),
-            "options": self._options(),
-        }
-        limit = self.config.checkpoints_total_limit
-        return save_checkpoint(self.accelerator, self.output_dir, state, self.ema, limit)
+    @property
+    def samples_seen(self) -> int:  # type: ignore[override]
+        """Images that have been rewarded."""
+        return self.step * self.images_per_round
 
     def _save_result(self) -> SDEPipeline:
         with self._averaged() as network:

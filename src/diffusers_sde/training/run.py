@@ -6,24 +6,20 @@ The file is long because the order of these things, across processes and interru
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 
-from ..basics.files import FolderInUse, check_unlocked, saving, write_whole
 from ..basics.networks import describe_network
-from ..basics.processes import lock_for_all
 from ..images.arrays import to_network
 from ..images.loading import load_images
 from ..images.samples import TrainingSource, batches
@@ -32,27 +28,18 @@ from ..schedulers import SDEScheduler
 from .adapters import describe_adapter, has_adapter, keep_adapter_alone, trained_parameters
 from .averaging import averaged_weights
 from .checkpoints import (
-    CONFIG_FILE,
     check_output_dir,
     check_weights,
-    clear_run,
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
     read_state,
-    remove_leftovers,
-    remove_surplus,
-    save_checkpoint,
-    set_aside_later,
 )
 from .configuration import CommonTrainingConfig
 from .identity import changeable_options, check_same_run, identity_of, log_changes
 from .logs import describe_source, due, progress_bar, start_trackers
 from .networks import check_memory
-from .optimisation import apply_options, build_average, build_optimizer, check_optimizer
-from .precision import default_precision
-from .sharding import check_launch, compute_channels_last, is_sharded, prepare, whole
-from .signals import EXIT_CODE, StopSignal
+from .optimisation import build_average, build_optimizer, check_optimizer
+from .saved_run import SavedRun
+from .sharding import compute_channels_last, is_sharded, prepare, whole
+from .signals import StopSignal
 from .trainable import (
     build_scheduler,
     check_given_scheduler,
@@ -65,7 +52,7 @@ from .trainable import (
 logger = logging.getLogger(__name__)
 
 
-class TrainingRun(ABC):
+class TrainingRun(SavedRun):
     """One training run, of whatever network. Building it checks everything and changes nothing on disk.
 
     A subclass says which network is trained, what its loss is, and how the result is saved.
@@ -86,23 +73,10 @@ class TrainingRun(ABC):
         dataset: datasets.Dataset | datasets.IterableDataset | None = None,
         scheduler: SDEScheduler | None = None,
     ) -> None:
-        self.config = config
-        self.output_dir = Path(config.output_dir)
         check_optimizer(config)
-        check_unlocked(self.output_dir)
         if scheduler is not None:
             check_given_scheduler(scheduler, config)
-        self.resume_from = find_checkpoint(self.output_dir, config.resume_from_checkpoint, config.overwrite_output_dir)
-        self._found = list_checkpoints(self.output_dir)
-        self.accelerator = Accelerator(
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            mixed_precision=config.mixed_precision or default_precision(),
-            log_with=None if config.logger == "none" else config.logger,
-            project_config=ProjectConfiguration(
-                project_dir=str(self.output_dir), logging_dir=str(self.output_dir / config.logging_dir)
-            ),
-        )
-        check_launch(self.accelerator)
+        super().__init__(config, gradient_accumulation_steps=config.gradient_accumulation_steps)
         if config.torch_compile and is_sharded(self.accelerator):
             raise ValueError("torch_compile cannot be used with FSDP: leave it out, or train under DDP.")
         main_process = self.accelerator.is_main_process
@@ -175,7 +149,7 @@ class TrainingRun(ABC):
     def _task(self) -> str:
         """What the network does, in words."""
 
-    def _prepare_network(self) -> None:  # noqa: B027
+    def _prepare_network(self) -> None:
         """Change the new network, where that is due, before anything is compared with it."""
 
     def _open(self, images: datasets.Dataset | datasets.IterableDataset) -> TrainingSource:
@@ -198,51 +172,23 @@ class TrainingRun(ABC):
         """How the loss is weighted over time."""
         return default_weighting(self.scheduler)
 
-    def _begin(self) -> None:  # noqa: B027 - most runs have nothing to do here, and below
+    def _begin(self) -> None:
         """Do what is to be done once before the first step."""
 
     def _observe(self, last: bool) -> bool:
         """Look at the network after a step, where that is due; returns whether it was."""
         return False
 
-    def _publish(self) -> None:  # noqa: B027
+    def _publish(self) -> None:
         """Send out the network of a checkpoint."""
 
-    def _end(self, result: Any) -> None:  # noqa: B027
+    def _end(self, result: Any) -> None:
         """Do what is to be done once with the finished result."""
 
     # ------------------------------------------------------------------ the run
 
-    def run(self) -> Any:
-        """Train, and save the result.
-
-        Returns:
-            The result, as it was saved in ``output_dir``.
-
-        Raises:
-            FolderInUse: Another run is writing to ``output_dir``; nothing has been changed.
-            SaveError: The disk is full, or the like; earlier checkpoints are whole.
-            RuntimeError: The loss is not finite any more; the last checkpoint is kept.
-            SystemExit: SIGTERM has ended the run; a checkpoint is saved.
-        """
-        self.accelerator.wait_for_everyone()  # nobody touches the output folder before everybody has checked it
-        with lock_for_all(self.output_dir, PartialState()):
-            return self._run()
-
-    def _run(self) -> Any:
+    def _work(self) -> Any:
         config, accelerator = self.config, self.accelerator
-        if list_checkpoints(self.output_dir) != self._found:
-            raise FolderInUse(
-                f"output_dir {str(self.output_dir)!r}: another run has saved checkpoints while this one was starting. "
-                "Start again."
-            )
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            if config.overwrite_output_dir:
-                clear_run(self.output_dir)
-            if self.resume_from is None:
-                self._save_configuration()
-        accelerator.wait_for_everyone()
         self._prepare()
         self._begin()
         self._log_start()
@@ -267,21 +213,6 @@ class TrainingRun(ABC):
         self._end(result)
         accelerator.end_training()
         return result
-
-    def _load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint, and clear up what lies behind it."""
-        accelerator = self.accelerator
-        self.lr_scheduler.load_state_dict(load_checkpoint(accelerator, checkpoint, self.ema)["lr_scheduler"])
-        apply_options(self.config, self.optimizer, self.lr_scheduler)
-        accelerator.step = 0
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            # Only now is it certain that the run goes on as it is told to.
-            set_aside_later(self.output_dir, checkpoint, self.step)
-            # A run that was killed between its last checkpoint and the deletions after it will save no other.
-            remove_leftovers(self.output_dir)
-            remove_surplus(self.output_dir, self.config.checkpoints_total_limit)
-            self._save_configuration()
 
     def _prepare(self) -> None:
         config, accelerator = self.config, self.accelerator
@@ -323,15 +254,7 @@ class TrainingRun(ABC):
                 if not last and not stopped:
                     self._publish()
                 if stopped:
-                    progress.close()
-                    accelerator.end_training()
-                    logger.info(
-                        "SIGTERM, or the launcher has ended: stopped after step %d; saved %s. "
-                        "resume_from_checkpoint='latest' goes on.",
-                        self.step,
-                        checkpoint,
-                    )
-                    raise SystemExit(EXIT_CODE)
+                    self._stop(progress, checkpoint)
             observed = self._observe(last)
             save_due = due(self.step, self.save_every, False)
             if save_due:
@@ -421,26 +344,14 @@ class TrainingRun(ABC):
 
     # ------------------------------------------------------------------ what is saved
 
-    def _save_configuration(self) -> None:
-        settings = self.config.public()
+    def _settings(self) -> dict[str, Any]:
+        settings = super()._settings()
         if self.has_given_scheduler:
             settings["scheduler"] = type(self.scheduler).__name__  # which no option describes
-        text = json.dumps(settings, indent=2) + "\n"
-        with saving("The configuration", self.output_dir):
-            write_whole(self.output_dir / CONFIG_FILE, lambda file: file.write_text(text))
+        return settings
 
-    def _save_checkpoint(self) -> Path:
-        state = {
-            "step": self.step,
-            "samples_seen": self.samples_seen,
-            "processes": self.accelerator.num_processes,
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "identity": self._identity(),
-            "options": self._options(),
-            **self.source.state(self.samples_seen),
-        }
-        limit = self.config.checkpoints_total_limit
-        return save_checkpoint(self.accelerator, self.output_dir, state, self.ema, limit)
+    def _state(self) -> dict[str, Any]:
+        return self.source.state(self.samples_seen)
 
     def _averaged_weights(self) -> AbstractContextManager[Any]:
         """The network with its averaged weights, for a while; see ``averaging.averaged_weights``."""
