@@ -7,7 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from tiny_networks import tiny_unet
-from tiny_parts import conditional_unet, tiny_text
+from tiny_parts import conditional_unet, pixart, tiny_text
 
 from diffusers_sde import (
     ClassConditionalSDEPipeline,
@@ -36,10 +36,11 @@ def tiny_pipeline(kind="vp"):
             8, 1, 2, block_out_channels=(4, 8), attention_head_dim=4, norm_num_groups=2
         )
         pipe = ClassConditionalSDEPipeline(tiny_unet(), VPSDEScheduler(), classifier=classifier.eval())
-    elif kind == "text":
+    elif kind in ("text", "pixart"):
         with tempfile.TemporaryDirectory() as folder:
             text = tiny_text(Path(folder))
-        unet = conditional_unet(cross_attention_dim=16, in_channels=1, out_channels=1)
+        network = {"text": lambda: conditional_unet(cross_attention_dim=16, in_channels=1, out_channels=1)}
+        unet = network.get(kind, pixart)()
         pipe = TextSDEPipeline(unet, VPSDEScheduler(), text.encoder, text.tokenizer, max_caption_length=8)
     elif kind == "inpaint":
         pipe = InpaintSDEPipeline(tiny_unet(), VPSDEScheduler(continuous=True))

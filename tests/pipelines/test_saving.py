@@ -32,7 +32,7 @@ RESULTS = {
     "recipes": [{"options": {"predictor": "ancestral", "corrector": None}, "num_inference_steps": 4}],
     "training_command": "accelerate launch scripts/train.py --sde vp",
 }
-KINDS = ("vp", "ve", "classes", *(["text"] if HAS_TRANSFORMERS else []), "inpaint", "restore")
+KINDS = ("vp", "ve", "classes", *(["text", "pixart"] if HAS_TRANSFORMERS else []), "inpaint", "restore")
 
 
 @pytest.fixture(scope="module")

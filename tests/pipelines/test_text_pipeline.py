@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hub_models import tiny_pipeline
-from tiny_parts import conditional_unet, tiny_text
+from tiny_parts import conditional_unet, pixart, tiny_text
 
 from diffusers_sde import TextSDEPipeline, VPSDEScheduler
 from diffusers_sde.networks.denoisers import network_denoiser
@@ -11,9 +11,9 @@ from diffusers_sde.networks.denoisers import network_denoiser
 SHORT = {"num_inference_steps": 3, "output_type": "latent"}
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    return tiny_pipeline("text")
+@pytest.fixture(scope="module", params=["text", "pixart"])
+def pipe(request):
+    return tiny_pipeline(request.param)
 
 
 def noise(count, seed=0):
@@ -27,7 +27,8 @@ def estimate(pipe, x, t, captions):
     scheduler = pipe.scheduler
     arguments = {"encoder_hidden_states": states, "encoder_attention_mask": tokens.attention_mask.bool()}
     path = (scheduler.sde, scheduler.parametrization, scheduler.conditioning)
-    return network_denoiser(lambda x, t, **kwargs: pipe.unet(x, t, **kwargs), *path, **arguments)(x, t)
+    # A plain function is called with what it is told by name, and all of diffusers' networks know the timestep so.
+    return network_denoiser(lambda x, t, **kwargs: pipe.unet(x, timestep=t, **kwargs), *path, **arguments)(x, t)
 
 
 @torch.no_grad()
@@ -45,10 +46,9 @@ def test_guidance_adds_the_difference_of_two_captions(pipe, negative):
 
 
 @torch.no_grad()
-def test_padding_is_hidden_from_the_network(tmp_path):
+def test_padding_is_hidden_from_the_network(tmp_path, pipe):
     """T5 hides it from itself, so that the network's output depends on the caption alone."""
-    text = tiny_text(tmp_path)
-    unet = conditional_unet(cross_attention_dim=16, in_channels=1, out_channels=1)
+    text, unet = tiny_text(tmp_path), pipe.unet
     short, long = (
         TextSDEPipeline(unet, VPSDEScheduler(), text.t5, text.t5_tokenizer, max_caption_length=length)
         for length in (10, 24)
@@ -102,5 +102,7 @@ def test_parts_that_do_not_fit_are_refused(pipe):
     unet = conditional_unet(cross_attention_dim=8, in_channels=1, out_channels=1)
     with pytest.raises(ValueError, match="unet takes embeddings of width 8, but text_encoder returns .* width 16"):
         TextSDEPipeline(unet, pipe.scheduler, pipe.text_encoder, pipe.tokenizer)
+    with pytest.raises(ValueError, match="this PixArtTransformer2DModel also needs added_cond_kwargs"):
+        TextSDEPipeline(pixart(sample_size=128), pipe.scheduler, pipe.text_encoder, pipe.tokenizer)
     with pytest.raises(ValueError, match="text_encoder must be a text encoder of transformers"):
         TextSDEPipeline(pipe.unet, pipe.scheduler, torch.nn.Linear(1, 1), pipe.tokenizer)

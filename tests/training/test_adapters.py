@@ -7,10 +7,12 @@ import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file
 from tiny_networks import tiny_unet
+from tiny_parts import pixart
 from torch import nn
 
 from diffusers_sde import FlowSDEScheduler, NCSNpp, SDEPipeline, VPSDEScheduler
 from diffusers_sde.images.loading import load_digits
+from diffusers_sde.networks.denoisers import call_network
 from diffusers_sde.training import Trainer, TrainingConfig
 from diffusers_sde.training.adapters import (
     AdapterOptions,
@@ -71,6 +73,8 @@ def network_of(kind):
     if kind == "dit":
         of_transformer = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "num_embeds_ada_norm": 0}
         network = DiTTransformer2DModel(**sizes, **of_transformer)
+    elif kind == "pixart":
+        network = pixart(num_layers=1)
     else:
         network = NCSNpp(**sizes, block_out_channels=(8, 8), layers_per_block=1, attention_resolutions=(4,))
     with torch.no_grad():
@@ -82,15 +86,18 @@ def network_of(kind):
 # ---------------------------------------------------------------------- what an adapter computes
 
 
-@pytest.mark.parametrize("kind", ["unet", "dit", "ncsnpp"])
+@pytest.mark.parametrize("kind", ["unet", "dit", "ncsnpp", "pixart"])
 def test_a_merged_network_is_the_adapted_one(kind):
     """W + (alpha/r) B A, typed in for one layer; the outputs of the whole network agree for all."""
     network = network_of(kind).requires_grad_(False)  # as the adapter leaves it: torch takes other kernels then
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    arguments = {"class_labels": torch.tensor([0, 0])} if kind == "dit" else {}
+    arguments = {
+        "dit": {"class_labels": torch.tensor([0, 0])},
+        "pixart": {"encoder_hidden_states": torch.ones(2, 3, 16)},
+    }
 
     def output(network):
-        return network(torch.ones(2, 1, 8, 8), torch.tensor([3.0, 500.0]), **arguments).sample
+        return call_network(network, torch.ones(2, 1, 8, 8), torch.tensor([3.0, 500.0]), **arguments.get(kind, {}))
 
     with torch.no_grad():
         original = output(network)

@@ -1,17 +1,27 @@
 """Training on captions: the network is told their embeddings, now and then that of the empty one, and learns them."""
 
+import functools
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    PixArtSigmaPipeline,
+    StableDiffusionPipeline,
+)
 from safetensors.torch import load_file
 from shades import TINY
-from tiny_parts import conditional_unet, tiny_text, tiny_vae
+from tiny_parts import conditional_unet, pixart, tiny_text, tiny_vae
 
 from diffusers_sde import TextSDEPipeline
 from diffusers_sde.images.loading import load_digits
+from diffusers_sde.images.samples import batches
 from diffusers_sde.training import Trainer, TrainingConfig, captions, row_cache, train
 from diffusers_sde.training.checkpoints import clear_run
 
@@ -32,6 +42,16 @@ def encoder(tmp_path_factory):
 def captioned():
     digits = load_digits().select(range(40))
     return digits.add_column("text", [f"a {NAMES[label]}" for label in digits["label"]])
+
+
+@pytest.fixture(autouse=True)
+def _small_transformers(monkeypatch):
+    """The small size of the registry is that of a demonstration; tests need less."""
+    monkeypatch.setattr("diffusers_sde.training.transformers.SMALL", (2, 32, 2))
+
+
+PIXART = {"model_type": "pixart", "block_out_channels": None, "layers_per_block": 2, "patch_size": 4}
+STARTED = PIXART | {"model_type": "unet", "patch_size": None, "text_encoder": None}  # from what init_from names
 
 
 def tiny(folder, encoder, **options):
@@ -62,10 +82,11 @@ def told(trainer, batch):
     return fed[0]
 
 
-def test_captions_mean_something_and_come_back(tmp_path, encoder, shades):
+@pytest.mark.parametrize("network", [{}, PIXART])
+def test_captions_mean_something_and_come_back(tmp_path, encoder, shades, network):
     """Classes by name are captions too; after training, "dark" draws dark pictures and "light" light ones."""
     options = {"sde": "flow", "max_train_steps": 200, "learning_rate": 3e-3, "ema_max_decay": 0.95, "sample_every": 200}
-    trained = train(tiny(tmp_path, encoder, caption_column="label", **options), shades)
+    trained = train(tiny(tmp_path, encoder, caption_column="label", **options, **network), shades)
     assert (tmp_path / "out" / "samples" / "step-0000200.png").exists()
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert type(pipe) is TextSDEPipeline and pipe.config.null_caption == "" and pipe.config.max_caption_length == 8
@@ -113,7 +134,7 @@ def test_without_dropout_there_is_no_null_caption(tmp_path, encoder, captioned):
 
 
 def test_a_resumed_run_is_the_same_and_embeds_nothing_again(tmp_path, encoder, captioned, monkeypatch):
-    options = {"checkpointing_steps": 2, "max_train_steps": 4}
+    options = PIXART | {"checkpointing_steps": 2, "max_train_steps": 4}
     whole = train(tiny(tmp_path, encoder, **options), captioned)
     shutil.rmtree(tmp_path / "out" / "checkpoint-4")
     (cache,) = (tmp_path / "cache").glob("*/*.safetensors")
@@ -157,14 +178,15 @@ def test_a_given_config_must_fit_the_captions(tmp_path, encoder, captioned):
         n: tuple(w.shape) for n, w in network.named_parameters()
     }
     conditional_unet(cross_attention_dim=8, in_channels=1, out_channels=1).save_config(tmp_path / "config")
-    with pytest.raises(ValueError, match="of width 8, but those of text_encoder have 16"):
+    with pytest.raises(ValueError, match="captions of width 8, this run has embeddings of captions of width 16"):
         Trainer(tiny(tmp_path, encoder, **options), captioned)
 
 
-def test_captions_go_with_latents(tmp_path, encoder, captioned):
+@pytest.mark.parametrize("network", [{"block_out_channels": (8, 8)}, PIXART | {"patch_size": 2}])
+def test_captions_go_with_latents(tmp_path, encoder, captioned, network):
     tiny_vae().save_pretrained(tmp_path / "vae")
-    options = {"vae": str(tmp_path / "vae"), "channels": 3, "block_out_channels": (8, 8), "cache_latents": True}
-    train(tiny(tmp_path, encoder, **options, latent_cache_dir=str(tmp_path / "latents")), captioned)
+    options = {"vae": str(tmp_path / "vae"), "channels": 3, "cache_latents": True, "gradient_checkpointing": True}
+    train(tiny(tmp_path, encoder, **options, **network, latent_cache_dir=str(tmp_path / "latents")), captioned)
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe) is TextSDEPipeline and isinstance(pipe.vae, AutoencoderKL)
@@ -175,11 +197,14 @@ def test_captions_go_with_latents(tmp_path, encoder, captioned):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"text_encoder": None}, "caption_column 'text' needs text_encoder"),
+        ({"text_encoder": None}, "caption_column 'text' needs text_encoder, which embeds"),
         ({"caption_column": None}, "text_encoder '.*' has no effect without caption_column"),
-        ({"model_type": "unet"}, "caption_column needs a model_type of unet_condition"),
+        ({"model_type": "unet"}, "caption_column needs a model_type of unet_condition or pixart, got 'unet'"),
+        (
+            {"caption_column": None, "text_encoder": None, "caption_cache_dir": None},
+            "'unet_condition' needs caption_col",
+        ),
         ({"class_conditional": True}, "class_conditional cannot be set beside caption_column"),
-        ({"streaming": True}, "caption_column needs data that are not streamed"),
     ],
 )
 def test_options_that_do_not_fit_together(tmp_path, encoder, options, message):
@@ -194,7 +219,159 @@ def test_data_that_do_not_fit(tmp_path, encoder, captioned):
     broken = captioned.remove_columns("text").add_column("text", texts)
     with pytest.raises(ValueError, match="must hold one text for each image, that of image 1 is None"):
         Trainer(tiny(tmp_path, encoder), broken)
-    with pytest.raises(ValueError, match="max_caption_length must be at most 8 for text_encoder"):
+    with pytest.raises(ValueError, match="max_caption_length must be at most 8 for this text encoder, got 9"):
         Trainer(tiny(tmp_path, encoder, max_caption_length=9), captioned)
     with pytest.raises(ValueError, match="text_encoder '.*' cannot be loaded"):
         Trainer(tiny(tmp_path, str(tmp_path)), captioned)
+
+
+# ------------------------------------------------------------------ streams
+
+
+def test_captions_of_a_stream_are_embedded_on_the_way(tmp_path, encoder, captioned):
+    """The network is told what transformers makes of the captions of the images that it sees."""
+    options = {"streaming": True, "caption_dropout": 0.3, "shuffle_buffer": 0, "dataloader_num_workers": 1}
+    trainer = Trainer(tiny(tmp_path, encoder, **options, **PIXART), captioned)
+    batch = next(batches(trainer.source.samples(0, False), 0, 30, num_workers=1))
+    fed, hidden = told(trainer, batch), (batch["label_draw"] < 0.3).tolist()
+    texts = ["" if empty else text for text, empty in zip(captioned["text"][:30], hidden, strict=True)]
+    assert 2 < sum(hidden) < 20
+    states, mask = expected(encoder, texts)
+    torch.testing.assert_close(fed["encoder_hidden_states"], states, rtol=1e-4, atol=1e-5)
+    assert torch.equal(fed["encoder_attention_mask"], mask)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_stream_with_captions_is_resumed_bit_for_bit(tmp_path, encoder, captioned, caplog):
+    options = PIXART | {"streaming": True, "checkpointing_steps": 2, "max_train_steps": 4, "sample_every": 4}
+    caplog.set_level("INFO")
+    whole = train(tiny(tmp_path, encoder, **options), captioned)
+    assert "8x8 pixels, captions, 10 different ones of the first 40 images." in caplog.text
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    again = Trainer(tiny(tmp_path, encoder, **options, resume_from_checkpoint="latest"), captioned)
+    assert again.step == 2
+    weights = again.run().unet.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in whole.unet.state_dict().items())
+    names = captioned.remove_columns("text").rename_column("label", "text")  # captions by the names of classes
+    with pytest.raises(ValueError, match="resume_from_checkpoint: the checkpoint was trained with captions="):
+        Trainer(tiny(tmp_path, encoder, **options, resume_from_checkpoint="latest"), names)
+    broken = captioned.remove_columns("text").add_column("text", ["a three", None] * 20)
+    with pytest.raises(ValueError, match="must hold one text for each image, the data hold None"):
+        Trainer(tiny(tmp_path / "b", encoder, **options), broken)
+
+
+# ------------------------------------------------------------------ models that training starts from
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, encoder, captioned):
+    """A trained pipeline that is told five tokens of each caption."""
+    folder = tmp_path_factory.mktemp("saved")
+    train(tiny(folder, encoder, max_caption_length=5, **PIXART), captioned)
+    return str(folder / "out")
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_rank": 2}])
+def test_a_saved_pipeline_goes_on_with_other_captions(tmp_path, encoder, saved, captioned, lora):
+    other = captioned.remove_columns("text").add_column("text", [f"the {text}" for text in captioned["text"]])
+    config = tiny(tmp_path, None, init_from=saved, learning_rate=1e-2, use_ema=False, **STARTED, **lora)
+    trainer = Trainer(config, other)
+    before = TextSDEPipeline.from_pretrained(saved)
+    own = trainer.network.state_dict()
+    weights = {name.replace(".base_layer", ""): value for name, value in own.items() if "lora_" not in name}
+    assert all(torch.equal(value, weights[name]) for name, value in before.unet.state_dict().items())
+    trainer._begin()
+    fed = told(trainer, trainer.source.samples(0, False).__getitems__(range(20)))
+    order = trainer.source.order(0, range(20))
+    states, _ = expected(encoder, [other["text"][index] for index in order], length=5)
+    kept = fed["encoder_attention_mask"].sum(1) > 2  # the empty caption has two tokens
+    torch.testing.assert_close(fed["encoder_hidden_states"][kept], states[kept], rtol=1e-4, atol=1e-5)
+    Trainer(config, other).run()
+    after = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert type(after) is TextSDEPipeline and after.config.max_caption_length == 5
+    frozen = after.text_encoder.state_dict()
+    assert all(torch.equal(value, frozen[name]) for name, value in before.text_encoder.state_dict().items())
+    changed = after.unet.state_dict()
+    assert any(not torch.equal(value, changed[name]) for name, value in before.unet.state_dict().items())
+    assert (tmp_path / "out" / "adapter").exists() is bool(lora)
+
+
+def test_what_does_not_fit_a_saved_pipeline_is_refused(tmp_path, encoder, saved, captioned):
+    text = tiny_text(tmp_path)
+    text.tokenizer.save_pretrained(tmp_path / "t5")
+    with torch.no_grad():
+        text.encoder.final_layer_norm.weight.mul_(2.0)  # of modules by this name CLIP has one
+    text.encoder.save_pretrained(tmp_path / "t5")
+    options = STARTED | {"init_from": saved}
+    Trainer(tiny(tmp_path, encoder, **(options | {"text_encoder": encoder})), captioned)
+    for changed, message in (
+        ({"text_encoder": str(tmp_path / "t5")}, "text_encoder '.*t5' is another one than that of init_from"),
+        (
+            {"caption_column": None, "caption_cache_dir": None},
+            "is told embeddings .* of width 16, this run has no capt",
+        ),
+        ({"init_from": str(Path(saved) / "unet")}, "needs text_encoder: what init_from names brings none"),
+        ({"model_type": "pixart"}, "model_type cannot be set beside init_from"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(tiny(tmp_path, encoder, **(options | changed)), captioned)
+    network_alone = options | {"init_from": str(Path(saved) / "unet"), "text_encoder": encoder}
+    assert Trainer(tiny(tmp_path, encoder, **network_alone), captioned)._captions.encoder.max_length == 8
+
+
+def stock_pipelines(folder):
+    """Stable Diffusion and PixArt, each with its text encoder."""
+    text, vae = tiny_text(folder), tiny_vae()
+    unet = conditional_unet(cross_attention_dim=16)
+    nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    yield StableDiffusionPipeline(vae, text.encoder, text.tokenizer, unet, DDIMScheduler(), **nothing)
+    transformer = pixart(in_channels=4, out_channels=8, patch_size=2)
+    yield PixArtSigmaPipeline(text.t5_tokenizer, text.t5, vae, transformer, DPMSolverMultistepScheduler())
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_stock_pipelines_go_on_as_they_were_trained(tmp_path, captioned, number):
+    """The network is told what the stock pipeline tells it, its padding or its mask included."""
+    stock = list(stock_pipelines(tmp_path))[number]
+    stock.save_pretrained(tmp_path / "stock")
+    texts = ["a cab", "a lead"] * 20
+    data = captioned.remove_columns("text").add_column("text", texts)
+    path = str(tmp_path / "stock")
+    options = STARTED | {"init_from": path, "vae": path, "latent_scaling": "config", "channels": 3, "resolution": 16}
+    trainer = Trainer(tiny(tmp_path, None, **options, caption_dropout=0.0), data)
+    network = stock.unet if number == 0 else stock.transformer
+    own = trainer.network.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in network.state_dict().items())
+    trainer._begin()
+    fed = told(trainer, trainer.source.samples(0, False, 1).__getitems__(range(4)))
+    prompts = [texts[index] for index in trainer.source._images.order(0, range(4))]
+    if number == 0:
+        states, _ = stock.encode_prompt(prompts, "cpu", 1, False)
+        assert fed["encoder_attention_mask"].all() and states.shape[1] == 8
+    else:
+        states, mask, *_ = stock.encode_prompt(prompts, False)
+        assert torch.equal(fed["encoder_attention_mask"], mask.bool()) and states.shape[1] == 300
+    torch.testing.assert_close(fed["encoder_hidden_states"], states, rtol=1e-4, atol=1e-5)
+    pipe = trainer._pipeline(trainer.network)
+    assert torch.equal(pipe.embed(prompts).states, fed["encoder_hidden_states"])
+    assert pipe.scheduler.config.variance_type == ("learned_range" if number else "fixed_small")
+
+
+# ------------------------------------------------------------------ evaluation
+
+
+def test_samples_are_evaluated_by_the_captions_of_the_data(tmp_path, encoder, captioned, monkeypatch):
+    """In their proportion; the empty caption is not among them, and need not have been trained."""
+    data = captioned.remove_columns("text").add_column("text", ["a three"] * 30 + ["a six"] * 10)
+    options = {"eval_every": 1, "num_eval_images": 8, "eval_features": "pixels", "caption_dropout": 0.0}
+    trainer, asked = Trainer(tiny(tmp_path, encoder, max_train_steps=1, **options, **PIXART), data), []
+    call = TextSDEPipeline.__call__
+
+    @functools.wraps(call)
+    def recorded(self, prompt, **arguments):
+        asked.extend(prompt)
+        return call(self, prompt, **arguments)
+
+    monkeypatch.setattr(TextSDEPipeline, "__call__", recorded)
+    trainer.run()
+    assert asked == ["a three"] * 6 + ["a six"] * 2

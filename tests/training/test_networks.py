@@ -9,12 +9,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, UNet2DModel
 from shades import TINY
-from tiny_parts import seeded, tiny_vae
+from tiny_parts import conditional_unet, pixart, sd3_transformer, seeded, tiny_vae
 
 from diffusers_sde import NCSNpp, SDEPipeline, VPSDEScheduler
-from diffusers_sde.basics.networks import traits_of
+from diffusers_sde.basics.networks import denoises_images, traits_of
 from diffusers_sde.images.loading import load_digits
 from diffusers_sde.networks.ncsnpp import PRESETS
 from diffusers_sde.pipelines import ClassConditionalSDEPipeline
@@ -64,12 +64,13 @@ def tiny_dit(**options):
     )
 
 
-@pytest.mark.parametrize("class_conditional", [False, True])
-def test_a_transformer_is_trained_saved_loaded_and_runs_everywhere(tmp_path, class_conditional):
-    trained = train(tiny(tmp_path, model_type="dit", class_conditional=class_conditional), digits())
+@pytest.mark.parametrize(("kind", "class_conditional"), [("dit", False), ("dit", True), ("pixart", False)])
+def test_a_transformer_is_trained_saved_loaded_and_runs_everywhere(tmp_path, kind, class_conditional):
+    trained = train(tiny(tmp_path, model_type=kind, class_conditional=class_conditional), digits())
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
-    assert isinstance(pipe.unet, DiTTransformer2DModel) and pipe.unet.config.patch_size == 2
+    network_class = DiTTransformer2DModel if kind == "dit" else PixArtTransformer2DModel
+    assert isinstance(pipe.unet, network_class) and pipe.unet.config.patch_size == 2
     kind = ClassConditionalSDEPipeline if class_conditional else SDEPipeline
     labels = {"class_labels": [3, 5]} if class_conditional else {"batch_size": 2}
     assert type(pipe) is kind and type(trained) is kind
@@ -154,6 +155,7 @@ def test_gradients_are_those_without_checkpointing(tmp_path):
     batches, gradients = None, {}
     for kind, more in (
         ("dit", {}),
+        ("pixart", {"class_conditional": False}),
         ("unet", SMALL_UNET),
         ("ncsnpp", SMALL_UNET),
     ):
@@ -182,6 +184,55 @@ def test_sizes_of_the_transformer_are_those_of_its_paper():
         embeddings = sum(p.numel() for p in network.transformer_blocks[0].norm1.emb.parameters())
         count = sum(p.numel() for p in network.parameters()) - (len(network.transformer_blocks) - 1) * embeddings
         assert count / 1e6 == pytest.approx(millions, abs=0.02 * millions)
+
+
+def test_the_transformer_for_captions_is_that_of_its_paper():
+    """0.6 billion weights (Chen et al. 2024, Table 2): those of diffusers' default config, by name and shape."""
+    options = SimpleNamespace(
+        model_type="pixart", model_size="XL", patch_size=None, dropout=None, model_config_name_or_path=None
+    )
+    with torch.device("meta"):
+        network = build_network(options, images_of(128, 4), None, 4096)
+        stock = PixArtTransformer2DModel(caption_channels=4096, out_channels=4, use_additional_conditions=False)
+        alone = build_network(options, images_of(32, 4), None)
+    # The default patches of images of 128 pixels are larger, those of the paper are of side 2.
+    assert network.config.patch_size == 4 and alone.config.patch_size == 2
+    patches = ("pos_embed.proj.weight", "proj_out.weight", "proj_out.bias")
+    shapes, expected = (
+        {name: tuple(p.shape) for name, p in each.named_parameters() if name not in patches}
+        for each in (network, stock)
+    )
+    assert shapes == expected
+    assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(0.61, abs=0.01)
+    assert traits_of(network).caption_width == 4096 and traits_of(alone).caption_width is None
+    assert not any("attn2" in name or "caption" in name for name, _ in alone.named_parameters())
+
+
+@pytest.mark.parametrize("width", [None, 16])
+def test_the_blocks_of_a_new_transformer_do_nothing(width):
+    """adaLN-Zero (Peebles & Xie 2023, section 3.2): every block is the identity, and the output is zero."""
+    options = SimpleNamespace(
+        model_type="pixart", model_size=None, patch_size=4, dropout=None, model_config_name_or_path=None
+    )
+    network, seen = build_network(options, images_of(8, 3), None, width), []
+    for block in network.transformer_blocks:
+        block.register_forward_hook(lambda module, given, returned: seen.append((given[0], returned)))
+    told = {} if width is None else {"encoder_hidden_states": torch.randn(2, 5, width)}
+    output = network(torch.randn(2, 3, 8, 8), timestep=torch.tensor([3.5, 900.0]), **told).sample
+    assert len(seen) == 2 and all(torch.equal(*pair) for pair in seen)
+    assert output.shape == (2, 3, 8, 8) and not output.any()
+    network.proj_out.weight.data.normal_()
+    again = network(torch.randn(2, 3, 8, 8), timestep=torch.tensor([3.5, 900.0]), **told).sample
+    again.square().sum().backward()
+    # What is zero has to learn.
+    grown = [name for name, p in network.named_parameters() if p.grad is not None and p.grad.any()]
+    assert {"scale_shift_table", "adaln_single.linear.weight"} < set(grown)
+
+
+def test_which_networks_denoise_images_without_more():
+    assert denoises_images(tiny_dit()) and denoises_images(pixart(cross_attention_dim=None, caption_channels=None))
+    for network in (pixart(), sd3_transformer(), conditional_unet(cross_attention_dim=16)):
+        assert not denoises_images(network)
 
 
 @pytest.mark.parametrize(("resolution", "patch"), [(7, 1), (8, 2), (64, 2), (128, 4), (256, 8)])
@@ -234,7 +285,7 @@ def test_recipes_name_the_networks_of_the_paper():
     ("options", "message"),
     [
         ({"model_type": "dit", "patch_size": 3}, "patch_size must divide the side of the images, 8, got 3"),
-        ({"model_type": "unet", "patch_size": 2}, "patch_size is for model_type dit, got model_type='unet'"),
+        ({"model_type": "unet", "patch_size": 2}, "patch_size is for model_type dit or pixart, got model_type='unet'"),
         (
             {"model_type": "dit", "layers_per_block": 1},
             "layers_per_block is for model_type unet or unet_condition or ncsnpp or ddpmpp",

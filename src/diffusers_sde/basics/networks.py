@@ -28,6 +28,8 @@ class NetworkTraits:
         prediction_type: The prediction that the form of the network fixes; None where any will do.
         time_conditioning: The time conditioning that the form of the network fixes; None where any will do.
         caption_width: Width of the embeddings of captions that the network is told; None for one that is told none.
+        also_needs: The argument of the network beside x, timestep, labels and captions without which it cannot be
+            called, such as the sizes that a UNet of Stable Diffusion XL is told; None where there is none.
     """
 
     channels: int | None
@@ -40,6 +42,7 @@ class NetworkTraits:
     prediction_type: str | None
     time_conditioning: str | None
     caption_width: int | None
+    also_needs: str | None = None
 
     def constant_labels(self, batch_size: int, device: torch.device | str) -> dict[str, Tensor]:
         """The arguments that a network takes beside x and timestep though it is unconditional; mostly none."""
@@ -54,16 +57,23 @@ def traits_of(network: Any) -> NetworkTraits:
     A ``DiTTransformer2DModel`` has one label more than ``num_embeds_ada_norm``, its null class, which is the last one.
     Other networks count their labels in ``num_class_embeds``. A network that divides its output by sigma
     (``scale_by_sigma``) returns the score, and one that takes the logarithm of its timestep is fed sigma. A
-    ``UNet2DConditionModel`` is told captions.
+    ``UNet2DConditionModel`` is told captions, and so is a ``PixArtTransformer2DModel``, unless it was built without
+    cross-attention.
     """
     config: Mapping[str, Any] = getattr(network, "config", None) or {}
     channels, size = config.get("in_channels"), config.get("sample_size")
     labels, divisor, is_transformer = config.get("num_class_embeds"), None, False
     if config.get("norm_type") == "ada_norm_zero" and config.get("num_embeds_ada_norm") is not None:
         labels, divisor, is_transformer = config["num_embeds_ada_norm"] + 1, config.get("patch_size"), True
+    elif config.get("norm_type") == "ada_norm_single":
+        divisor, is_transformer = config.get("patch_size"), True
     elif config.get("block_out_channels") is not None:
         divisor = 2 ** (len(config["block_out_channels"]) - 1)
-    told_captions = "encoder_hid_dim" in config
+    # The widths that the embeddings have before and after a projection, if there is one.
+    names = next((name for name in ("encoder_hid_dim", "caption_channels") if name in config), None)
+    # A PixArtTransformer2DModel for latents of side 128 is told the size of the image where its config does not say.
+    asks_size = config.get("use_additional_conditions")
+    asks_size = asks_size if asks_size is not None else "use_additional_conditions" in config and size == 128
     takes_sigma = config.get("time_embedding_type") == "fourier" or config.get("sigma_levels") is not None
     return NetworkTraits(
         channels=channels,
@@ -74,7 +84,8 @@ def traits_of(network: Any) -> NetworkTraits:
         needs_constant_label=is_transformer and labels == 1,
         returns_variance=channels is not None and config.get("out_channels") == 2 * channels,
         prediction_type="score" if config.get("scale_by_sigma") else None,
-        caption_width=(config["encoder_hid_dim"] or config["cross_attention_dim"]) if told_captions else None,
+        caption_width=None if names is None else config[names] or config.get("cross_attention_dim"),
+        also_needs="added_cond_kwargs" if asks_size or config.get("addition_embed_type") is not None else None,
         time_conditioning="sigma" if "scale_by_sigma" in config and takes_sigma else None,
     )
 
@@ -88,10 +99,15 @@ def describe_network(network: Any) -> str:
 
 
 def denoises_images(network: Any) -> bool:
-    """Whether a network is called as (images, timestep) with nothing else, and its config tells the images' shape."""
+    """Whether a network is called as (images, timestep) with nothing else, and its config tells the images' shape.
+
+    Transformers that take captions in the second place do without them only if they were built without cross-attention.
+    """
     config = getattr(network, "config", None) or {}
     try:
-        inspect.signature(network.forward).bind(None, None, return_dict=False)
+        signature = inspect.signature(network.forward)
+        signature.bind(None, None, return_dict=False)
     except (AttributeError, TypeError):
         return False
-    return "in_channels" in config and "sample_size" in config
+    told_captions = "encoder_hidden_states" in signature.parameters and config.get("cross_attention_dim", 0) is not None
+    return "in_channels" in config and "sample_size" in config and not told_captions

@@ -40,6 +40,11 @@ class EvaluationConfig(CheckedOptions):
     )
     image_column: str | None = option(None, "Column with the images. Default: the data's image column.")
     label_column: str | None = option(None, "Column with the classes. Default: the data's class column, if any.")
+    caption_column: str | None = option(
+        None,
+        "Draw images of the captions in this column, text or classes by name, spread evenly over dataset_split. "
+        "Default: of the empty caption, where the model is told captions.",
+    )
     white_level: int | None = option(
         None,
         "Value of white in grey images of more than 8 bits, as in training. Default: 65535.",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..images.columns import captions_of, classes_of
 from ..images.loading import load_images
 from ..images.options import ImageOptions, is_local
 from ..images.source import ImageSource
@@ -32,6 +33,19 @@ class Images:
     labels: Tensor | None
     class_names: list[str]
     split: str
+
+
+@dataclass(frozen=True)
+class AskedImages:
+    """What samples are asked for: the captions of images that are spread evenly over a split.
+
+    Attributes:
+        captions: One for each sample.
+        labels: The classes of these images, shape (N,); None where the data have none.
+    """
+
+    captions: list[str]
+    labels: Tensor | None
 
 
 class DataOptions(Protocol):
@@ -65,6 +79,33 @@ def data_name(config: EvaluationConfig) -> str:
     return name if folder is None else Path(folder).resolve().name
 
 
+def asked_of_data(config: EvaluationConfig) -> AskedImages | None:
+    """What the samples of an evaluation are asked for; None where they are not asked for captions.
+
+    Raises:
+        ValueError: There are no such captions.
+    """
+    if config.caption_column is None:
+        return None
+    dataset = load_images(_image_options(config, config.dataset_split))
+    captions = captions_of(dataset, config.caption_column)
+    _, labels = classes_of(dataset, config.label_column, None)
+    places = np.linspace(0, len(captions) - 1, config.samples).round().astype(int)
+    return AskedImages([captions[place] for place in places], None if labels is None else labels[places])
+
+
+def _image_options(config: DataOptions, split: str, **more: Any) -> ImageOptions:
+    return ImageOptions(
+        dataset_name=config.dataset_name,
+        train_data_dir=config.data_dir,
+        dataset_split=split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        white_level=config.white_level,
+        **more,
+    )
+
+
 def read_images(config: DataOptions, pipe: Any, split: str, count: int | None, show_progress: bool) -> Images:
     """Images of a split, evenly spread over it, in the size of the pipeline's network.
 
@@ -84,18 +125,8 @@ def read_images(config: DataOptions, pipe: Any, split: str, count: int | None, s
         channels, height, width = pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2
     if height != width:
         raise ValueError(f"the network's images are {width}x{height}; only square ones are read here.")
-    data = ImageOptions(
-        dataset_name=config.dataset_name,
-        train_data_dir=config.data_dir,
-        dataset_split=split,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        white_level=config.white_level,
-        resolution=int(height),
-        channels=int(channels),
-        center_crop=True,
-        cache_images=False,
-    )
+    size = {"resolution": int(height), "channels": int(channels)}
+    data = _image_options(config, split, **size, center_crop=True, cache_images=False)
     source = ImageSource(load_images(data), data)
     count = len(source) if count is None else min(count, len(source))
     indices = np.unique(np.linspace(0, len(source) - 1, count).round().astype(int))

@@ -3,7 +3,8 @@
 ``evaluate`` returns, and writes to ``results.json``, a dictionary of JSON values:
 
 - ``model``, ``sde``: the pipeline, and its SDE in words; ``seed``.
-- ``data``: ``name``, ``split`` and ``images`` of the reference; ``test_split`` and ``test_images``, or None.
+- ``data``: ``name``, ``split`` and ``images`` of the reference; ``test_split`` and ``test_images``, or None; and
+  ``caption_column`` where samples are asked for captions of the data.
 - ``num_samples``: images drawn by each sampler; the following three exist where it is not 0.
 - ``features``: ``name`` (``classifier``, ``inception`` or ``pixels``) and ``dimensions``; for a classifier ``accuracy``
   on images that it was not trained on, and ``data``, the fingerprint of those that it was.
@@ -45,7 +46,7 @@ from ..pipelines import ClassConditionalSDEPipeline, ProbabilityFlow
 from ..shipping.cards import too_few_samples
 from .codes import draw_codes, measured_bits_per_dim, measured_latent_bits
 from .configuration import EvaluationConfig
-from .data import Images, data_name, read_images
+from .data import AskedImages, Images, asked_of_data, data_name, read_images
 from .report import markdown_table, warning_of_few_samples
 from .samplers import ImageSampler, Sampler, as_sde_pipeline, draw_images, launched_processes, load_pipeline
 
@@ -79,7 +80,9 @@ def _evaluate(config: EvaluationConfig, process: PartialState) -> dict[str, Any]
     with process.main_process_first():
         pipe = load_pipeline(config.model).to(process.device)
     flow = ProbabilityFlow(pipe, t_min=config.t_min)
-    samplers = _samplers(config, pipe)
+    with process.main_process_first():
+        asked = asked_of_data(config)
+    samplers = _samplers(config, pipe, asked)
     reference, test = _data(config, pipe, process)
     report: dict[str, Any] = {
         "model": config.model,
@@ -94,8 +97,10 @@ def _evaluate(config: EvaluationConfig, process: PartialState) -> dict[str, Any]
         },
         "num_samples": config.samples,
     }
+    if asked is not None:
+        report["data"]["caption_column"] = config.caption_column
     if samplers:
-        judge = _Judge(config, reference, test, process) if process.is_main_process else None
+        judge = _Judge(config, reference, test, asked, process) if process.is_main_process else None
         if judge is not None:
             report |= {"features": judge.description, "baseline": judge.baseline(), "samplers": []}
             if too_few_samples(report):
@@ -118,7 +123,7 @@ def _evaluate(config: EvaluationConfig, process: PartialState) -> dict[str, Any]
     return broadcast_object_list([report])[0]
 
 
-def _samplers(config: EvaluationConfig, pipe: Any) -> list[ImageSampler]:
+def _samplers(config: EvaluationConfig, pipe: Any, asked: AskedImages | None) -> list[ImageSampler]:
     if config.samples == 0:
         return []
     sde_pipe = as_sde_pipeline(pipe)
@@ -127,7 +132,8 @@ def _samplers(config: EvaluationConfig, pipe: Any) -> list[ImageSampler]:
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise ValueError(f"sampler labels must differ, {', '.join(map(repr, twice))} stands twice.")
-    return [ImageSampler(sde_pipe, sampler, config.seed) for sampler in named]
+    prompts = None if asked is None else asked.captions
+    return [ImageSampler(sde_pipe, sampler, config.seed, prompts=prompts) for sampler in named]
 
 
 def _data(config: EvaluationConfig, pipe: Any, process: PartialState) -> tuple[Images, Images | None]:
@@ -151,8 +157,15 @@ def _is_conditional(pipe: Any) -> bool:
 class _Judge:
     """Measures samples against the reference, on one process."""
 
-    def __init__(self, config: EvaluationConfig, reference: Images, test: Images | None, process: PartialState) -> None:
-        self._config, self._reference, self._test = config, reference, test
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        reference: Images,
+        test: Images | None,
+        asked: AskedImages | None,
+        process: PartialState,
+    ) -> None:
+        self._config, self._reference, self._test, self._asked = config, reference, test, asked
         path = None if config.output_dir is None else Path(config.output_dir) / "classifier.safetensors"
         extractor = make_extractor(
             config.features,
@@ -195,8 +208,10 @@ class _Judge:
     def __call__(self, sampler: ImageSampler, images: Tensor, calls: float) -> dict[str, Any]:
         """Write the pictures of one sampler, and return its entry in the report."""
         labels = [sampler.label(number) for number in range(len(images))]
-        known = torch.tensor(labels) if self._has_classes and labels[0] is not None else None
-        metrics = self._quality(images, known)
+        known = None if labels[0] is None else torch.tensor(labels)
+        if self._asked is not None:
+            known = self._asked.labels
+        metrics = self._quality(images, known if self._has_classes else None)
         some = self._some(images)
         distances, indices = nearest_neighbours(some, self._reference.pixels, NEIGHBOURS_SHOWN)
         label = sampler.sampler.label

@@ -37,8 +37,8 @@ def generate(config: SamplingConfig) -> dict[str, Any]:
 
     Returns:
         What ``samples.json`` holds: the model and its ``fingerprint``, ``sampler`` (the options that were changed),
-        ``seed``, ``class_labels`` and ``labels`` (of each image, or None), ``num_images``, and ``calls_per_image``,
-        network calls for each image drawn in this run (None if there was nothing to draw).
+        ``seed``, ``class_labels``, ``prompts``, and ``labels`` (of each image, or None), ``num_images``, and
+        ``calls_per_image``, network calls for each image drawn in this run (None if there was nothing to draw).
 
     Raises:
         ValueError: A bad option, or a folder with other images, with more of them, or with files that cannot be read.
@@ -55,13 +55,14 @@ def _generate(config: SamplingConfig, process: PartialState) -> dict[str, Any]:
     sampler, folder = config.make_sampler(), Path(config.output_dir)
     with process.main_process_first():
         pipe = as_sde_pipeline(load_pipeline(config.model)).to(process.device)
-    draw = ImageSampler(pipe, sampler, config.seed, config.class_labels)
+    draw = ImageSampler(pipe, sampler, config.seed, config.class_labels, config.prompts)
     record: dict[str, Any] = {
         "model": config.model,
         "fingerprint": fingerprint(pipe.unet),
         "sampler": dict(sampler.options),
         "seed": config.seed,
         "class_labels": None if config.class_labels is None else list(config.class_labels),
+        "prompts": None if config.prompts is None else list(config.prompts),
     }
     packed = folder / "samples.npz"
     images = folder if config.format == "png" else folder / UNPACKED

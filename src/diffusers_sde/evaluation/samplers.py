@@ -1,8 +1,9 @@
 """A sampler as words on a command line, and images by their numbers.
 
 Image number i is drawn with a random generator of its own, seeded by (seed, i), and its class is that of i modulo the
-number of classes. A set of images therefore does not depend on the batch size, on the number of processes or on
-interruptions, except for the rounding of the network, which may differ by batch size.
+number of classes, its prompt that of i modulo the number of prompts. A set of images therefore does not depend on the
+batch size, on the number of processes or on interruptions, except for the rounding of the network, which may differ by
+batch size.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..basics.checks import check_integer
 from ..basics.networks import denoises_images
 from ..basics.options import one_line
 from ..images.arrays import to_bytes
-from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
+from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline, TextSDEPipeline
 from ..pipelines.runs import METHODS
 
 CALL_OPTIONS = ("num_inference_steps", "method", "rtol", "atol", "guidance_scale", "classifier_guidance_scale")
@@ -127,6 +128,7 @@ class ImageSampler:
         seed: Any integer >= 0; sets of different seeds have no image in common.
         class_labels: Classes (numbers or names) that the images have in turn, for a class-conditional pipeline; all
             classes if None.
+        prompts: Captions that the images have in turn, for a pipeline that is told captions; the empty one if None.
 
     Attributes:
         calls: Network calls so far, counted for each image. Both halves of guidance and rejected steps are included.
@@ -142,11 +144,15 @@ class ImageSampler:
         sampler: Sampler,
         seed: int = 0,
         class_labels: Sequence[int | str] | None = None,
+        prompts: Sequence[str] | None = None,
     ) -> None:
+        self._prompts = None if prompts is None else list(prompts)
         self.pipe, self.sampler, self.seed = pipe, sampler, seed
         self.calls = self.images = 0
         try:
             self._classes = _classes(pipe, class_labels)
+            if prompts is not None and not isinstance(pipe, TextSDEPipeline):
+                raise ValueError("prompts need a pipeline that is told captions, and this one is not.")
             self._arguments, self._scheduler = self._configure(dict(sampler.options))
         except ValueError as error:
             raise ValueError(f"sampler {sampler.label!r}: {error}") from error
@@ -169,6 +175,10 @@ class ImageSampler:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {arguments['method']!r}.")
         if self._classes is not None:
             self.pipe.denoiser(*(arguments.get(name, d) for name, d in GUIDANCE))  # refuses what it cannot do
+        if isinstance(self.pipe, TextSDEPipeline):
+            if self._prompts is None:
+                self.pipe.unconditional(1)  # refuses a network that knows no empty caption
+            self.pipe.denoiser(self._prompts or "", arguments.get("guidance_scale", 1.0))
         if "predictor" in options and options["predictor"] is None:
             options["predictor"] = "none"
         own = self.pipe.scheduler
@@ -189,6 +199,10 @@ class ImageSampler:
     def label(self, number: int) -> int | None:
         """Class of image ``number``; None for an unconditional pipeline."""
         return None if self._classes is None else self._classes[number % len(self._classes)]
+
+    def prompt(self, number: int) -> str | None:
+        """Caption of image ``number``; None where no prompts are given."""
+        return None if self._prompts is None else self._prompts[number % len(self._prompts)]
 
     def __call__(
         self, numbers: Sequence[int], batch_size: int = 64, progress_bar: bool = False
@@ -219,8 +233,12 @@ class ImageSampler:
                 generators = [generator_of(self.seed, number) for number in batch]
                 # The noise is drawn here, because a pipeline whose network is not float32 would draw other noise.
                 latents = torch.stack([torch.randn(pipe.sample_shape, generator=g) for g in generators])
-                classes = None if self._classes is None else torch.tensor([self.label(number) for number in batch])
-                images = self._draw(pipe, latents.to(pipe.device), generators, classes)
+                told: dict[str, Any] = {}
+                if self._classes is not None:
+                    told["class_labels"] = torch.tensor([self.label(number) for number in batch])
+                if self._prompts is not None:
+                    told["prompt"] = [self.prompt(number) for number in batch]
+                images = self._draw(pipe, latents.to(pipe.device), generators, told)
                 self.images += len(batch)
                 progress.update(len(batch))
                 yield batch, to_bytes(images, 0.0)
@@ -229,12 +247,10 @@ class ImageSampler:
             hook.remove()
 
     def _draw(
-        self, pipe: SDEPipeline, latents: Tensor, generators: list[torch.Generator], classes: Tensor | None
+        self, pipe: SDEPipeline, latents: Tensor, generators: list[torch.Generator], told: dict[str, Any]
     ) -> Tensor:
         """Images in [0, 1], shape (B, C, H, W)."""
-        arguments = dict(self._arguments)
-        if classes is not None:
-            arguments["class_labels"] = classes
+        arguments = {**self._arguments, **told}
         images = pipe(latents=latents, generator=generators, output_type="pt", return_dict=False, **arguments)[0]
         return images
 

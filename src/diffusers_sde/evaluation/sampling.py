@@ -33,6 +33,10 @@ class SamplingConfig(CheckedOptions):
         None, "Classes, numbers or names, that images have in turn. Default: all classes."
     )
 
+    prompts: tuple[str, ...] | None = option(
+        None, "Captions that images have in turn, for a model that is told captions. Default: the empty one."
+    )
+
     scheduler: str | None = option(None, "Scheduler class of this package or of diffusers. Default: the model's own.")
     num_inference_steps: int | None = option(None, "Noise levels. Default: 100.", least=1)
     predictor: str | None = option(None, "Default here and below: the model's own.", choices=tuple(PREDICTORS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -67,3 +67,36 @@ def classes_of(
     else:
         names = map(str, range(num_classes or int(values.max()) + 1))
     return list(names), torch.from_numpy(values.astype(np.int64))
+
+
+def captions_of(dataset: datasets.Dataset, column: str) -> list[str]:
+    """The caption of each image.
+
+    Args:
+        dataset: The images with their captions.
+        column: The column with the captions: text, or classes, whose names are the captions.
+
+    Raises:
+        ValueError: There is no such column, or it does not hold one caption for each image.
+    """
+    if column not in dataset.features:
+        raise ValueError(f"caption_column must be one of {', '.join(dataset.features)}, got {column!r}.")
+    captions = as_captions(dataset.with_format(None)[column][:], dataset.features[column])
+    bad = next((i for i, caption in enumerate(captions) if not isinstance(caption, str)), None)
+    if bad is not None:
+        raise ValueError(
+            f"caption_column {column!r} must hold one text for each image, that of image {bad} is {captions[bad]!r}."
+        )
+    return captions
+
+
+def as_captions(values: Sequence[Any], feature: Any) -> list[Any]:
+    """Values of a column as captions: classes by their names, None where there is none, and others as they are.
+
+    Args:
+        values: The values.
+        feature: What datasets says of the column.
+    """
+    if not isinstance(feature, datasets.ClassLabel):
+        return list(values)
+    return [feature.names[value] if value is not None and value >= 0 else None for value in values]

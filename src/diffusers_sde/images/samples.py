@@ -97,8 +97,8 @@ class TrainingSamples(Dataset, ABC):
 
         Returns:
             ``images``, bytes (B, C, H, W); ``noise``, unit Gaussian, float32 (B, *noise_shape); ``u``, uniform in
-            [0, 1), float64 (B,), which stands for the time; and where the data have classes ``labels``, int64 (B,), and
-            ``label_draw``, uniform in [0, 1), float64 (B,), which decides whether the class is hidden.
+            [0, 1), float64 (B,), which stands for the time; ``label_draw``, likewise, which decides whether the class
+            or the caption is hidden; and where the data have classes ``labels``, int64 (B,).
         """
 
     def batch(
@@ -135,7 +135,9 @@ class TrainingSamples(Dataset, ABC):
             u[i] = (number % self._strata + draw.random()) / self._strata
             draw.standard_normal(out=noise[i], dtype=np.float32)
             label_draw[i] = draw.random()
-        batch = {"noise": torch.from_numpy(noise), "u": torch.from_numpy(u)}
+        batch = {
+            name: torch.from_numpy(each) for name, each in (("noise", noise), ("u", u), ("label_draw", label_draw))
+        }
         if self.draws_latents:
             latent_noise = np.empty_like(noise)
             for i, number in enumerate(numbers):
@@ -143,7 +145,6 @@ class TrainingSamples(Dataset, ABC):
             batch["latent_noise"] = torch.from_numpy(latent_noise)
         if labels is not None:
             batch["labels"] = labels
-            batch["label_draw"] = torch.from_numpy(label_draw)
         return batch
 
 

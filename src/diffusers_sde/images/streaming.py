@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .columns import decoded, image_column, label_column
+from .columns import as_captions, decoded, image_column, label_column
 from .fitting import open_image
 from .options import ImageOptions
 from .samples import TrainingSamples, TrainingSource
@@ -40,9 +40,12 @@ class StreamSource:
         dataset: Its rows are those of ``ImageSource``. It is to be whole: not split among processes.
         config: Resolution, cropping, columns, seed and buffer.
         show_progress: Whether to show a progress bar; see ``ImageSource``.
+        caption_column: The column with a caption of each image, text or a class, whose name is the caption then; None
+            where none are asked for.
 
     Attributes:
         first: The first images.
+        captions: Their captions; none where none are asked for.
         channels: 1 (grey) or 3 (RGB).
         resolution: Side in pixels.
         class_names: Names of the classes; empty where there are none.
@@ -52,7 +55,13 @@ class StreamSource:
         ValueError: See ``ImageSource``; or an option that needs the number of images, or of classes, is left open.
     """
 
-    def __init__(self, dataset: datasets.IterableDataset, config: ImageOptions, show_progress: bool = False) -> None:
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        config: ImageOptions,
+        show_progress: bool = False,
+        caption_column: str | None = None,
+    ) -> None:
         dataset = dataset.with_format(None)
         features = dataset.features or dict.fromkeys(next(iter(dataset), {}))
         if not features:
@@ -68,8 +77,12 @@ class StreamSource:
                     f"class_conditional: label_column {self._label_column!r} of a stream does not say how many classes "
                     "there are: pass num_classes."
                 )
-        columns = [name for name in (self._image_column, self._label_column) if name is not None]
-        stream = dataset.select_columns(columns)
+        if caption_column is not None and caption_column not in features:
+            raise ValueError(f"caption_column must be one of {', '.join(features)}, got {caption_column!r}.")
+        self._caption_column = caption_column
+        self._caption_feature = None if caption_column is None else features[caption_column]
+        columns = (self._image_column, self._label_column, caption_column)
+        stream = dataset.select_columns(list(dict.fromkeys(name for name in columns if name is not None)))
         encoded = isinstance(features[self._image_column], datasets.Image)
         if encoded:
             stream = stream.cast_column(self._image_column, datasets.Image(decode=False))
@@ -82,6 +95,7 @@ class StreamSource:
         self._passes: list[tuple[int, int]] = [(0, 0)]
 
         rows = [dict(row) for row in islice(self._one_pass(0), FIRST_IMAGES)]
+        self.captions = self.captions_of(rows) or []
         first = datasets.Dataset.from_list(rows, features=stream.features if rows else None)
         if encoded and rows:
             first = first.cast_column(self._image_column, datasets.Image())
@@ -163,6 +177,23 @@ class StreamSource:
                 raise ValueError(f"class_conditional needs labels in [0, {classes}), the data hold {label!r}.")
         return torch.tensor(labels, dtype=torch.int64)
 
+    def captions_of(self, rows: Sequence[Row]) -> list[str] | None:
+        """Captions of rows, where they are asked for.
+
+        Raises:
+            ValueError: A row has none.
+        """
+        column = self._caption_column
+        if column is None:
+            return None
+        captions = as_captions([row[column] for row in rows], self._caption_feature)
+        for caption in captions:
+            if not isinstance(caption, str):
+                raise ValueError(
+                    f"caption_column {column!r} must hold one text for each image, the data hold {caption!r}."
+                )
+        return captions
+
     def _one_pass(self, epoch: int) -> Iterator[Row]:
         self._stream.set_epoch(epoch)
         for position, row in enumerate(self._stream):
@@ -210,13 +241,15 @@ class StreamedSamples(TrainingSamples):
                     yield batch
                     batch = []
 
-    def __getitems__(self, numbered: Sequence[tuple[int, Row]]) -> dict[str, Tensor]:
-        """A batch of numbers and rows from ``deal``."""
+    def __getitems__(self, numbered: Sequence[tuple[int, Row]]) -> dict[str, Any]:
+        """A batch of numbers and rows from ``deal``, with ``captions``, a list of B, where they are asked for."""
         numbers, rows = zip(*numbered, strict=True)
         source = self._source
-        return self.batch(
+        batch = self.batch(
             numbers, lambda i, random: source.prepare(numbers[i], rows[i], random), source.labels_of(rows)
         )
+        captions = source.captions_of(rows)
+        return batch if captions is None else batch | {"captions": captions}
 
 
 def is_streamed(dataset: datasets.Dataset | datasets.IterableDataset, config: ImageOptions) -> bool:
@@ -228,7 +261,17 @@ def open_source(
     dataset: datasets.Dataset | datasets.IterableDataset, config: ImageOptions, show_progress: bool = False
 ) -> TrainingSource:
     """The source of training images that suits a data set."""
-    if not is_streamed(dataset, config):
-        return ImageSource(dataset, config, show_progress)
+    if is_streamed(dataset, config):
+        return open_stream(dataset, config, show_progress)
+    return ImageSource(dataset, config, show_progress)
+
+
+def open_stream(
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    config: ImageOptions,
+    show_progress: bool = False,
+    caption_column: str | None = None,
+) -> StreamSource:
+    """A data set as a stream; arguments as in ``StreamSource``."""
     stream = dataset.to_iterable_dataset() if isinstance(dataset, datasets.Dataset) else dataset
-    return StreamSource(stream, config, show_progress)
+    return StreamSource(stream, config, show_progress, caption_column)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ..sdes import SDE, as_time, expand_like
 from .conditioning import TimeConditioning
@@ -13,6 +16,30 @@ from .parametrizations import Parametrization
 
 Denoiser = Callable[..., Tensor]
 """(x_t of shape (B, ...), t of shape () or (B,), **conditioning) -> x0_hat = E[x_0 | x_t], shape (B, ...)."""
+
+
+@cache
+def _names_timestep(kind: type) -> bool:
+    """Whether networks of this class take something between x and the timestep, so that the timestep must be named."""
+    forward = getattr(kind, "forward", None)
+    names = [] if forward is None else list(inspect.signature(forward).parameters)  # self is the first
+    return "timestep" in names[3:]
+
+
+def with_timestep(network: Callable[..., Any], x: Tensor, timestep: Tensor, **told: Any) -> Any:
+    """Call a network as its class wants to be called, and return what it returns.
+
+    Args:
+        network: A diffusers model, as it is or wrapped by torch for several processes, or any function of
+            (x, timestep). Transformers of diffusers that may be told captions have these in the second place.
+        x: Input of the network, shape (B, ...).
+        timestep: What it is fed for the time, shape (B,).
+        **told: What it is told beside these, by name.
+    """
+    inner: Any = network.module if isinstance(network, DistributedDataParallel) else network
+    if _names_timestep(type(inner)):
+        return network(x, timestep=timestep, **told)
+    return network(x, timestep, **told)
 
 
 def call_network(network: Callable[..., Any], x: Tensor, timestep: Tensor, **kwargs: Any) -> Tensor:
@@ -23,7 +50,7 @@ def call_network(network: Callable[..., Any], x: Tensor, timestep: Tensor, **kwa
     first half: the SDE fixes the variance.
     """
     timestep = timestep.to(device=x.device, dtype=x.dtype).expand(x.shape[0])
-    output = network(x, timestep, **kwargs)
+    output = with_timestep(network, x, timestep, **kwargs)
     output = output if isinstance(output, Tensor) else output[0]
     has_variance = x.ndim > 2 and output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]
     return output[:, : x.shape[1]] if has_variance else output

@@ -40,12 +40,14 @@ class CaptionEncoder:
         tokenizer: A tokenizer of transformers.
         text_encoder: A text encoder of transformers, such as ``CLIPTextModel``, ``T5EncoderModel`` or ``BertModel``.
         max_length: L, the number of tokens to which captions are cut and padded.
+        shows_padding: Whether the padding is encoded and attended to like the caption, as in Stable Diffusion.
         chunk: Captions that are encoded at a time, which bounds the memory.
     """
 
     tokenizer: Any
     text_encoder: Any
     max_length: int
+    shows_padding: bool = False
     chunk: int = 64
 
     @torch.no_grad()
@@ -63,8 +65,9 @@ class CaptionEncoder:
             mask = tokens["attention_mask"].to(device)
             # A network cannot attend to nothing, so that of a caption without tokens one token of padding is seen.
             mask[:, 0] |= ~mask.any(1)
-            states.append(self.text_encoder(tokens["input_ids"].to(device), attention_mask=mask)[0])
-            masks.append(mask.bool())
+            seen = None if self.shows_padding else mask
+            states.append(self.text_encoder(tokens["input_ids"].to(device), attention_mask=seen)[0])
+            masks.append(torch.ones_like(mask).bool() if self.shows_padding else mask.bool())
         return EmbeddedCaptions(torch.cat(states), torch.cat(masks))
 
 

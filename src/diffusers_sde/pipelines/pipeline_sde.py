@@ -20,6 +20,7 @@ from ..basics.noise import Generators
 from ..flow.likelihood import LogProb
 from ..flow.quantized import BitsPerDim
 from ..flow.trace import TraceOptions
+from ..networks.denoisers import with_timestep
 from ..schedulers import SCHEDULERS
 from .base import SharedPipeline
 from .encoders import ImageEncoder, LatentPreview, Latents, PixelRange, latents_of
@@ -300,7 +301,8 @@ class SDEPipeline(SharedPipeline):
             for i, t in enumerate(timesteps):
                 model_input = scale_input(x, t).to(self.unet.dtype)
                 fed = t.to(x.device).expand(len(x))
-                output = self.unet(model_input, fed, **unconditional, return_dict=False)[0].to(x.dtype)
+                told = {**unconditional, "return_dict": False}
+                output = with_timestep(self.unet, model_input, fed, **told)[0].to(x.dtype)
                 if needs_next:
                     step_arguments["prev_timestep"] = timesteps[i + 1] if i + 1 < len(timesteps) else None
                 x = self.scheduler.step(output, t, x, **step_arguments, return_dict=False)[0]

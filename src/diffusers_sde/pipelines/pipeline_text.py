@@ -39,8 +39,8 @@ class TextSDEPipeline(SDEPipeline):
     Methods that take no prompt, such as ``encode`` and ``log_prob``, are those of the empty caption.
 
     Args:
-        unet: A ``UNet2DConditionModel``, called with ``encoder_hidden_states``, shape (B, L, D), and with
-            ``encoder_attention_mask``, boolean (B, L), which hides the padding.
+        unet: A ``UNet2DConditionModel`` or a ``PixArtTransformer2DModel``, called with ``encoder_hidden_states``,
+            shape (B, L, D), and with ``encoder_attention_mask``, boolean (B, L), which hides the padding.
         scheduler: One of this package's schedulers.
         text_encoder: A text encoder of transformers, such as ``CLIPTextModel``, ``T5EncoderModel`` or ``BertModel``, of
             width D.
@@ -54,6 +54,8 @@ class TextSDEPipeline(SDEPipeline):
         vae: As in ``SDEPipeline``.
         latents_mean: As in ``SDEPipeline``.
         latents_std: As in ``SDEPipeline``.
+        shows_padding: Whether the padding of a caption is encoded and attended to like the caption itself. Networks of
+            Stable Diffusion have been trained so.
 
     Raises:
         ValueError: An argument of the wrong kind, or arguments that do not fit together.
@@ -85,24 +87,36 @@ class TextSDEPipeline(SDEPipeline):
         vae: ModelMixin | None = None,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
+        shows_padding: bool = False,
     ) -> None:
         super().__init__(unet, scheduler, data_min, data_max, None, sample_shape, vae, latents_mean, latents_std)
-        takes, width = traits_of(self.unet).caption_width, caption_width_of(text_encoder)
+        traits, width = traits_of(self.unet), caption_width_of(text_encoder)
+        takes = traits.caption_width
         if takes != width:
             takes_what = "no captions" if takes is None else f"embeddings of width {takes}"
             raise ValueError(f"unet takes {takes_what}, but text_encoder returns embeddings of width {width}.")
+        if traits.also_needs is not None:
+            raise ValueError(
+                f"unet must be called with images, timesteps and captions alone, but this {type(self.unet).__name__} "
+                f"also needs {traits.also_needs}."
+            )
         if not callable(tokenizer):
             raise ValueError(f"tokenizer must be a tokenizer of transformers, got {tokenizer!r}.")
         if not (null_caption is None or isinstance(null_caption, str)):
             raise ValueError(f"null_caption must be a string or None, got {null_caption!r}.")
+        if not isinstance(shows_padding, bool):
+            raise ValueError(f"shows_padding must be True or False, got {shows_padding!r}.")
         length = check_integer("max_caption_length", max_caption_length, at_least=1)
         self.register_modules(text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(max_caption_length=length, null_caption=null_caption)
+        if shows_padding:  # most do not, and earlier versions do not know it
+            self.register_to_config(shows_padding=True)
 
     @property
     def captions(self) -> CaptionEncoder:
         """What embeds captions."""
-        return CaptionEncoder(self.tokenizer, self.text_encoder, self.config.max_caption_length)
+        shows_padding = bool(self.config.get("shows_padding", False))
+        return CaptionEncoder(self.tokenizer, self.text_encoder, self.config.max_caption_length, shows_padding)
 
     def embed(self, captions: str | Sequence[str]) -> EmbeddedCaptions:
         """Return the embeddings of captions on the pipeline's device, one row for each.

@@ -26,7 +26,7 @@ from ..flow.quantized import BitsPerDim, Quantization, bits_per_dim
 from ..flow.solver import ODEOptions
 from ..flow.trace import TraceOptions
 from ..images.arrays import as_batch, from_network, in_network_range
-from ..networks.denoisers import Denoiser
+from ..networks.denoisers import Denoiser, with_timestep
 from ..sampling.editing import edit
 from ..sampling.observation import HIGH_ORDER, posterior_mean, posterior_samples
 from ..sampling.predictors import get_predictor
@@ -146,7 +146,7 @@ class ProbabilityFlow:
 
         def network(x: Tensor, timestep: Tensor, **kwargs: Any) -> Tensor:
             kwargs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in kwargs.items()}
-            output = self.network(x.to(dtype), timestep.float(), **kwargs)
+            output = with_timestep(self.network, x.to(dtype), timestep.float(), **kwargs)
             return (output if isinstance(output, Tensor) else output[0]).to(x.dtype)
 
         return self.scheduler.denoiser(network, **conditioning)(x, t)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..basics.checks import check_choice
 from ..basics.noise import Generators
-from ..networks.denoisers import Denoiser
+from ..networks.denoisers import Denoiser, with_timestep
 from ..sampling.rows import Row
 from ..sampling.transitions import REDUCTIONS, Transition
 from ..schedulers import SDEScheduler
@@ -303,8 +303,8 @@ def rollout_model(pipe: SDEPipeline, rollout: Rollout) -> RolloutModel:
         t = _times(scheduler, steps)
         scale = scheduler.parametrization.input_scale(scheduler.sde.alpha(t), scheduler.sde.sigma(t))
         fed = steps.x_t * expand_like(scale, steps.x_t).to(steps.x_t)
-        arguments = pipe.unconditional(len(fed))
-        output: Tensor = pipe.unet(fed.to(pipe.unet.dtype), steps.timestep, **arguments, return_dict=False)[0]
+        told = {**pipe.unconditional(len(fed)), "return_dict": False}
+        output: Tensor = with_timestep(pipe.unet, fed.to(pipe.unet.dtype), steps.timestep, **told)[0]
         return output.to(steps.x_t.dtype)
 
     return model

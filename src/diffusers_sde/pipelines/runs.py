@@ -28,7 +28,7 @@ from ..guidance.operators import LinearOperator
 from ..guidance.posteriors import POSTERIOR_METHODS, posterior_method
 from ..guidance.replacement import REPLACEMENT_METHODS, Replacement, resampled
 from ..images.arrays import as_batch, from_network, in_network_range
-from ..networks.denoisers import Denoiser, call_network
+from ..networks.denoisers import Denoiser, call_network, with_timestep
 from ..sampling.adaptive import SDEOptions, sample_adaptive
 from ..sampling.exponential import Exponential
 from ..sampling.planning import make_plan
@@ -324,7 +324,7 @@ def network_output(pipe: SharedPipeline, scheduler: SDEScheduler) -> Model:
     def model(x: Tensor, index: int, timestep: Tensor) -> Tensor:
         fed = scheduler.scale_model_input(x, timestep).to(pipe.unet.dtype)
         times = timestep.to(x.device).expand(len(x))
-        output: Tensor = pipe.unet(fed, times, **pipe.unconditional(len(x)), return_dict=False)[0]
+        output: Tensor = with_timestep(pipe.unet, fed, times, **pipe.unconditional(len(x)), return_dict=False)[0]
         return output.to(x.dtype)
 
     return model

@@ -1,11 +1,16 @@
-"""Training on captions: its options, and the embeddings of all captions, computed once and kept in files."""
+"""Training on captions: its options, and their embeddings.
+
+Those of stored images are computed once and kept in files, those of streamed ones on the way.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +25,8 @@ from torch import Tensor
 
 from ..basics.options import CheckedOptions, option
 from ..evaluation.generate import fingerprint
+from ..images.columns import captions_of
+from ..pipelines import TextSDEPipeline
 from ..pipelines.captions import CaptionEncoder, EmbeddedCaptions, caption_width_of
 from .encoders import DTYPES
 from .row_cache import RowCache
@@ -29,6 +36,8 @@ logger = logging.getLogger(__name__)
 CAPTION_NUMBERS = "caption_number"  # the column with the number of each image's caption
 LONGEST_CAPTION = 77  # tokens, where nothing else is asked for
 HASHED_CAPTIONS = 64  # whose tokens tell one tokenizer from another
+STOCK_PIPELINES = {"StableDiffusionPipeline": True, "PixArtAlphaPipeline": False, "PixArtSigmaPipeline": False}
+"""Stock pipelines whose networks are told captions as here, and whether these see the padding."""
 # Of these kinds, transformers' own choice of a class has parts beside the text encoder, or is none.
 _TEXT_ENCODERS = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"}
 
@@ -40,13 +49,13 @@ class CaptionOptions(CheckedOptions):
     caption_column: str | None = option(
         None,
         "Train a network that is told captions, those of this column, for generation by text: text, or classes, whose "
-        "names are the captions then. Needs text_encoder and model_type unet_condition.",
+        "names are the captions then. Needs text_encoder and model_type unet_condition or pixart, or init_from.",
     )
     text_encoder: str | None = option(
         None,
         "Text encoder of transformers with its tokenizer (CLIP, T5, BERT, ...), a folder or Hub name, of itself or of "
         "a pipeline that has both. It is frozen, and saved with the pipeline. All captions are embedded once, before "
-        "training.",
+        "training; those of a stream on the way. Default: that of init_from.",
     )
     text_encoder_dtype: str = option(
         "fp32", "Precision of the text encoder, in which it is saved and its embeddings are kept.", choices=DTYPES
@@ -74,10 +83,8 @@ class CaptionOptions(CheckedOptions):
         changed = [f.name for f in fields(CaptionOptions) if getattr(self, f.name) != f.default]
         if self.caption_column is None and changed:
             raise ValueError(f"{changed[0]} {getattr(self, changed[0])!r} has no effect without caption_column.")
-        if self.caption_column is not None and self.text_encoder is None:
-            raise ValueError(f"caption_column {self.caption_column!r} needs text_encoder, which embeds the captions.")
-        if self.text_encoder is not None and importlib.util.find_spec("transformers") is None:
-            raise ValueError("text_encoder needs transformers: pip install transformers.")
+        if self.caption_column is not None and importlib.util.find_spec("transformers") is None:
+            raise ValueError("caption_column needs transformers: pip install transformers.")
 
 
 def load_text_encoder(options: CaptionOptions, device: torch.device) -> tuple[Any, Any]:
@@ -105,6 +112,78 @@ def load_text_encoder(options: CaptionOptions, device: torch.device) -> tuple[An
     return tokenizer, encoder.requires_grad_(False).eval().to(device, DTYPES[options.text_encoder_dtype])
 
 
+def caption_encoder(options: CaptionOptions, saved: CaptionEncoder | None, device: torch.device) -> CaptionEncoder:
+    """What embeds the captions of a run: the parts that the options name, or those of a saved model.
+
+    Args:
+        options: The options of the run.
+        saved: What embeds the captions of the model that the run starts from; None where it brings none.
+        device: Where captions are embedded.
+
+    Raises:
+        ValueError: There is no text encoder, or another one than that of the saved model, or captions are to be longer
+            than it takes.
+    """
+    named = None if options.text_encoder is None else load_text_encoder(options, device)
+    if saved is None and named is None:
+        raise ValueError("caption_column needs text_encoder: what init_from names brings none.")
+    if saved is None:
+        assert named is not None, "one of the two is there"
+        tokenizer, text_encoder = named
+        length, shows_padding = min(tokenizer.model_max_length, LONGEST_CAPTION), False
+    else:
+        tokenizer, text_encoder = saved.tokenizer, saved.text_encoder.requires_grad_(False).eval()
+        text_encoder = text_encoder.to(device, DTYPES[options.text_encoder_dtype])
+        length, shows_padding = saved.max_length, saved.shows_padding
+        if named is not None and fingerprint(named[1]) != fingerprint(text_encoder):
+            raise ValueError(
+                f"text_encoder {options.text_encoder!r} is another one than that of init_from, whose network has "
+                "learnt its embeddings: leave text_encoder out."
+            )
+    if (options.max_caption_length or 0) > tokenizer.model_max_length:
+        raise ValueError(
+            f"max_caption_length must be at most {tokenizer.model_max_length} for this text encoder, got "
+            f"{options.max_caption_length!r}."
+        )
+    return CaptionEncoder(tokenizer, text_encoder, options.max_caption_length or length, shows_padding)
+
+
+def saved_encoder(pipe: Any) -> CaptionEncoder | None:
+    """What embeds captions for the network of a pipeline as it was trained; None where it is not known here.
+
+    Args:
+        pipe: A ``TextSDEPipeline``, or one of ``STOCK_PIPELINES``.
+    """
+    if isinstance(pipe, TextSDEPipeline):
+        return pipe.captions
+    shows_padding = STOCK_PIPELINES.get(type(pipe).__name__)
+    if shows_padding is None:
+        return None
+    known = inspect.signature(pipe.encode_prompt).parameters.get("max_sequence_length")
+    length = min(pipe.tokenizer.model_max_length, LONGEST_CAPTION if known is None else known.default)
+    return CaptionEncoder(pipe.tokenizer, pipe.text_encoder, length, shows_padding)
+
+
+def encoding_of(encoder: CaptionEncoder, captions: Sequence[str]) -> dict[str, Any]:
+    """All that the embeddings of captions depend on, for hashes.
+
+    Args:
+        encoder: Embeds them.
+        captions: The captions, whose tokens also tell one tokenizer from another.
+    """
+    model = encoder.text_encoder
+    some = list(captions[:: max(1, len(captions) // HASHED_CAPTIONS)])
+    tokens = encoder.tokenizer(some, truncation=True, max_length=encoder.max_length)["input_ids"]
+    of: dict[str, Any] = {"encoder": fingerprint(model), "class": type(model).__name__, "dtype": str(model.dtype)}
+    of |= {"length": encoder.max_length, "tokenizer": tokens, "captions": list(captions)}
+    return of | ({"shows_padding": True} if encoder.shows_padding else {})
+
+
+def hash_of(content: dict[str, Any]) -> str:
+    """A hash of JSON values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
 def numbered_captions(dataset: datasets.Dataset, column: str) -> tuple[datasets.Dataset, list[str]]:
     """A data set with a column that counts captions, and the captions, each of them once.
 
@@ -118,16 +197,7 @@ def numbered_captions(dataset: datasets.Dataset, column: str) -> tuple[datasets.
     Raises:
         ValueError: There is no such column, or it does not hold one caption for each image.
     """
-    if column not in dataset.features:
-        raise ValueError(f"caption_column must be one of {', '.join(dataset.features)}, got {column!r}.")
-    feature, values = dataset.features[column], dataset.with_format(None)[column][:]
-    if isinstance(feature, datasets.ClassLabel):
-        values = [feature.names[value] if value is not None and value >= 0 else None for value in values]
-    bad = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
-    if bad is not None:
-        raise ValueError(
-            f"caption_column {column!r} must hold one text for each image, that of image {bad} is {values[bad]!r}."
-        )
+    values = captions_of(dataset, column)
     captions = sorted(set(values))
     number = {caption: i for i, caption in enumerate(captions)}
     numbers = np.array([number[value] for value in values])
@@ -148,11 +218,8 @@ class CaptionCache(RowCache):
     def __init__(self, root: Path, captions: Sequence[str], encoder: CaptionEncoder) -> None:
         model = encoder.text_encoder
         self.captions, self._encoder = [*captions, ""], encoder
-        some = list(captions[:: max(1, len(captions) // HASHED_CAPTIONS)])
-        tokens = encoder.tokenizer(some, truncation=True, max_length=encoder.max_length)["input_ids"]
-        of: dict[str, Any] = {"encoder": fingerprint(model), "class": type(model).__name__, "dtype": str(model.dtype)}
-        of |= {"length": encoder.max_length, "tokenizer": tokens, "captions": self.captions}
-        key = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:32]
+        # The empty caption is hashed with the others, but its tokens are not: files of earlier versions are found.
+        key = hash_of(encoding_of(encoder, captions) | {"captions": self.captions})
         row_bytes = encoder.max_length * (caption_width_of(model) * model.dtype.itemsize + 1)
         super().__init__(root / key, key, "captions", ("states", "mask"), row_bytes, len(self.captions), "caption")
 
@@ -177,30 +244,24 @@ class CaptionCache(RowCache):
         return EmbeddedCaptions(*(torch.stack([row[name] for row in rows]) for name in ("states", "mask")))
 
 
-class TrainingCaptions:
-    """The captions of a training run: their encoder, and the embeddings of those of a batch.
+class TrainingCaptions(ABC):
+    """The captions of a training run: what embeds them, and what the network is told of those of a batch.
 
     Args:
         options: The options of the run.
+        encoder: Embeds captions.
         device: Where captions are embedded.
+        known: The captions of the images that are known beforehand, one for each image.
 
     Attributes:
         encoder: Embeds captions.
-        cache: The embeddings of the captions of the data, from ``of``.
     """
 
-    cache: CaptionCache
-
-    def __init__(self, options: CaptionOptions, device: torch.device) -> None:
-        tokenizer, text_encoder = load_text_encoder(options, device)
-        longest = min(tokenizer.model_max_length, LONGEST_CAPTION)
-        if (options.max_caption_length or 0) > tokenizer.model_max_length:
-            raise ValueError(
-                f"max_caption_length must be at most {tokenizer.model_max_length} for text_encoder "
-                f"{options.text_encoder!r}, got {options.max_caption_length!r}."
-            )
-        self.encoder = CaptionEncoder(tokenizer, text_encoder, options.max_caption_length or longest)
-        self._options, self._device = options, device
+    def __init__(
+        self, options: CaptionOptions, encoder: CaptionEncoder, device: torch.device, known: Sequence[str]
+    ) -> None:
+        self.encoder = encoder
+        self._options, self._device, self._known = options, device, known
 
     @property
     def width(self) -> int:
@@ -208,20 +269,89 @@ class TrainingCaptions:
         return caption_width_of(self.encoder.text_encoder)
 
     @property
-    def captions(self) -> list[str]:
-        """The captions of the data, each of them once; the empty one, which stands for any, is not among them."""
-        return self.cache.captions[:-1]
+    def different(self) -> list[str]:
+        """The captions of the images that are known beforehand, each of them once."""
+        return sorted(set(self._known))
 
-    def of(self, dataset: datasets.Dataset) -> datasets.Dataset:
-        """A data set with a column that counts its captions, ``CAPTION_NUMBERS``; see ``numbered_captions``."""
-        assert self._options.caption_column is not None
-        numbered, captions = numbered_captions(dataset, self._options.caption_column)
-        root = self._options.caption_cache_dir or Path(constants.HF_HOME, "diffusers_sde", "captions")
-        self.cache = CaptionCache(Path(root), captions, self.encoder)
-        return numbered
+    def spread(self, count: int) -> list[str]:
+        """The captions of ``count`` images that are evenly spread over those known beforehand."""
+        places = np.linspace(0, len(self._known) - 1, count).round().astype(int)
+        return [self._known[place] for place in places]
+
+    @abstractmethod
+    def arguments(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What the network is told beside x and timestep, on the device, of a batch from ``TrainingSamples``.
+
+        Where its ``label_draw`` is below ``caption_dropout`` the empty caption takes the place of the image's own.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The captions in words."""
+
+    @abstractmethod
+    def _key(self) -> str:
+        """A hash of the captions and of what embeds them."""
+
+    @abstractmethod
+    def prepare(self, process: PartialState) -> None:
+        """Do what is to be done before ``arguments``; to be called on all processes."""
+
+    @abstractmethod
+    def rest(self) -> None:
+        """Let the text encoder wait on the host where training does without it."""
+
+    def wake(self) -> None:
+        """Bring the text encoder back to its device."""
+        self.encoder.text_encoder.to(self._device)
+
+    def _hidden(self, batch: dict[str, Any]) -> Tensor:
+        hidden: Tensor = batch["label_draw"] < self._options.caption_dropout
+        return hidden
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run that continues it."""
+        return {"captions": self._key(), "caption_dropout": self._options.caption_dropout}
+
+
+class StoredCaptions(TrainingCaptions):
+    """The captions of stored images: each different one is embedded once, before training.
+
+    Args:
+        options: See ``TrainingCaptions``.
+        encoder: See ``TrainingCaptions``.
+        device: See ``TrainingCaptions``.
+        dataset: The images with their captions.
+
+    Attributes:
+        numbered: The images with a column that counts captions, ``CAPTION_NUMBERS``; see ``numbered_captions``.
+        captions: The captions by number. The empty one, which stands for any, is not among them.
+        cache: Their embeddings.
+
+    Raises:
+        ValueError: There are no captions.
+    """
+
+    def __init__(
+        self, options: CaptionOptions, encoder: CaptionEncoder, device: torch.device, dataset: datasets.Dataset
+    ) -> None:
+        assert options.caption_column is not None, "whoever trains without captions has none of them"
+        self.numbered, self.captions = numbered_captions(dataset, options.caption_column)
+        numbers = self.numbered.with_format(None)[CAPTION_NUMBERS][:]
+        super().__init__(options, encoder, device, [self.captions[n] for n in numbers])
+        root = options.caption_cache_dir or Path(constants.HF_HOME, "diffusers_sde", "captions")
+        self.cache = CaptionCache(Path(root), self.captions, encoder)
+
+    def describe(self) -> str:
+        """See ``TrainingCaptions``."""
+        return f"{len(self.captions)} different captions"
+
+    def _key(self) -> str:
+        """See ``TrainingCaptions``."""
+        return self.cache.key
 
     def prepare(self, process: PartialState) -> None:
-        """Fill the cache; to be called on all processes, before ``arguments``."""
+        """Fill the cache."""
         written = self.cache.build(process)
         how = "new" if written else "found"
         logger.info("Captions: %.1f MiB in %s, %s.", self.cache.size / 2**20, self.cache.folder, how)
@@ -231,23 +361,39 @@ class TrainingCaptions:
         """Let the text encoder wait on the host, since training reads embeddings from files."""
         self.encoder.text_encoder.to("cpu")
 
-    def wake(self) -> None:
-        """Bring the text encoder back to its device."""
-        self.encoder.text_encoder.to(self._device)
-
-    def arguments(self, numbers: Tensor, draws: Tensor) -> dict[str, Tensor]:
-        """What the network is told beside x and timestep, on the device.
-
-        Args:
-            numbers: Numbers of the captions of a batch, int64 (B,).
-            draws: Uniform in [0, 1), shape (B,); below ``caption_dropout`` the empty caption takes the place.
-        """
-        hidden = draws < self._options.caption_dropout
-        embedded = self.cache.read(torch.where(hidden, len(self.captions), numbers))
+    def arguments(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """See ``TrainingCaptions``; a batch has the numbers of its captions in the place of labels."""
+        numbers = torch.where(self._hidden(batch), len(self.captions), batch["labels"])
+        embedded = self.cache.read(numbers)
         states, mask = (each.to(self._device, non_blocking=True) for each in (embedded.states, embedded.mask))
         everything = torch.arange(len(numbers), device=self._device)
         return EmbeddedCaptions(states, mask).arguments(everything, torch.float32)
 
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with the run that continues it."""
-        return {"captions": self.cache.key, "caption_dropout": self._options.caption_dropout}
+
+class StreamedCaptions(TrainingCaptions):
+    """The captions of streamed images, which are embedded on the way, those of a batch at a time.
+
+    The captions known beforehand are those of the first images.
+    """
+
+    def describe(self) -> str:
+        """See ``TrainingCaptions``."""
+        return f"captions, {len(self.different)} different ones of the first {len(self._known)} images"
+
+    def _key(self) -> str:
+        """See ``TrainingCaptions``."""
+        return hash_of(encoding_of(self.encoder, self._known))
+
+    def prepare(self, process: PartialState) -> None:
+        """Do what is to be done before ``arguments``, which is nothing."""
+
+    def rest(self) -> None:
+        """Leave the text encoder where it is, since training needs it."""
+
+    def arguments(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """See ``TrainingCaptions``; a batch has its captions as they are."""
+        hidden = self._hidden(batch).tolist()
+        captions = ["" if empty else caption for caption, empty in zip(batch["captions"], hidden, strict=True)]
+        number = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+        numbers = torch.tensor([number[caption] for caption in captions], device=self._device)
+        return self.encoder(list(number)).arguments(numbers, torch.float32)

@@ -12,7 +12,7 @@ from ..images.options import ImageOptions, is_local
 from .adapters import AdapterOptions
 from .captions import CaptionOptions
 from .encoders import EncoderOptions
-from .networks import CAPTIONED_NETWORKS, DenoiserOptions, NetworkOptions
+from .networks import CAPTIONED_NETWORKS, WITHOUT_CAPTIONS, DenoiserOptions, NetworkOptions
 from .options import (
     AveragingOptions,
     ClassOptions,
@@ -149,21 +149,22 @@ class TrainingConfig(
             )
 
     def _check_captions(self) -> None:
-        column = self.caption_column
-        if (column is not None) is not (self.model_type in CAPTIONED_NETWORKS):
-            raise ValueError(
-                f"caption_column needs a model_type of {', '.join(CAPTIONED_NETWORKS)}, and these need caption_column, "
-                f"got {column!r} and {self.model_type!r}."
-            )
+        column, kind = self.caption_column, self.model_type
         if column is None:
+            if kind in CAPTIONED_NETWORKS and kind not in WITHOUT_CAPTIONS:
+                raise ValueError(f"model_type {kind!r} needs caption_column.")
+            if kind in CAPTIONED_NETWORKS and self.class_conditional:
+                raise ValueError(f"model_type {kind!r} is told no classes: class_conditional must be False.")
             return
-        if self.streaming:
-            raise ValueError("caption_column needs data that are not streamed: all captions are embedded beforehand.")
-        for name in ("class_conditional", "label_column", "num_classes", "init_from"):
+        for name in ("class_conditional", "label_column", "num_classes"):
             if getattr(self, name):
                 raise ValueError(f"{name} cannot be set beside caption_column, got {getattr(self, name)!r}.")
-        if self.eval_every and self.caption_dropout == 0.0:
-            raise ValueError("eval_every draws without captions: it needs a caption_dropout above 0.")
+        if self.init_from is not None:
+            return
+        if kind not in CAPTIONED_NETWORKS:
+            raise ValueError(f"caption_column needs a model_type of {' or '.join(CAPTIONED_NETWORKS)}, got {kind!r}.")
+        if self.text_encoder is None:
+            raise ValueError(f"caption_column {column!r} needs text_encoder, which embeds the captions.")
 
     def command(self) -> str:
         """The command line of this run, to be pasted into a shell: nothing of one machine or account only is in it.

@@ -44,9 +44,14 @@ def log_pictures(trackers: Sequence[Any], name: str, images: Tensor, step: int) 
             tracker.log_images({name: [Image.fromarray(image) for image in pixels]}, step=step)
 
 
-def describe_source(source: TrainingSource) -> str:
-    """The data of a run in words."""
+def describe_source(source: TrainingSource, told: str | None = None) -> str:
+    """The data of a run in words.
+
+    Args:
+        source: The data.
+        told: What else there is to every image, in words; None for their classes.
+    """
     return (
         f"{source.num_images or 'streamed'} images, {source.channels} channel(s), {source.resolution}x"
-        f"{source.resolution} pixels, {len(source.class_names)} classes"
+        f"{source.resolution} pixels, {told or f'{len(source.class_names)} classes'}"
     )

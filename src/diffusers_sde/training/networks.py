@@ -18,12 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    ModelMixin,
+    PixArtTransformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 
 from ..basics.networks import denoises_images, traits_of
 from ..basics.options import CheckedOptions, option
 from ..images.samples import TrainingSource
 from ..networks.ncsnpp import PRESETS, NCSNpp
+from ..pipelines.captions import CaptionEncoder
+from .captions import STOCK_PIPELINES, saved_encoder
 from .trainable import PredictionOptions, SDEOptions
 from .transformers import SIZES, initialize_transformer, leave_labels, transformer_sizes
 
@@ -132,8 +141,11 @@ def network_from_config(
 def label_entries(network_class: type[ModelMixin], classes: int | None) -> dict[str, Any]:
     """The entries of a network's config that give it so many classes, a null class included, or none.
 
-    A ``DiTTransformer2DModel`` has one label more than its config says, which ``NetworkTraits`` counts too.
+    A ``DiTTransformer2DModel`` has one label more than its config says, which ``NetworkTraits`` counts too. A
+    ``PixArtTransformer2DModel`` has no such entry.
     """
+    if issubclass(network_class, PixArtTransformer2DModel):
+        return {}
     if issubclass(network_class, DiTTransformer2DModel):
         return {"num_embeds_ada_norm": 0 if classes is None else classes - 1}
     return {"num_class_embeds": classes}
@@ -178,6 +190,44 @@ def build_unet(options: DenoiserOptions, source: TrainingSource, classes: int | 
     return UNet2DModel(**sizes, time_embedding_type=options.time_embedding_type, num_class_embeds=classes)
 
 
+def captioned_from_config(
+    network_class: type[ModelMixin], path: str, source: TrainingSource, caption_width: int | None
+) -> ModelMixin:
+    """A network by its config, which is told embeddings of captions of this width; None for one that is told none.
+
+    Raises:
+        ValueError: See ``network_from_config``; or the config is for embeddings of another width.
+    """
+    network = network_from_config(network_class, path, source, None)
+    check_captions(network, caption_width, f"model_config_name_or_path {path!r}")
+    return network
+
+
+def check_captions(network: ModelMixin, caption_width: int | None, whose: str) -> None:
+    """Make sure that a network is told embeddings of captions of this width, and nothing that nobody would tell it.
+
+    Args:
+        network: The network.
+        caption_width: Width of the embeddings; None where there are no captions.
+        whose: Where the network comes from, in words.
+
+    Raises:
+        ValueError: It is told others, or something else.
+    """
+    traits = traits_of(network)
+    if traits.caption_width != caption_width:
+        takes, has = (
+            "no captions" if width is None else f"embeddings of captions of width {width}"
+            for width in (traits.caption_width, caption_width)
+        )
+        raise ValueError(f"{whose} has a network that is told {takes}, this run has {has}.")
+    if traits.also_needs is not None:
+        raise ValueError(
+            f"{whose} has a network that must also be told {traits.also_needs}, which no pipeline here does: take one "
+            "that is told images, timesteps and captions alone."
+        )
+
+
 def build_unet_condition(options: DenoiserOptions, source: TrainingSource, caption_width: int | None) -> ModelMixin:
     """A UNet that attends to the embeddings of a caption, from ``model_config_name_or_path`` or with sizes that suit.
 
@@ -186,16 +236,8 @@ def build_unet_condition(options: DenoiserOptions, source: TrainingSource, capti
     Raises:
         ValueError: A given config that does not fit the images or the captions, or sizes that do not divide.
     """
-    path = options.model_config_name_or_path
-    if path is not None:
-        network = network_from_config(UNet2DConditionModel, path, source, None)
-        takes = traits_of(network).caption_width
-        if takes != caption_width:
-            raise ValueError(
-                f"model_config_name_or_path {path!r} is for embeddings of captions of width {takes}, but those of "
-                f"text_encoder have {caption_width}."
-            )
-        return network
+    if options.model_config_name_or_path is not None:
+        return captioned_from_config(UNet2DConditionModel, options.model_config_name_or_path, source, caption_width)
     sizes = unet_sizes(options, source)
     for name in ("down_block_types", "up_block_types"):
         sizes[name] = tuple(block.replace("Attn", "CrossAttn") for block in sizes[name])
@@ -220,6 +262,31 @@ def build_dit(options: DenoiserOptions, source: TrainingSource, classes: int | N
         sizes = transformer_sizes(source, options.model_size, options.patch_size)
         labels = label_entries(DiTTransformer2DModel, classes)
         network = DiTTransformer2DModel(**sizes, **labels, dropout=options.dropout or 0.0)
+    initialize_transformer(network)
+    return network
+
+
+def build_pixart(options: DenoiserOptions, source: TrainingSource, caption_width: int | None) -> ModelMixin:
+    """A transformer on patches whose blocks attend to the embeddings of a caption, where there are captions.
+
+    It is built from ``model_config_name_or_path``, or of the named size; see ``transformers``.
+
+    Raises:
+        ValueError: A given config that does not fit the images or the captions, or patches that do not cover them.
+    """
+    path = options.model_config_name_or_path
+    if path is not None:
+        network = captioned_from_config(PixArtTransformer2DModel, path, source, caption_width)
+    else:
+        sizes = transformer_sizes(source, options.model_size, options.patch_size)
+        width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
+        network = PixArtTransformer2DModel(
+            **sizes,
+            dropout=options.dropout or 0.0,
+            caption_channels=caption_width,
+            cross_attention_dim=None if caption_width is None else width,
+            use_additional_conditions=False,  # the sizes of images, where nothing is said and these are 128
+        )
     initialize_transformer(network)
     return network
 
@@ -288,8 +355,10 @@ NETWORKS: dict[str, NetworkBuilder] = {
     "ncsnpp": build_ncsnpp,
     "ddpmpp": build_ddpmpp,
 }
-CAPTIONED_NETWORKS: dict[str, NetworkBuilder] = {"unet_condition": build_unet_condition}
+CAPTIONED_NETWORKS: dict[str, NetworkBuilder] = {"unet_condition": build_unet_condition, "pixart": build_pixart}
 """Those that are told captions; their builders get the width of the embeddings in the place of the classes."""
+WITHOUT_CAPTIONS = ("pixart",)
+"""Those of them that are built for images without captions as well."""
 _TYPES = ChainMap(NETWORKS, CAPTIONED_NETWORKS)
 _PAPER = ("ncsnpp", "ddpmpp")
 _OF_UNETS = ("unet", "unet_condition", *_PAPER)
@@ -299,8 +368,8 @@ _TAKEN_BY = {
     "layers_per_block": _OF_UNETS,
     "attention_resolutions": _OF_UNETS,
     "time_embedding_type": ("unet",),
-    "model_size": ("dit",),
-    "patch_size": ("dit",),
+    "model_size": ("dit", "pixart"),
+    "patch_size": ("dit", "pixart"),
     "model_preset": _PAPER,
 }
 _BUILT_IN = tuple(_TYPES)
@@ -313,19 +382,20 @@ class DenoiserNetworkOptions(NetworkOptions):
     model_type: str = option(
         "unet",
         "Kind of network: 'unet' (UNet2DModel), 'dit' (DiTTransformer2DModel on patches of the image), 'ncsnpp' or "
-        "'ddpmpp' (the paper's), or 'unet_condition' (UNet2DConditionModel, for captions).",
+        "'ddpmpp' (the paper's), 'unet_condition' (UNet2DConditionModel, for captions), or 'pixart' "
+        "(PixArtTransformer2DModel, a transformer for captions or for images alone).",
         choices=_TYPES,
     )
     model_size: str | None = option(
         None,
-        "Size of a dit: S, B, L and XL are those of its paper. Default: 4 layers of width 96 for images of up to 16 "
-        "pixels, S beyond.",
+        "Size of a dit or pixart: S, B, L and XL are those of DiT's paper. Default: 4 layers of width 96 for images of "
+        "up to 16 pixels, S beyond.",
         choices=SIZES,
     )
     patch_size: int | None = option(
         None,
-        "Side of a patch of a dit, which is a token; it divides the resolution. Default: 2, and beyond 64 pixels a "
-        "32nd of the resolution.",
+        "Side of a patch of a dit or pixart, which is a token; it divides the resolution. Default: 2, and beyond 64 "
+        "pixels a 32nd of the resolution.",
         least=1,
         most=1024,
     )
@@ -386,6 +456,12 @@ def build_network(
     return network
 
 
+_TOLD_CAPTIONS = (UNet2DConditionModel, PixArtTransformer2DModel)
+_SAVED_ALONE: dict[str, Any] = {
+    each.__name__: each for each in (UNet2DModel, DiTTransformer2DModel, NCSNpp, *_TOLD_CAPTIONS)
+}
+
+
 @dataclass(frozen=True)
 class SavedModel:
     """What training starts from: a trained network, and the scheduler that it was saved with.
@@ -394,42 +470,48 @@ class SavedModel:
         path: The folder or the name on the Hub.
         network: The network.
         scheduler: The scheduler; None where the network was saved alone.
+        captions: What embeds captions for the network; None where it is told none, or was saved alone.
     """
 
     path: str
     network: ModelMixin
     scheduler: Any
+    captions: CaptionEncoder | None = None
 
     @classmethod
     def load(cls, path: str) -> SavedModel:
         """Load a pipeline, or a network that was saved alone.
 
         Raises:
-            ValueError: There is neither, or the pipeline has no network that denoises images.
+            ValueError: There is neither, or the pipeline has no network that denoises images, or one for captions that
+                are not embedded by a single text encoder.
         """
         try:
             if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
                 name = UNet2DModel.load_config(path)["_class_name"]
-                known = {each.__name__: each for each in (UNet2DModel, DiTTransformer2DModel, NCSNpp)}
-                return cls(path, known[name].from_pretrained(path), None)
+                return cls(path, _SAVED_ALONE[name].from_pretrained(path), None)
             pipe = DiffusionPipeline.from_pretrained(path)
         except Exception as error:  # files that do not belong to a pipeline may raise anything
             raise ValueError(f"init_from {path!r} cannot be loaded: {type(error).__name__}: {error}") from error
         network = getattr(pipe, "unet", None)
         network = getattr(pipe, "transformer", None) if network is None else network
-        if not denoises_images(network):
+        told_captions = type(network) in _TOLD_CAPTIONS and traits_of(network).caption_width is not None
+        captions = saved_encoder(pipe) if told_captions else None
+        if captions is None and not denoises_images(network):
             raise ValueError(
                 f"init_from {path!r} is a {type(pipe).__name__}: a pipeline is needed whose unet or transformer is "
-                "called with images and timesteps, and with labels at most."
+                "called with images and timesteps, and with labels at most, or with captions as in TextSDEPipeline "
+                f"and {', '.join(STOCK_PIPELINES)}."
             )
-        return cls(path, network, getattr(pipe, "scheduler", None))
+        return cls(path, network, getattr(pipe, "scheduler", None), captions)
 
-    def network_for(self, source: TrainingSource, classes: int | None) -> ModelMixin:
+    def network_for(self, source: TrainingSource, classes: int | None, caption_width: int | None = None) -> ModelMixin:
         """A network of this one's architecture and weights, for these images and so many classes.
 
         Args:
             source: The images.
             classes: Number of classes that it is told, with the null class; None for a network that is told none.
+            caption_width: Width of the embeddings of captions that it is told; None likewise.
 
         Raises:
             ValueError: It has other channels, classes or weights.
@@ -442,6 +524,7 @@ class SavedModel:
                 f"{whose} has a network of {counts[0]}, this run one of {counts[1]}, the null class counted: the data, "
                 "class_conditional and label_dropout must give as many."
             )
+        check_captions(self.network, caption_width, whose)
         network: ModelMixin = type(self.network).from_config({**self.network.config, "sample_size": source.resolution})
         check_images(network, source, whose)
         weights, own = self.network.state_dict(), network.state_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
@@ -25,13 +26,14 @@ class ProgressOfSamples:
     Args:
         config: The configuration of the run.
         source: The data.
+        captions: What the samples show, in turn, for a network that is told captions; None for others.
 
     Raises:
         ValueError: The features cannot be computed.
     """
 
-    def __init__(self, config: TrainingConfig, source: TrainingSource) -> None:
-        self._config, self._process = config, PartialState()
+    def __init__(self, config: TrainingConfig, source: TrainingSource, captions: Sequence[str] | None = None) -> None:
+        self._config, self._captions, self._process = config, captions, PartialState()
         if not self._process.is_main_process:
             return
         images, labels = source.spread(REFERENCE)
@@ -44,6 +46,6 @@ class ProgressOfSamples:
         """The numbers of ``metrics.SampleQuality``, on the main process. All processes must call it together."""
         config = self._config
         sampler = Sampler("evaluation", {"num_inference_steps": config.num_inference_steps})
-        drawer = ImageSampler(pipe, sampler, config.seed)
+        drawer = ImageSampler(pipe, sampler, config.seed, prompts=self._captions)
         images, _ = draw_images(drawer, config.num_eval_images, config.eval_batch_size, self._process)
         return self._quality(images) if self._process.is_main_process else {}

@@ -164,6 +164,10 @@ class TrainingRun(SavedRun):
         """The network's data of a batch from ``TrainingSamples``, float32 on the device."""
         return to_network(batch["images"].to(self.accelerator.device, non_blocking=True), self.config.data_min)
 
+    def _describe_data(self) -> str:
+        """The data in words."""
+        return describe_source(self.source)
+
     def _build_scheduler(self) -> SDEScheduler:
         """The scheduler that the options describe."""
         return build_scheduler(self.config, self.source)
@@ -327,7 +331,7 @@ class TrainingRun(SavedRun):
         sde = self.sde
         if self.config.resume_from_checkpoint is not None and self.resume_from is None:
             logger.info("Resuming: %s holds no checkpoint yet, so the run starts at step 0.", self.output_dir)
-        logger.info("Data: %s.", describe_source(self.source))
+        logger.info("Data: %s.", self._describe_data())
         logger.info("Network: %s; it %s.", describe_network(self.network), self._task())
         if has_adapter(self.network):
             logger.info("Trained: %s.", describe_adapter(self.network))

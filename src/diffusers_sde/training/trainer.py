@@ -19,18 +19,18 @@ from ..images.arrays import to_bytes
 from ..images.options import ImageOptions
 from ..images.pictures import sheet
 from ..images.samples import TrainingSource
-from ..images.streaming import is_streamed, open_source
+from ..images.streaming import is_streamed, open_source, open_stream
 from ..networks.denoisers import call_network
 from ..networks.losses import denoising_loss, importance_ratio
 from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline, TextSDEPipeline
 from ..schedulers import SDEScheduler
 from .adapters import adapter_identity, add_adapter, merged
-from .captions import CAPTION_NUMBERS, TrainingCaptions
+from .captions import CAPTION_NUMBERS, StoredCaptions, StreamedCaptions, TrainingCaptions, caption_encoder
 from .checkpoints import save_model
 from .configuration import TrainingConfig
 from .encoders import LatentSource, load_autoencoder
 from .identity import log_other_scheduler
-from .logs import due, log_pictures
+from .logs import describe_source, due, log_pictures
 from .networks import SavedModel, build_network, checked_classes
 from .progress import ProgressOfSamples
 from .publisher import Publisher
@@ -112,15 +112,19 @@ class Trainer(TrainingRun):
         self._captions: TrainingCaptions | None = None
         if self.config.caption_column is None:
             return super()._open(images)
-        if is_streamed(images, self.config):
-            raise ValueError("caption_column needs data that are not streamed: all captions are embedded beforehand.")
+        config, device, show_progress = self.config, self.accelerator.device, self.accelerator.is_main_process
         with self.accelerator.main_process_first():
-            self._captions = TrainingCaptions(self.config, self.accelerator.device)
-        # To the data a caption is a class: its number goes where labels go, and is hidden as labels are.
-        numbered = self._captions.of(images)
-        options = {f.name: getattr(self.config, f.name) for f in fields(ImageOptions)}
-        options |= {"label_column": CAPTION_NUMBERS, "num_classes": len(self._captions.captions)}
-        return open_source(numbered, ImageOptions(**options), show_progress=self.accelerator.is_main_process)
+            encoder = caption_encoder(config, None if self._saved is None else self._saved.captions, device)
+        options = {f.name: getattr(config, f.name) for f in fields(ImageOptions)}
+        if is_streamed(images, config):
+            stream = open_stream(images, ImageOptions(**options), show_progress, config.caption_column)
+            self._captions = StreamedCaptions(config, encoder, device, stream.captions)
+            return stream
+        # To stored data a caption is a class: its number goes where labels go, and is hidden as labels are.
+        assert isinstance(images, datasets.Dataset), "others are streamed"
+        self._captions = stored = StoredCaptions(config, encoder, device, images)
+        options |= {"label_column": CAPTION_NUMBERS, "num_classes": len(stored.captions)}
+        return open_source(stored.numbered, ImageOptions(**options), show_progress)
 
     def _seen(self, source: TrainingSource) -> TrainingSource:
         self._latents: LatentSource | None = None
@@ -134,6 +138,11 @@ class Trainer(TrainingRun):
     def _x0(self, batch: dict[str, Tensor]) -> Tensor:
         return super()._x0(batch) if self._latents is None else self._latents.x0(batch, self.accelerator.device)
 
+    def _describe_data(self) -> str:
+        if self._captions is None:
+            return super()._describe_data()
+        return describe_source(self.source, self._captions.describe())
+
     def _weighting(self) -> str:
         return self.config.weighting or super()._weighting()
 
@@ -141,9 +150,9 @@ class Trainer(TrainingRun):
         classes = None
         if self.config.class_conditional:  # the null class, which stands for a hidden label, is the last one
             classes = checked_classes(self.source) + (1 if self.config.label_dropout > 0.0 else 0)
-        if self._saved is not None:
-            return self._saved.network_for(self.source, classes)
         width = None if self._captions is None else self._captions.width
+        if self._saved is not None:
+            return self._saved.network_for(self.source, classes, width)
         return build_network(self.config, self.source, classes, width)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
@@ -157,7 +166,7 @@ class Trainer(TrainingRun):
             labels = torch.where(hidden, len(self.source.class_names), batch["labels"])
             arguments["class_labels"] = labels.to(x0.device, non_blocking=True)
         if self._captions is not None:
-            arguments |= self._captions.arguments(batch["labels"], batch["label_draw"])
+            arguments |= self._captions.arguments(batch)
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             return call_network(self.model, x, conditioning.timestep(self.sde, t), **arguments)
@@ -173,7 +182,10 @@ class Trainer(TrainingRun):
             self._latents.prepare(PartialState())
         if self._captions is not None:
             self._captions.prepare(PartialState())
-        self._progress = ProgressOfSamples(self.config, self.source) if self.config.eval_every else None
+        self._progress = None
+        if self.config.eval_every:
+            captions = None if self._captions is None else self._captions.spread(self.config.num_eval_images)
+            self._progress = ProgressOfSamples(self.config, self.source, captions)
 
     def _observe(self, last: bool) -> bool:
         observed = due(self.step, self.sample_every, last)
@@ -223,7 +235,7 @@ class Trainer(TrainingRun):
             if config.class_conditional:
                 arguments = {"class_labels": [number % len(self.source.class_names) for number in numbers]}
             elif self._captions is not None:
-                captions = self._captions.captions
+                captions = self._captions.different
                 arguments = {"prompt": [captions[number % len(captions)] for number in numbers]}
             generator = [torch.Generator().manual_seed(config.seed + number) for number in numbers]
             images = pipeline(
@@ -256,6 +268,7 @@ class Trainer(TrainingRun):
                 encoder.tokenizer,
                 **parts,
                 max_caption_length=encoder.max_length,
+                shows_padding=encoder.shows_padding,
                 null_caption="" if self.config.caption_dropout > 0.0 else None,
             )
         if not self.config.class_conditional:

@@ -1,16 +1,20 @@
-"""Transformers on patches of images (DiT, Peebles & Xie 2023, arXiv:2212.09748), built to be trained from scratch.
+"""Transformers on patches of images, built to be trained from scratch.
 
-They are diffusers' ``DiTTransformer2DModel``. Its embedding of timesteps is sinusoidal and takes fractions, so it is
-fed what a ``UNet2DModel`` is fed: numbers up to about a thousand (``continuous``, ``discrete`` or ``score_sde`` time).
-Its last label stands for any class. It always takes a label, so one that is trained without classes has that label
-alone.
+They are diffusers' ``DiTTransformer2DModel`` (Peebles & Xie 2023, arXiv:2212.09748) and ``PixArtTransformer2DModel``
+(Chen et al. 2024, arXiv:2310.00426). Their embedding of timesteps is sinusoidal and takes fractions, so they are fed
+what a ``UNet2DModel`` is fed: numbers up to about a thousand (``continuous``, ``discrete`` or ``score_sde`` time).
+
+A DiT is told classes, and its last label stands for any. It always takes a label, so one that is trained without
+classes has that label alone. A PixArt is told captions, to whose embeddings each block attends, or nothing: it is built
+without that attention then. Its blocks share one embedding of the timestep, where each block of diffusers' DiT has its
+own, so that it is the smaller one of two transformers without classes.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from torch import nn
 
@@ -28,7 +32,7 @@ MOST_PATCHES = 32  # along a side, where nothing else is asked for
 
 
 def transformer_sizes(source: TrainingSource, size: str | None, patch_size: int | None) -> dict[str, Any]:
-    """The arguments of a ``DiTTransformer2DModel``, its classes and dropout left out.
+    """The arguments of a transformer; what it is told, and dropout, are left out.
 
     Args:
         source: The images.
@@ -57,11 +61,11 @@ def transformer_sizes(source: TrainingSource, size: str | None, patch_size: int 
     }
 
 
-def initialize_transformer(network: DiTTransformer2DModel) -> None:
-    """Give a transformer the initial weights of the paper, which diffusers' constructor does not.
+def initialize_transformer(network: DiTTransformer2DModel | PixArtTransformer2DModel) -> None:
+    """Give a transformer the initial weights of the DiT paper, which diffusers' constructors do not.
 
     Every block begins as the identity and the output as zero (adaLN-Zero, section 3.2), without which deep ones learn
-    slowly.
+    slowly. The attention to captions begins at zero too (Chen et al. 2024, section 2.3).
     """
     for module in network.modules():
         if isinstance(module, nn.Linear):
@@ -70,14 +74,22 @@ def initialize_transformer(network: DiTTransformer2DModel) -> None:
     patches = network.pos_embed.proj
     nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))
     nn.init.zeros_(patches.bias)
-    for block in network.transformer_blocks:
-        embedder = block.norm1.emb
+    if isinstance(network, DiTTransformer2DModel):
+        embedders = [block.norm1.emb for block in network.transformer_blocks]
+        zeros = [block.norm1.linear.weight for block in network.transformer_blocks]
+        zeros += [network.proj_out_1.weight, network.proj_out_2.weight]
+    else:
+        embedders = [network.adaln_single.emb]
+        zeros = [block.scale_shift_table for block in network.transformer_blocks]
+        zeros += [block.attn2.to_out[0].weight for block in network.transformer_blocks if block.attn2 is not None]
+        zeros += [network.adaln_single.linear.weight, network.scale_shift_table, network.proj_out.weight]
+    for embedder in embedders:
         for layer in (embedder.timestep_embedder.linear_1, embedder.timestep_embedder.linear_2):
             nn.init.normal_(layer.weight, std=0.02)
-        nn.init.normal_(embedder.class_embedder.embedding_table.weight, std=0.02)
-        nn.init.zeros_(block.norm1.linear.weight)
-    for layer in (network.proj_out_1, network.proj_out_2):
-        nn.init.zeros_(layer.weight)
+        if hasattr(embedder, "class_embedder"):
+            nn.init.normal_(embedder.class_embedder.embedding_table.weight, std=0.02)
+    for parameter in zeros:
+        nn.init.zeros_(parameter)
 
 
 def leave_labels(network: nn.Module) -> None:
