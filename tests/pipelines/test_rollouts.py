@@ -5,7 +5,9 @@ import math
 import diffusers
 import pytest
 import torch
+from hub_models import tiny_pipeline
 from tiny_networks import tiny_unet
+from tiny_parts import HAS_TRANSFORMERS
 
 from diffusers_sde import (
     ClassConditionalSDEPipeline,
@@ -47,6 +49,12 @@ def by_class(scheduler=None):
     return silent(ClassConditionalSDEPipeline(unet, scheduler or VPSDEScheduler(policy="exact"), null_class=3))
 
 
+def by_caption():
+    pipe = tiny_pipeline("pixart")
+    pipe.scheduler = VPSDEScheduler(policy="exact")
+    return pipe
+
+
 CASES = {
     "flow": (unconditional, {"batch_size": IMAGES}),
     "flow_grpo": (lambda: unconditional(policy="flow_grpo"), {"batch_size": IMAGES}),
@@ -67,6 +75,12 @@ CASES = {
         {"class_labels": [1, 1, 0], "guidance_scale": 2.5, "guidance_interval": (0.5, 4.0)},
     ),
 }
+if HAS_TRANSFORMERS:
+    CASES["captions"] = (
+        by_caption,
+        {"prompt": ["a cab", "a lead", ""], "guidance_scale": 2.5, "negative_prompt": "cab"},
+    )
+    CASES["no prompt"] = (by_caption, {"batch_size": IMAGES})
 
 
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])

@@ -1,5 +1,6 @@
 """Training on captions: the network is told their embeddings, now and then that of the empty one, and learns them."""
 
+import dataclasses
 import functools
 import shutil
 from pathlib import Path
@@ -24,6 +25,8 @@ from diffusers_sde.images.loading import load_digits
 from diffusers_sde.images.samples import batches
 from diffusers_sde.training import Trainer, TrainingConfig, captions, row_cache, train
 from diffusers_sde.training.checkpoints import clear_run
+from diffusers_sde.training.policy_configuration import PolicyTrainingConfig
+from diffusers_sde.training.rl import PolicyTrainer
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -375,3 +378,49 @@ def test_samples_are_evaluated_by_the_captions_of_the_data(tmp_path, encoder, ca
     monkeypatch.setattr(TextSDEPipeline, "__call__", recorded)
     trainer.run()
     assert asked == ["a three"] * 6 + ["a six"] * 2
+
+
+# ------------------------------------------------------------------ rewards
+
+
+def bright_threes(images, prompts):
+    """A reward of the tests, which sees what was asked for."""
+    return [
+        float(image.mean()) * (1.0 if "three" in prompt else -1.0)
+        for image, prompt in zip(images, prompts, strict=True)
+    ]
+
+
+POLICY = {"reward": "test_captions:bright_threes", "group_size": 4, "num_inference_steps": 3, "max_train_steps": 2}
+POLICY |= {"sample_every": 2, "num_sample_images": 4, "logger": "none", "mixed_precision": "no", "guidance_scale": 2.0}
+POLICY |= {"prompts": ("a three", "a six"), "checkpointing_steps": 1, "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize("method", [{"kl_weight": 0.1}, {"method": "nft", "kl_weight": 0.1}])
+def test_a_model_on_captions_learns_from_rewards(tmp_path, saved, method):
+    """Groups are of one prompt each; the reward is told the prompts; a resumed run is the whole run."""
+    config = PolicyTrainingConfig(model=saved, output_dir=str(tmp_path / "run"), **POLICY, **method)
+    run = PolicyTrainer(config)
+    assert run._labels(range(8)) == [0] * 4 + [1] * 4
+    pipe = run._pipeline(run.network, run._policy())
+    images = pipe(["a three", "a six"], num_inference_steps=2, output_type="pt").images
+    own = images.mean((1, 2, 3)) * torch.tensor([1.0, -1.0])
+    torch.testing.assert_close(run.reward(images, torch.tensor([0, 1])), own)
+    assert run.path_kl(run.network)[0] == 0.0  # of the network that it starts from to itself
+    whole = run.run().unet.state_dict()
+    before = TextSDEPipeline.from_pretrained(saved).unet.state_dict()
+    assert any(not torch.equal(value, whole[name]) for name, value in before.items())
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    again = PolicyTrainer(dataclasses.replace(config, resume_from_checkpoint="latest"))
+    assert again.step == 1
+    resumed = again.run().unet.state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "run")) is TextSDEPipeline
+    others = dataclasses.replace(config, resume_from_checkpoint="latest", prompts=("a three", "a one"))
+    with pytest.raises(ValueError, match="the checkpoint was trained with prompts="):
+        PolicyTrainer(others)
+
+
+def test_rewards_of_captions_need_prompts(tmp_path, saved):
+    with pytest.raises(ValueError, match="prompts are for a model that is told captions, and it needs them"):
+        PolicyTrainer(PolicyTrainingConfig(model=saved, output_dir=str(tmp_path), **(POLICY | {"prompts": None})))

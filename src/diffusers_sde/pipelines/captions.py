@@ -22,6 +22,10 @@ class EmbeddedCaptions:
     states: Tensor
     mask: Tensor
 
+    def to(self, device: torch.device | str) -> EmbeddedCaptions:
+        """The same on another device."""
+        return EmbeddedCaptions(self.states.to(device), self.mask.to(device))
+
     def arguments(self, numbers: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """What a network on captions takes beside x and timestep.
 
@@ -52,7 +56,11 @@ class CaptionEncoder:
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> EmbeddedCaptions:
-        """The embeddings of captions, in the encoder's precision and on its device."""
+        """The embeddings of captions, in the encoder's precision and on its device, in whichever context."""
+        with torch.autocast(self.text_encoder.device.type, enabled=False):
+            return self._encoded(captions)
+
+    def _encoded(self, captions: Sequence[str]) -> EmbeddedCaptions:
         device, states, masks = self.text_encoder.device, [], []
         for start in range(0, len(captions), self.chunk):
             tokens = self.tokenizer(

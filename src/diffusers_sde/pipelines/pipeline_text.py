@@ -124,9 +124,7 @@ class TextSDEPipeline(SDEPipeline):
         Raises:
             ValueError: Something else than strings.
         """
-        embedded = self.captions(checked_captions("captions", captions))
-        device = self._execution_device
-        return EmbeddedCaptions(embedded.states.to(device), embedded.mask.to(device))
+        return self.captions(checked_captions("captions", captions)).to(self._execution_device)
 
     def unconditional(self, batch_size: int) -> dict[str, Tensor]:
         """Return the arguments that make the network unconditional: embeddings of the null caption.
@@ -143,7 +141,7 @@ class TextSDEPipeline(SDEPipeline):
         if known is None or known[0] is not self.text_encoder:
             self._null = known = (self.text_encoder, self.embed(self.config.null_caption))
         device = self._execution_device
-        null = EmbeddedCaptions(known[1].states.to(device), known[1].mask.to(device))
+        null = known[1].to(device)
         return null.arguments(torch.zeros(batch_size, dtype=torch.int64, device=device), self.unet.dtype)
 
     @names_near_arguments
@@ -256,10 +254,13 @@ class TextSDEPipeline(SDEPipeline):
             )
         null = self.config.null_caption if negative_prompt is None else negative_prompt
         negatives = checked_captions("negative_prompt", prompts if null is None else null)
-        known = list(dict.fromkeys([*prompts, *negatives]))
+        known = tuple(dict.fromkeys([*prompts, *negatives]))
         device = self._execution_device
         numbers = [torch.tensor([known.index(each) for each in those], device=device) for those in (prompts, negatives)]
-        embedded = self.embed(known)
+        last = getattr(self, "_last", None)  # whoever learns from samples asks for the same captions again and again
+        if last is None or last[0] is not self.text_encoder or last[1] != known:
+            self._last = last = (self.text_encoder, known, self.embed(known))
+        embedded = last[2].to(device)
         return partial(self._denoise_captions, embedded, numbers[0], numbers[1], guidance_scale, guidance_interval)
 
     def _denoise_captions(

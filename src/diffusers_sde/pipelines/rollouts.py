@@ -26,8 +26,9 @@ from ..schedulers import SDEScheduler
 from ..sdes import expand_like
 from .pipeline_class_conditional import ClassConditionalSDEPipeline
 from .pipeline_sde import SDEPipeline
+from .pipeline_text import TextSDEPipeline
 
-GUIDANCE_ARGUMENTS = ("guidance_scale", "classifier_guidance_scale", "guidance_interval")
+GUIDANCE_ARGUMENTS = ("guidance_scale", "classifier_guidance_scale", "guidance_interval", "negative_prompt")
 STORAGE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -278,24 +279,25 @@ class _Recorder:
 
 
 def rollout_model(pipe: SDEPipeline, rollout: Rollout) -> RolloutModel:
-    """The network call of a pipeline of this package, for ``Rollout.replay``, with the rollout's classes and guidance.
+    """The network call of a pipeline of this package, for ``Rollout.replay``, with what the rollout was asked for.
 
     It calls ``pipe.unet`` as it is at the time of the call.
 
     Args:
         pipe: The pipeline that has drawn the rollout, or one like it, such as that of a reference network.
-        rollout: The rollout.
+        rollout: The rollout, with its classes or prompts, and its guidance.
 
     Raises:
-        ValueError: ``pipe`` is no ``SDEPipeline`` or ``ClassConditionalSDEPipeline``: others have to say themselves how
-            they call their network.
+        ValueError: ``pipe`` is no ``SDEPipeline``, ``ClassConditionalSDEPipeline`` or ``TextSDEPipeline``: others have
+            to say themselves how they call their network.
     """
-    if type(pipe) is ClassConditionalSDEPipeline:
+    if type(pipe) is ClassConditionalSDEPipeline or type(pipe) is TextSDEPipeline:
         return _guided_model(pipe, rollout)
     if type(pipe) is not SDEPipeline:
         raise ValueError(
-            f"pipe must be an SDEPipeline or a ClassConditionalSDEPipeline, got {type(pipe).__name__}: pass a function "
-            "of RolloutSteps to replay, which calls the network as that pipeline does."
+            "pipe must be an SDEPipeline, a ClassConditionalSDEPipeline or a TextSDEPipeline, got "
+            f"{type(pipe).__name__}: pass a function of RolloutSteps to replay, which calls the network as that "
+            "pipeline does."
         )
     scheduler = rollout.scheduler
 
@@ -310,15 +312,12 @@ def rollout_model(pipe: SDEPipeline, rollout: Rollout) -> RolloutModel:
     return model
 
 
-def _guided_model(pipe: ClassConditionalSDEPipeline, rollout: Rollout) -> RolloutModel:
-    given, scheduler = rollout.arguments, rollout.scheduler
-    labels = torch.tensor(pipe.class_numbers(given["class_labels"]), device=pipe.device)
-    scales = {name: given[name] for name in GUIDANCE_ARGUMENTS if name in given}
-    denoiser: Denoiser = pipe.denoiser(**scales)
+def _guided_model(pipe: ClassConditionalSDEPipeline | TextSDEPipeline, rollout: Rollout) -> RolloutModel:
+    scheduler, denoiser = rollout.scheduler, _guided_denoiser(pipe, rollout.arguments)
 
     def model(steps: RolloutSteps) -> Tensor:
         t, x = _times(scheduler, steps), steps.x_t
-        x0_hat = denoiser(x, t, class_labels=labels[steps.samples.to(labels.device)])
+        x0_hat = denoiser(x, t, steps.samples)
         output = torch.empty_like(x0_hat)
         # The pipeline has one time for all samples, and its arithmetic is that of numbers.
         for index in set(steps.index):
@@ -329,6 +328,20 @@ def _guided_model(pipe: ClassConditionalSDEPipeline, rollout: Rollout) -> Rollou
         return output
 
     return model
+
+
+def _guided_denoiser(
+    pipe: ClassConditionalSDEPipeline | TextSDEPipeline, given: Mapping[str, Any]
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """(x_t, t, numbers of samples) -> x0_hat, as a call of the pipeline with these arguments has it."""
+    scales = {name: given[name] for name in GUIDANCE_ARGUMENTS if name in given}
+    if isinstance(pipe, TextSDEPipeline):
+        prompt = given.get("prompt")
+        told = pipe.denoiser(pipe.config.null_caption if prompt is None else prompt, **scales)
+        return lambda x, t, samples: told(x, t, image=samples)
+    denoiser: Denoiser = pipe.denoiser(**scales)
+    labels = torch.tensor(pipe.class_numbers(given["class_labels"]), device=pipe.device)
+    return lambda x, t, samples: denoiser(x, t, class_labels=labels[samples.to(labels.device)])
 
 
 def _looks_back(row: Row) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..evaluation.samplers import generator_of
 from ..networks.denoisers import Denoiser
-from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
+from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline, TextSDEPipeline
 from ..pipelines.runs import unet_denoiser
 from ..sdes import expand_like
 from .reward_methods import RewardMethod, arguments_of_images
@@ -84,7 +84,7 @@ class NoisedImages:
         t: SDE times, float64 on the host, shape (K, B).
         x_t: Noised images, shape (K, B, ...).
         old: x0_old, the estimate at ``x_t`` of the network that has drawn the images, same shape.
-        labels: The class of each image, int64, shape (B,); None for a model without classes.
+        labels: The class of each image, or the number of its prompt, int64, shape (B,); None for a model without both.
     """
 
     x0: Tensor
@@ -166,7 +166,11 @@ class ForwardProcess(RewardMethod):
         return loss + config.kl_weight * kl, sums
 
     def _denoiser(self, pipe: SDEPipeline) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-        """(x_t, t, classes or None) -> x0_hat of a pipeline's network, with the guidance of the run."""
+        """(x_t, t, classes, or numbers of prompts, or None) -> x0_hat of a pipeline, with the guidance of the run."""
+        if isinstance(pipe, TextSDEPipeline):
+            assert self.config.prompts is not None, "the run has refused such a model without prompts"
+            told = pipe.denoiser(self.config.prompts, self.config.guidance_scale)
+            return lambda x, t, numbers: told(x, t, image=numbers)
         if isinstance(pipe, ClassConditionalSDEPipeline):
             denoiser: Denoiser = pipe.denoiser(self.config.guidance_scale)
         else:

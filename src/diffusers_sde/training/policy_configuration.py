@@ -27,8 +27,8 @@ class PolicyOptions(CheckedOptions):
     reward: str = option(
         MISSING,
         "What is rewarded: 'package.module:function', a Python function of a batch of images that returns one number "
-        "for each (it gets class_labels too if it takes them); 'classifier:CLASS', the probability of a class by "
-        "--reward_classifier; or 'classifier', that of the class asked for.",
+        "for each (it gets class_labels, or prompts, too if it takes them); 'classifier:CLASS', the probability of a "
+        "class by --reward_classifier; or 'classifier', that of the class asked for.",
     )
     reward_classifier: str | None = option(None, "Folder or Hub name of what scripts/train_classifier.py has trained.")
     reward_input: str = option(
@@ -65,12 +65,15 @@ class PolicyOptions(CheckedOptions):
         "with noise; all levels of a rollout.",
         least=1,
     )
-    guidance_scale: float = option(1.0, "Classifier-free guidance of class-conditional models.", least=0.0)
+    prompts: tuple[str, ...] | None = option(
+        None, "Captions that groups are drawn of, for a model that is told captions, such as 'a three' 'a seven'."
+    )
+    guidance_scale: float = option(1.0, "Classifier-free guidance of models with classes or captions.", least=0.0)
     group_size: int = option(64, "Images whose rewards are compared with each other.", least=2)
     num_groups: int | None = option(
         None,
-        "Groups in a round, each of one class where the model knows classes, which take turns. Default: one for each "
-        "class, one without classes.",
+        "Groups in a round, each of one class where the model knows classes, or of one of the prompts, which take "
+        "turns. Default: one for each class or prompt, one without them.",
         least=1,
     )
     sample_batch_size: int = option(256, "Images drawn at a time, per process.", least=1)

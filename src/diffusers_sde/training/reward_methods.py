@@ -70,7 +70,7 @@ class RewardMethod(ABC):
         Args:
             numbers: Their numbers in the round.
             first: Number of the first image of the round in the run: the noise of an image follows from the two.
-            labels: The class of each; None for a model without classes.
+            labels: The class of each, or the number of its prompt; None for a model without both.
 
         Returns:
             What there is to learn from, whose length is the number of rows for each image, and the images in [0, 1],
@@ -95,7 +95,9 @@ class RewardMethod(ABC):
 def arguments_of_images(config: PolicyTrainingConfig, numbers: range, first: int, labels: list[int] | None) -> Any:
     """What a pipeline is called with for images of a round; see ``RewardMethod.draw``."""
     arguments: dict[str, Any] = {"batch_size": len(numbers)}
-    if labels is not None:
+    if labels is not None and config.prompts is not None:
+        arguments = {"prompt": [config.prompts[number] for number in labels], "guidance_scale": config.guidance_scale}
+    elif labels is not None:
         arguments = {"class_labels": labels, "guidance_scale": config.guidance_scale}
     generators = [generator_of(config.seed, first + number) for number in numbers]
     return arguments | {"num_inference_steps": config.num_inference_steps, "generator": generators}

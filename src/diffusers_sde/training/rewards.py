@@ -6,7 +6,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,19 +20,30 @@ CLASSIFIER_REWARD = "classifier"
 REWARD_INPUTS = ("pt", "pil")
 
 Reward = Callable[[Tensor, "Tensor | None"], Tensor]
-"""(images in [0, 1] of shape (B, C, H, W), classes asked for or None) -> rewards, float32, shape (B,)."""
+"""(images in [0, 1] of shape (B, C, H, W), what was asked for) -> rewards, float32, shape (B,).
+
+What was asked for are classes, or numbers of prompts, int64 of shape (B,), or None.
+"""
 
 
-def load_reward(name: str, pipe: SDEPipeline, classifier: str | None = None, images_as: str = "pt") -> Reward:
+def load_reward(
+    name: str,
+    pipe: SDEPipeline,
+    classifier: str | None = None,
+    images_as: str = "pt",
+    prompts: Sequence[str] | None = None,
+) -> Reward:
     """The reward of this name.
 
     Args:
         name: ``package.module:function``, a function of a batch of images that returns one number for each; it is also
-            given ``class_labels``, int64 of shape (B,), if it has an argument of that name. Or ``classifier:CLASS``,
-            the probability of a class by its number or name, and ``classifier`` that of the class asked for.
+            given ``class_labels``, int64 of shape (B,), or ``prompts``, a list of B strings, if it has an argument of
+            that name. Or ``classifier:CLASS``, the probability of a class by its number or name, and ``classifier``
+            that of the class asked for.
         pipe: The pipeline whose images are rewarded.
         classifier: Folder or Hub name of the ``NoiseConditionalClassifier``.
         images_as: What a function gets: ``pt``, a tensor in [0, 1] of shape (B, C, H, W), or ``pil``, a list of images.
+        prompts: What the numbers that a reward is told in the place of classes stand for; None for classes.
 
     Raises:
         ValueError: There is no such function or class, or a classifier is missing or does not fit.
@@ -42,10 +53,10 @@ def load_reward(name: str, pipe: SDEPipeline, classifier: str | None = None, ima
         return _classifier_reward(name, rest, pipe, classifier)
     if classifier is not None:
         raise ValueError(f"reward_classifier has no effect on reward {name!r}: it is for 'classifier:CLASS'.")
-    return _function_reward(name, pipe, images_as)
+    return _function_reward(name, pipe, images_as, prompts)
 
 
-def _function_reward(name: str, pipe: SDEPipeline, images_as: str) -> Reward:
+def _function_reward(name: str, pipe: SDEPipeline, images_as: str, prompts: Sequence[str] | None) -> Reward:
     module, _, function = name.partition(":")
     if not module or not function:
         raise ValueError(f"reward must be 'package.module:function', 'classifier:CLASS' or 'classifier', got {name!r}.")
@@ -55,14 +66,17 @@ def _function_reward(name: str, pipe: SDEPipeline, images_as: str) -> Reward:
         found: Any = importlib.import_module(module)
         for part in function.split("."):
             found = getattr(found, part)
-        takes_labels = "class_labels" in inspect.signature(found).parameters
+        parameters = inspect.signature(found).parameters
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"reward {name!r} cannot be imported: {error}.") from error
 
     def reward(images: Tensor, labels: Tensor | None) -> Tensor:
         seen: Any = images if images_as == "pt" else pipe.image_processor.pt_to_numpy(images)
         seen = seen if images_as == "pt" else pipe.image_processor.numpy_to_pil(seen)
-        values = found(seen, class_labels=labels) if takes_labels else found(seen)
+        told: dict[str, Any] = {"class_labels": labels if prompts is None else None, "prompts": None}
+        if prompts is not None and labels is not None:
+            told["prompts"] = [prompts[number] for number in labels.tolist()]
+        values = found(seen, **{name: value for name, value in told.items() if name in parameters})
         return checked_rewards(values, len(images), name).to(images.device)
 
     return reward

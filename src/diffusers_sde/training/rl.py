@@ -26,7 +26,7 @@ from ..evaluation.generate import fingerprint
 from ..evaluation.samplers import as_sde_pipeline, load_pipeline
 from ..images.arrays import to_bytes
 from ..images.pictures import sheet
-from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline
+from ..pipelines import ClassConditionalSDEPipeline, SDEPipeline, TextSDEPipeline
 from ..pipelines.runs import own_scheduler
 from .adapters import (
     adapter_identity,
@@ -79,7 +79,7 @@ class PolicyTrainer(SavedRun):
     Args:
         config: What is rewarded, and how the network learns.
         reward: A function to be maximised instead of the reward that ``config`` names: (images in [0, 1] of shape
-            (B, C, H, W), classes or None) -> rewards, float32, shape (B,).
+            (B, C, H, W), classes, or numbers of prompts, or None) -> rewards, float32, shape (B,).
 
     Raises:
         ValueError: Anything wrong with the configuration, the model, the reward or the output folder.
@@ -93,9 +93,10 @@ class PolicyTrainer(SavedRun):
             raise ValueError("Reinforcement learning draws images with the whole network: launch it without FSDP.")
         with self.accelerator.main_process_first():
             pipe = as_sde_pipeline(load_pipeline(config.model))
-        if type(pipe) not in (SDEPipeline, ClassConditionalSDEPipeline):
+        if type(pipe) not in (SDEPipeline, ClassConditionalSDEPipeline, TextSDEPipeline):
             raise ValueError(
-                f"model must be an SDEPipeline or a ClassConditionalSDEPipeline, got {type(pipe).__name__}."
+                "model must be an SDEPipeline, a ClassConditionalSDEPipeline or a TextSDEPipeline, got "
+                f"{type(pipe).__name__}."
             )
         own_scheduler(pipe)
         self.pipe = pipe.to(self.accelerator.device)
@@ -107,7 +108,8 @@ class PolicyTrainer(SavedRun):
             original = copy.deepcopy(self.network).requires_grad_(False)
         add_adapter(self.network, config, config.seed)
         self.reference = Reference(self._pipeline(original), self.accelerator, has_adapter(self.network))
-        self.reward = reward or load_reward(config.reward, self.pipe, config.reward_classifier, config.reward_input)
+        names = (config.reward_classifier, config.reward_input, config.prompts)
+        self.reward = reward or load_reward(config.reward, self.pipe, *names)
 
         self.classes = self._classes()
         self.num_groups = config.num_groups or max(1, len(self.classes))
@@ -163,7 +165,16 @@ class PolicyTrainer(SavedRun):
         return type(scheduler).from_config(scheduler.config, **changes)
 
     def _classes(self) -> list[int]:
-        """The classes that groups are drawn from; none for a model without."""
+        """The classes that groups are drawn from, or the numbers of the prompts; none for a model without both."""
+        prompts = self.config.prompts
+        if isinstance(self.pipe, TextSDEPipeline) is not (prompts is not None):
+            raise ValueError(
+                f"prompts are for a model that is told captions, and it needs them: got prompts={prompts!r} for a "
+                f"{type(self.pipe).__name__}."
+            )
+        if isinstance(self.pipe, TextSDEPipeline) and prompts is not None:
+            self.pipe.denoiser(prompts, self.config.guidance_scale)  # refuses what the network cannot serve
+            return list(range(len(prompts)))
         if not isinstance(self.pipe, ClassConditionalSDEPipeline):
             if self.config.guidance_scale != 1.0:
                 raise ValueError(
@@ -282,7 +293,7 @@ class PolicyTrainer(SavedRun):
         return torch.tensor(numbers, device=self.accelerator.device) // self.config.group_size
 
     def _labels(self, numbers: range) -> list[int] | None:
-        """The class of each image of a round: groups take turns."""
+        """The class of each image of a round, or the number of its prompt: groups take turns."""
         if not self.classes:
             return None
         first = self.step * self.num_groups
@@ -391,6 +402,7 @@ class PolicyTrainer(SavedRun):
         own = {name: getattr(self.config, name) for name in _OF_THE_RUN}
         if self.config.method != "grpo":  # which the first checkpoints do not say
             own["method"] = self.config.method
+        own |= {} if self.config.prompts is None else {"prompts": self.config.prompts}
         own |= adapter_identity(self.config, None)
         return as_recorded({"task": "policy", "model": self._reference_hash, **own})
 
