@@ -1,5 +1,6 @@
 """scripts/evaluate.py: samplers against data, one process and two, and what is written."""
 
+import functools
 import json
 import os
 import subprocess
@@ -8,11 +9,14 @@ import sys
 import datasets
 import numpy as np
 import pytest
+import torch
+from hub_models import tiny_pipeline
 from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
 from tiny_networks import tiny_unet
+from tiny_parts import HAS_TRANSFORMERS
 
-from diffusers_sde import ClassConditionalSDEPipeline, FlowSDEScheduler, SDEPipeline
+from diffusers_sde import ClassConditionalSDEPipeline, FlowSDEScheduler, SDEPipeline, TextSDEPipeline
 from diffusers_sde.basics.options import parse_options
 from diffusers_sde.evaluation import EvaluationConfig, eval_results, evaluate, markdown_table
 from diffusers_sde.evaluation.cli import evaluate_main
@@ -228,3 +232,35 @@ def test_mistakes_end_in_one_line(model, tmp_path, capsys, arguments, message):
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error and "evaluate.py: error:" in error.splitlines()[-1]
+
+
+@pytest.mark.skipif(not HAS_TRANSFORMERS, reason="captions are embedded by transformers")
+def test_samples_are_asked_for_the_captions_of_the_data(data, tmp_path, monkeypatch):
+    """In their proportion; the class of a sample is that of the image whose caption it has.
+
+    A pipeline that draws dark images of "dark" and light ones of "light" has the accuracy of the classifier, and one
+    that does the contrary has what is left to 1.
+    """
+    tiny_pipeline("pixart").save_pretrained(tmp_path / "model")
+    asked, shades = [], {"dark": 70.0, "light": 180.0}
+    call = TextSDEPipeline.__call__
+
+    @functools.wraps(call)
+    def drawn(self, prompt, **arguments):
+        asked.extend(prompt)
+        noise = torch.randint(-40, 40, (len(prompt), 1, 8, 8), generator=torch.Generator().manual_seed(len(asked)))
+        return ((torch.tensor([shades[each] for each in prompt])[:, None, None, None] + noise) / 255.0,)
+
+    monkeypatch.setattr(TextSDEPipeline, "__call__", drawn)
+    more = {"sampler": None, "test_split": None, "num_samples": 20, "caption_column": "label"}
+    config = EvaluationConfig(**options(str(tmp_path / "model"), data, tmp_path / "out", **more))
+    report = evaluate(config)
+    places = np.linspace(0, 79, 20).round().astype(int)
+    assert asked == ["dark" if place % 2 == 0 else "light" for place in places]
+    right = report["samplers"][0]["metrics"]["class_accuracy"]
+    assert right > 0.9 and report["data"]["caption_column"] == "label"
+    shades.update(dark=180.0, light=70.0)
+    wrong = evaluate(config)["samplers"][0]["metrics"]["class_accuracy"]
+    assert wrong < 0.1
+    with pytest.raises(ValueError, match="caption_column must be one of image, label, got 'text'"):
+        evaluate(EvaluationConfig(**options(str(tmp_path / "model"), data, tmp_path / "out", caption_column="text")))

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from hub_models import tiny_pipeline
 from PIL import Image
 from tiny_networks import tiny_unet
+from tiny_parts import HAS_TRANSFORMERS
 
 from diffusers_sde import ClassConditionalSDEPipeline, SDEPipeline, VPSDEScheduler
 from diffusers_sde.evaluation import ImageSampler, Sampler, SamplingConfig, as_sde_pipeline, generate
 from diffusers_sde.evaluation.cli import sample_main
+from diffusers_sde.evaluation.samplers import generator_of
+from diffusers_sde.images.arrays import to_bytes
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +231,8 @@ def test_broken_images_are_drawn_again(model, tmp_path):
 LIMITED = """
 import resource, sys
 from diffusers_sde.evaluation.cli import sample_main
+from diffusers_sde.evaluation.samplers import generator_of
+from diffusers_sde.images.arrays import to_bytes
 resource.setrlimit(resource.RLIMIT_FSIZE, (60, 60))
 sample_main(sys.argv[1:])
 """
@@ -311,3 +317,33 @@ def test_mistakes_end_in_one_line(model, tmp_path, capsys, arguments, message):
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error and "sample.py: error:" in error.splitlines()[-1]
+
+
+@pytest.mark.skipif(not HAS_TRANSFORMERS, reason="captions are embedded by transformers")
+def test_images_of_captions_in_turn(tmp_path):
+    """Image number i has prompt i modulo their number, and is what the pipeline draws of it by itself."""
+    pipe = tiny_pipeline("pixart")
+    prompts, text = ["a cab", "lead"], "sampler: num_inference_steps=3, guidance_scale=2.0"
+    images, sampler = draw(pipe, text, range(3), prompts=prompts)
+    assert [sampler.prompt(number) for number in range(3)] == ["a cab", "lead", "a cab"]
+    arguments = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "pt"}
+    for number, prompt in enumerate(("a cab", "lead", "a cab")):
+        noise = torch.randn(1, 1, 8, 8, generator=generator_of(0, number))
+        generator = [generator_of(0, number)]
+        torch.randn(1, 8, 8, generator=generator[0])  # the noise has been drawn from it
+        alone = pipe(prompt, latents=noise, generator=generator, **arguments).images
+        assert int((to_bytes(alone, 0.0)[0].int() - images[number]).abs().max()) <= 1
+    nothing, _ = draw(pipe, "sampler: num_inference_steps=3", range(1))
+    assert not torch.equal(nothing[0], images[0])
+    pipe.save_pretrained(tmp_path / "model")
+    config = {"model": str(tmp_path / "model"), "output_dir": str(tmp_path / "images"), "num_images": 2}
+    config |= {"prompts": ("a cab",), "num_inference_steps": 2}
+    assert generate(SamplingConfig(**config))["prompts"] == ["a cab"]
+    for others in (("lead",), None):
+        with pytest.raises(ValueError, match=r"holds images of prompts \['a cab'\]"):
+            generate(SamplingConfig(**(config | {"prompts": others})))
+
+
+def test_prompts_are_for_captions(pipe):
+    with pytest.raises(ValueError, match="prompts need a pipeline that is told captions, and this one is not"):
+        ImageSampler(pipe, Sampler.parse("pipeline"), prompts=["a cab"])

@@ -327,7 +327,9 @@ def stock_pipelines(folder):
     text, vae = tiny_text(folder), tiny_vae()
     unet = conditional_unet(cross_attention_dim=16)
     nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    yield StableDiffusionPipeline(vae, text.encoder, text.tokenizer, unet, DDIMScheduler(), **nothing)
+    yield StableDiffusionPipeline(
+        vae, text.encoder, text.tokenizer, unet, DDIMScheduler(steps_offset=1, clip_sample=False), **nothing
+    )
     transformer = pixart(in_channels=4, out_channels=8, patch_size=2)
     yield PixArtSigmaPipeline(text.t5_tokenizer, text.t5, vae, transformer, DPMSolverMultistepScheduler())
 
