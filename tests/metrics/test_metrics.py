@@ -15,6 +15,7 @@ from diffusers_sde.metrics import (
     inception_score,
     kernel_distance,
     load_classifier,
+    make_extractor,
     nearest_neighbours,
     precision_recall,
     train_feature_classifier,
@@ -192,6 +193,42 @@ def test_inception_that_cannot_be_had(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", Module("inception"))
     with pytest.raises(ValueError, match=r"cannot be downloaded \(no network\): put https://example.com/weights.pth"):
         InceptionFeatures()
+
+
+class StandIn(torch.nn.Module):
+    """In the place of torch-fidelity's Inception: the mean of each colour in two halves, and logits of the same."""
+
+    def __init__(self, name, features):
+        super().__init__()
+        assert (name, features) == ("inception-v3-compat", ["2048", "logits_unbiased"])
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8 and images.shape[1] == 3  # torch-fidelity takes bytes in colour alone
+        halves = images.double().unflatten(2, (2, -1)).mean((3, 4)).flatten(1) / 255.0
+        return halves, 10.0 * halves
+
+
+def test_with_inception_the_numbers_are_the_fid_and_its_like(monkeypatch):
+    """Of 256 pixels, grey and in colour, as far as that goes without the weights: a small network stands in."""
+    module = type(sys)("inception")
+    module.URL_INCEPTION_V3, module.FeatureExtractorInceptionV3 = "https://example.com/weights.pth", StandIn
+    generator = torch.Generator().manual_seed(0)
+    shades = torch.randint(60, 200, (48, 3, 2, 1), dtype=torch.uint8, generator=generator)
+    images = shades.repeat_interleave(128, 2).repeat_interleave(256, 3)
+    with monkeypatch.context() as context:  # torchmetrics looks for torch-fidelity when it is imported
+        context.setitem(sys.modules, "torch_fidelity", type(sys)("torch_fidelity"))
+        context.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
+        extractor = make_extractor("inception", images[:24], None, None)
+    grey, logits = extractor(images[:2, :1])
+    assert torch.equal(grey[:, :2], grey[:, 2:4])
+    torch.testing.assert_close(logits, 10.0 * grey)
+    numbers = SampleQuality(images[:24], extractor)(images[24:])
+    assert {"FID", "KID", "KID_std", "IS", "IS_std", "precision", "recall"} == set(numbers)
+    x, y = (part.double().flatten(1).numpy() / 255.0 for part in (images[:24, :, ::128, 0], images[24:, :, ::128, 0]))
+    c1, c2 = np.cov(x.T), np.cov(y.T)
+    root = scipy.linalg.sqrtm(scipy.linalg.sqrtm(c1) @ c2 @ scipy.linalg.sqrtm(c1)).real
+    expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(c1 + c2 - 2.0 * root)
+    assert numbers["FID"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_distance_of_few_samples_is_the_error_of_their_covariance():
