@@ -36,8 +36,8 @@ def with_timestep(network: Callable[..., Any], x: Tensor, timestep: Tensor, **to
         timestep: What it is fed for the time, shape (B,).
         **told: What it is told beside these, by name.
     """
-    inner: Any = network.module if isinstance(network, DistributedDataParallel) else network
-    if _names_timestep(type(inner)):
+    kind: Any = type(network.module if isinstance(network, DistributedDataParallel) else network)
+    if _names_timestep(kind):
         return network(x, timestep=timestep, **told)
     return network(x, timestep, **told)
 
