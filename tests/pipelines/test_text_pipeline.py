@@ -1,9 +1,10 @@
 """Generation by caption: what guidance adds up, what padding hides, and which prompts go with which images."""
 
+import diffusers
 import pytest
 import torch
 from hub_models import tiny_pipeline
-from tiny_parts import conditional_unet, pixart, tiny_text
+from tiny_parts import conditional_unet, pixart, tiny_text, tiny_vae
 
 from diffusers_sde import TextSDEPipeline, VPSDEScheduler
 from diffusers_sde.networks.denoisers import network_denoiser
@@ -106,3 +107,28 @@ def test_parts_that_do_not_fit_are_refused(pipe):
         TextSDEPipeline(pixart(sample_size=128), pipe.scheduler, pipe.text_encoder, pipe.tokenizer)
     with pytest.raises(ValueError, match="text_encoder must be a text encoder of transformers"):
         TextSDEPipeline(pipe.unet, pipe.scheduler, torch.nn.Linear(1, 1), pipe.tokenizer)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_parts_of_stable_diffusion_draw_what_they_draw_in_their_own_pipeline(tmp_path, scale):
+    """Its networks have learnt to attend to the padding of captions; ``shows_padding`` lets them."""
+    text, vae = tiny_text(tmp_path), tiny_vae()
+    nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    unet = conditional_unet(cross_attention_dim=16)
+    config = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False).config
+    scheduler = VPSDEScheduler.from_config(config, probability_flow=True)
+    stock = diffusers.StableDiffusionPipeline(vae, text.encoder, text.tokenizer, unet, scheduler, **nothing)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawn = {}
+    for shows_padding in (True, False):
+        own = VPSDEScheduler.from_config(scheduler.config)
+        parts = {"vae": vae, "max_caption_length": 8, "shows_padding": shows_padding}
+        ours = TextSDEPipeline(unet, own, text.encoder, text.tokenizer, **parts)
+        ours.set_progress_bar_config(disable=True)
+        drawn[shows_padding] = ours("a cab", guidance_scale=scale, latents=x, **SHORT).images
+    stock.set_progress_bar_config(disable=True)
+    expected = stock("a cab", guidance_scale=scale, latents=x, **SHORT).images
+    torch.testing.assert_close(drawn[True], expected, rtol=1e-4, atol=1e-4)
+    assert (drawn[False] - expected).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="shows_padding must be True or False, got 1"):
+        TextSDEPipeline(unet, scheduler, text.encoder, text.tokenizer, shows_padding=1)

@@ -178,7 +178,8 @@ class ImageSampler:
         if isinstance(self.pipe, TextSDEPipeline):
             if self._prompts is None:
                 self.pipe.unconditional(1)  # refuses a network that knows no empty caption
-            self.pipe.denoiser(self._prompts or "", arguments.get("guidance_scale", 1.0))
+            some = (self._prompts or [""])[:1]  # not all of them, whose embeddings may be large
+            self.pipe.denoiser(some, arguments.get("guidance_scale", 1.0))
         if "predictor" in options and options["predictor"] is None:
             options["predictor"] = "none"
         own = self.pipe.scheduler
