@@ -71,7 +71,7 @@ def test_classes_do_not_change_noise_and_times(tmp_path):
     labelled = trainer.source.samples(0, False).__getitems__(range(8))
     trainer.source.labels = None
     plain = trainer.source.samples(0, False).__getitems__(range(8))
-    assert set(labelled) - set(plain) == {"labels", "label_draw"}
+    assert set(labelled) - set(plain) == {"labels"}
     assert all(torch.equal(plain[k], labelled[k]) for k in plain)
 
 
