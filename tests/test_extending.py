@@ -3,14 +3,13 @@
 import importlib
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import diffusers
+import processes
 import pytest
 import torch
 from analytic import PointwiseGaussian
@@ -59,15 +58,8 @@ def tutorial(folder):
 
 
 def run(code, folder):
-    """In a fresh process, which has nothing imported."""
-    paths = os.pathsep.join([str(folder), *sys.path])
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
+    """In a process that has imported neither this package nor what is in the folder."""
+    result = processes.run(code, folder, folder, *sys.path)
     assert result.returncode == 0, result.stderr
     return result
 

@@ -3,8 +3,6 @@
 import functools
 import json
 import os
-import subprocess
-import sys
 
 import datasets
 import numpy as np
@@ -13,12 +11,21 @@ import torch
 from hub_models import tiny_pipeline
 from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
+from processes import side_by_side
 from tiny_networks import tiny_unet
 from tiny_parts import HAS_TRANSFORMERS
 
 from diffusers_sde import ClassConditionalSDEPipeline, FlowSDEScheduler, SDEPipeline, TextSDEPipeline
 from diffusers_sde.basics.options import parse_options
-from diffusers_sde.evaluation import EvaluationConfig, eval_results, evaluate, markdown_table
+from diffusers_sde.evaluation import (
+    EvaluationConfig,
+    SamplingConfig,
+    eval_results,
+    evaluate,
+    generate,
+    launched_processes,
+    markdown_table,
+)
 from diffusers_sde.evaluation.cli import evaluate_main
 
 SAMPLERS = ("sde: num_inference_steps=3", "pc/0.1: num_inference_steps=3, corrector=langevin, snr=0.1")
@@ -60,6 +67,13 @@ def close(a, b):
     return a == pytest.approx(b, rel=2e-2, abs=2e-2) if isinstance(a, float) else a == b
 
 
+def evaluate_and_generate(evaluation, generation, rank):
+    """One of two processes."""
+    assert launched_processes().num_processes == 2
+    assert len(evaluate(EvaluationConfig(**evaluation))["samplers"]) == 2
+    assert generate(SamplingConfig(**generation))["calls_per_image"] == 2
+
+
 def test_one_process_and_two_give_the_same_numbers(model, data, tmp_path):
     likelihood = {"bpd": True, "num_images": 5, "rtol": 1e-3, "atol": 1e-3}
     classifier = str(tmp_path / "classifier.safetensors")
@@ -72,21 +86,7 @@ def test_one_process_and_two_give_the_same_numbers(model, data, tmp_path):
 
     two = options(model, data, tmp_path / "two", classifier=classifier, batch_size=3, **likelihood)
     generation = {"model": model, "output_dir": str(tmp_path / "images"), "num_images": 5, "num_inference_steps": 2}
-    script = tmp_path / "two.py"
-    script.write_text(
-        "from diffusers_sde.evaluation import EvaluationConfig, evaluate\n"
-        "from diffusers_sde.evaluation import SamplingConfig, generate, launched_processes\n"
-        "assert launched_processes().num_processes == 2\n"
-        f"report = evaluate(EvaluationConfig(**{two!r}))\n"
-        "assert len(report['samplers']) == 2\n"
-        f"record = generate(SamplingConfig(**{generation!r}))\n"
-        "assert record['calls_per_image'] == 2\n"
-    )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert side_by_side(evaluate_and_generate, two, generation, timeout=240) == [0, 0]
     assert close(json.loads((tmp_path / "two" / "results.json").read_text()), one)
     assert sorted(p.name for p in (tmp_path / "images").iterdir()) == [f"{i:06d}.png" for i in range(5)] + [
         "samples.json"

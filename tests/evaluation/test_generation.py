@@ -1,9 +1,6 @@
 """Images by their numbers: the set depends on nothing but model, sampler and seed."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,6 +8,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from hub_models import tiny_pipeline
 from PIL import Image
+from processes import run
 from tiny_networks import tiny_unet
 from tiny_parts import HAS_TRANSFORMERS
 
@@ -244,8 +242,7 @@ def test_a_disk_that_is_really_full_leaves_no_half_of_a_file(model, tmp_path):
     for path in tmp_path.glob("*.png"):
         path.unlink()
     before = (tmp_path / "samples.json").read_bytes()
-    command = [sys.executable, "-c", LIMITED, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = run(f"import sys; sys.argv[1:] = {arguments!r}\n{LIMITED}", tmp_path.parent)
     line = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and line.startswith("sample.py: error:") and "could not be written" in line, done.stderr
     assert str(tmp_path) in line and "free" in line

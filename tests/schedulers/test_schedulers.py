@@ -24,7 +24,7 @@ from diffusers_sde.schedulers import (
     SubVPSDEScheduler,
     VESDEScheduler,
     VPSDEScheduler,
-    scheduling_sde,
+    planned,
 )
 from diffusers_sde.sdes import SDE, CosineSDE
 
@@ -533,7 +533,7 @@ def test_step_builds_no_table(monkeypatch, predictor, corrector):
     def refuse(*args, **kwargs):
         raise AssertionError("step() computed a schedule")
 
-    monkeypatch.setattr(scheduling_sde, "make_plan", refuse)
+    monkeypatch.setattr(planned, "make_plan", refuse)
     monkeypatch.setattr(type(scheduler.sde), "_log_snr", refuse)
     monkeypatch.setattr(SDE, "f", refuse)
     x = torch.randn(2, 3)

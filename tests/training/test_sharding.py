@@ -1,10 +1,8 @@
 """FSDP: a network divided among processes trains, is saved and resumed as a whole one."""
 
 import json
-import multiprocessing
 import os
 import shutil
-import socket
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
+from processes import side_by_side
 from safetensors.torch import load_file
 
 from diffusers_sde import SDEPipeline
@@ -65,12 +64,9 @@ def shard_on_the_cpu():
     AcceleratorState.__init__ = init
 
 
-def train_sharded(folder, rank, port):
+def train_sharded(folder, rank):
     """One of two processes: an uninterrupted run, one that goes on from its middle, and a step in bf16."""
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
-    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true", **FSDP}
-    os.environ["FORK_LAUNCHED"] = "1"  # one process group for all runs
+    os.environ |= {**FSDP, "FORK_LAUNCHED": "1"}  # the latter for one process group for all runs
     shard_on_the_cpu()
 
     def begin(name, **options):
@@ -106,17 +102,7 @@ def sharded(tmp_path_factory):
     if not hasattr(Accelerator, "is_fsdp2"):
         pytest.skip("accelerate < 1.6 has no FSDP 2")
     folder = tmp_path_factory.mktemp("sharded")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diffusers_sde.training", "sklearn.datasets"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [context.Process(target=train_sharded, args=(folder, rank, port), daemon=True) for rank in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(timeout=240)  # one that hangs is killed with this process
-        assert child.exitcode == 0
+    assert side_by_side(train_sharded, folder, timeout=240) == [0, 0]
     return folder
 
 

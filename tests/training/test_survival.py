@@ -1,18 +1,17 @@
 """A run that is killed at any moment and resumed ends with the weights of the uninterrupted run, bit for bit."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from processes import context, side_by_side
 from safetensors.torch import load_file
 
 from diffusers_sde import SDEPipeline
@@ -37,14 +36,6 @@ OPTIONS = {
     "mixed_precision": "no",
     "resume_from_checkpoint": "latest",
 }
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Children that are forked from a process which has imported everything and started no threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diffusers_sde.training", "sklearn.datasets"])
-    return context
 
 
 def trainer(output_dir, **options):
@@ -80,8 +71,8 @@ def run_and_die(output_dir, at_event=None, after_seconds=None, events_file=None)
         Path(events_file).write_text(json.dumps(events))
 
 
-def in_a_child(processes, *arguments):
-    child = processes.Process(target=run_and_die, args=arguments)
+def in_a_child(*arguments):
+    child = context().Process(target=run_and_die, args=arguments)
     child.start()
     child.join()
     return child.exitcode
@@ -93,9 +84,9 @@ def final_weights(output_dir):
     return [network[name] for name in sorted(network)] + [averaged[name] for name in sorted(averaged)]
 
 
-def test_sigkill_at_any_moment_and_resume_is_the_uninterrupted_run(tmp_path, processes):
+def test_sigkill_at_any_moment_and_resume_is_the_uninterrupted_run(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert in_a_child(processes, whole, None, None, tmp_path / "events.json") == 0
+    assert in_a_child(whole, None, None, tmp_path / "events.json") == 0
     events = json.loads((tmp_path / "events.json").read_text())
     assert events.count("loss") == 28 and {"os.rename", "os.mkdir", "shutil.rmtree"} <= set(events)
     per_checkpoint = len(events) // 7
@@ -106,13 +97,13 @@ def test_sigkill_at_any_moment_and_resume_is_the_uninterrupted_run(tmp_path, pro
         by_clock = attempt % 3 == 2
         at_event = None if by_clock else draw.randrange(1, 2 * per_checkpoint)
         seconds = draw.uniform(0.0, 0.3) if by_clock else None
-        deaths += in_a_child(processes, killed, at_event, seconds) == -signal.SIGKILL
+        deaths += in_a_child(killed, at_event, seconds) == -signal.SIGKILL
         unfinished += (killed / UNFINISHED).exists()
         discarded += (killed / DISCARDED).exists()
         for checkpoint in list_checkpoints(killed):
             read_state(checkpoint)  # whatever carries the name is whole
     assert deaths >= 10 and unfinished >= 1
-    assert in_a_child(processes, killed) == 0
+    assert in_a_child(killed) == 0
     assert all(torch.equal(a, b) for a, b in zip(final_weights(whole), final_weights(killed), strict=True))
     assert [path.name for path in list_checkpoints(killed)] == ["checkpoint-12", "checkpoint-14"]
 
@@ -130,14 +121,14 @@ def test_a_run_killed_after_its_last_checkpoint_is_cleared_up_by_the_next(tmp_pa
     assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
 
 
-def test_sigkill_while_the_pipeline_is_saved_over_an_earlier_one(tmp_path, processes):
+def test_sigkill_while_the_pipeline_is_saved_over_an_earlier_one(tmp_path):
     """At every file operation of the last save: what carries a name is whole, and the next run completes it."""
     options = {"max_train_steps": 2, "checkpoints_total_limit": None}
     trainer(tmp_path / "run", **options).run()
     whole = {path.relative_to(tmp_path / "run"): path.read_bytes() for path in (tmp_path / "run" / "unet").iterdir()}
     again = tmp_path / "again"
     shutil.copytree(tmp_path / "run", again)
-    child = processes.Process(target=resume_and_die, args=(again, None, tmp_path / "events.json", options))
+    child = context().Process(target=resume_and_die, args=(again, None, tmp_path / "events.json", options))
     child.start()
     child.join()
     events = json.loads((tmp_path / "events.json").read_text())
@@ -145,7 +136,7 @@ def test_sigkill_while_the_pipeline_is_saved_over_an_earlier_one(tmp_path, proce
     assert child.exitcode == 0 and len(saves) >= 6
     seen = set()
     for at_event in (saves[0] - 3, saves[0], saves[2], saves[-1], len(events)):
-        child = processes.Process(target=resume_and_die, args=(again, at_event, None, options))
+        child = context().Process(target=resume_and_die, args=(again, at_event, None, options))
         child.start()
         child.join()
         assert child.exitcode == -signal.SIGKILL
@@ -197,16 +188,13 @@ def test_sigterm_saves_and_exits(tmp_path):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def run_rank(output_dir, rank, port, terminated_at=None, options=None):
-    """One of two processes on the CPU, as a launcher would start it; one that is asked to stop at a micro-batch."""
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)}
-    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+def run_rank(output_dir, terminated_at, options, rank):
+    """One of two processes, of which only the second one hears SIGTERM, at a micro-batch."""
     run, calls = trainer(output_dir, **options), iter(range(1000))
     loss = run.loss
 
     def preempted(batch):
-        if next(calls) == terminated_at:
+        if next(calls) == terminated_at and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return loss(batch)
 
@@ -214,31 +202,15 @@ def run_rank(output_dir, rank, port, terminated_at=None, options=None):
     run.run()
 
 
-def in_two_children(processes, output_dir, terminated_at=None, **options):
-    """Train on two processes, of which only the second one hears SIGTERM."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    times = (None, terminated_at)
-    children = [
-        processes.Process(target=run_rank, args=(output_dir, rank, port, times[rank], options)) for rank in range(2)
-    ]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    return [child.exitcode for child in children]
-
-
-def test_sigterm_to_one_of_two_processes_stops_both_and_any_number_can_go_on(tmp_path, processes):
+def test_sigterm_to_one_of_two_processes_stops_both_and_any_number_can_go_on(tmp_path):
     options = {"dropout": 0.0, "train_batch_size": 2, "checkpointing_steps": 0, "max_train_steps": 8}
-    assert in_two_children(processes, tmp_path / "run", 7, **options) == [EXIT_CODE, EXIT_CODE]
+    assert side_by_side(run_rank, tmp_path / "run", 7, options) == [EXIT_CODE, EXIT_CODE]
     (checkpoint,) = list_checkpoints(tmp_path / "run")
     state = read_state(checkpoint)
     assert (checkpoint.name, state["processes"], state["samples_seen"]) == ("checkpoint-4", 2, 32)
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= set(state["files"])
     shutil.copytree(tmp_path / "run", tmp_path / "alone")
-    assert in_two_children(processes, tmp_path / "run", **options) == [0, 0]
+    assert side_by_side(run_rank, tmp_path / "run", None, options) == [0, 0]
     one = options | {"train_batch_size": 4}
     alone = trainer(tmp_path / "alone", **one).run()
     whole = trainer(tmp_path / "whole", **one).run()
@@ -333,7 +305,7 @@ def run_with_limited_files(output_dir, limit, options):
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "pipeline"])
-def test_a_disk_that_is_really_full_gets_its_space_back(tmp_path, processes, what):
+def test_a_disk_that_is_really_full_gets_its_space_back(tmp_path, what):
     """Torch and safetensors have errors of their own for it, none of which is an OSError."""
     run = tmp_path / "run"
     trainer(run, max_train_steps=2).run()
@@ -342,7 +314,7 @@ def test_a_disk_that_is_really_full_gets_its_space_back(tmp_path, processes, wha
     assert weights < sizes["optimizer.bin"]
     before = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
     options = {"max_train_steps": 4, "checkpointing_steps": 2 if what == "checkpoint" else 0}
-    child = processes.Process(
+    child = context().Process(
         target=run_with_limited_files, args=(run, weights * 3 // (2 if what[0] == "c" else 4), options)
     )
     child.start()
