@@ -36,7 +36,7 @@ def test_networks_that_are_told_captions_are_called_by_the_names_of_their_argume
     expected = network(**{first: x}, timestep=timestep, **told).sample
     other = network(**{first: x}, timestep=timestep + 100.0, **told).sample
     assert (expected - other).abs().max() > 1e-4  # the timestep reaches the output
-    for called in (network, DistributedDataParallel(network)):
+    for called in (network, DistributedDataParallel(network), torch.compile(network, backend="eager")):
         assert torch.equal(with_timestep(called, x, timestep, **told).sample, expected)
         assert torch.equal(call_network(called, x, timestep, **told), expected)
 

@@ -30,14 +30,16 @@ def with_timestep(network: Callable[..., Any], x: Tensor, timestep: Tensor, **to
     """Call a network as its class wants to be called, and return what it returns.
 
     Args:
-        network: A diffusers model, as it is or wrapped by torch for several processes, or any function of
+        network: A diffusers model, as it is, compiled, or wrapped by torch for several processes, or any function of
             (x, timestep). Transformers of diffusers that may be told captions have these in the second place.
         x: Input of the network, shape (B, ...).
         timestep: What it is fed for the time, shape (B,).
         **told: What it is told beside these, by name.
     """
-    kind: Any = type(network.module if isinstance(network, DistributedDataParallel) else network)
-    if _names_timestep(kind):
+    inner: Any = getattr(network, "_orig_mod", network)  # what torch.compile has wrapped
+    inner = inner.module if isinstance(inner, DistributedDataParallel) else inner
+    inner = getattr(inner, "_orig_mod", inner)
+    if _names_timestep(type(inner)):
         return network(x, timestep=timestep, **told)
     return network(x, timestep, **told)
 
