@@ -39,7 +39,8 @@ def with_timestep(network: Callable[..., Any], x: Tensor, timestep: Tensor, **to
     inner: Any = getattr(network, "_orig_mod", network)  # what torch.compile has wrapped
     inner = inner.module if isinstance(inner, DistributedDataParallel) else inner
     inner = getattr(inner, "_orig_mod", inner)
-    if _names_timestep(type(inner)):
+    kind: Any = type(inner)
+    if _names_timestep(kind):
         return network(x, timestep=timestep, **told)
     return network(x, timestep, **told)
 
