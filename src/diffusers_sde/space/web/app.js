@@ -7,7 +7,7 @@ const session = Math.random().toString(36).slice(2);
 
 // ------------------------------------------------------------------ what has been chosen, kept in the address
 
-const START = { model: "", mixture: "islands", cloud: 0, seed: 0, label: "", steps: 25, view: "states", a: 0, b: 1 };
+const START = { model: "", mixture: "islands", cloud: 0, seed: 0, label: "", steps: 25, guidance: 2, view: "states", a: 0, b: 1 };
 const chosen = { ...START };
 
 function readAddress() {
@@ -296,7 +296,7 @@ const runForm = latest(async () => {
   await busy([$("form-stage")], async () => {
     const pictures = [];
     forming.sprites = {};
-    await run("form", { model: model.name, seed: chosen.seed, label: label(), steps: chosen.steps }, (part) => {
+    await run("form", { model: model.name, seed: chosen.seed, label: label(), steps: chosen.steps, guidance: guidance() }, (part) => {
       pictures.push((async () => {
         const [states, guesses] = await Promise.all([loaded(part.states), loaded(part.guesses)]);
         forming.sprites[part.sampler] = { states, guesses, images: part.images, rows: part.sigmas.length };
@@ -310,7 +310,9 @@ const runForm = latest(async () => {
   for (const easel of [complete, likely]) if (easel.untouched) takePicture(easel);
 });
 
-const label = () => model.classes.includes(chosen.label) ? chosen.label : model.any ? "" : model.classes[0] ?? "";
+// The class that is drawn; without one the pictures take turns. And how strongly they are pulled towards it.
+const label = () => model.classes.includes(chosen.label) ? chosen.label : "";
+const guidance = () => model.guidance.includes(chosen.guidance) ? chosen.guidance : null;
 
 // ------------------------------------------------------------------ drawing
 
@@ -398,7 +400,7 @@ function drawWay() {
 }
 
 const runBetween = latest(async () => {
-  const settings = { model: model.name, seed: chosen.a, other: chosen.b, label: model.any ? "" : label() };
+  const settings = { model: model.name, seed: chosen.a, other: chosen.b, label: model.any ? "" : label() || model.classes[0] };
   if (way.drawing) settings.drawing = way.drawing;
   await busy([$("between-strip"), $("between-drawing")], () => run("between", settings, async (found) => {
     [way.sheet, way.codes] = await Promise.all([loaded(found.sheet), loaded(found.codes)]);
@@ -492,12 +494,17 @@ function useModel(name) {
   model = models.find((m) => m.name === name) ?? models[0];
   chosen.model = model === models[0] ? "" : model.name;
   for (const id of ["form-class", "complete-class", "few-class"]) {
-    const options = model.any ? { "": "anything" } : {};
-    for (const text of model.classes) options[text] = text;
-    $(id).replaceChildren(...Object.entries(options).map(([value, text]) => element("option", { value }, text)));
+    // Names that are numbers would come first in an object.
+    const options = model.classes.map((text) => [text, text]);
+    if (id !== "complete-class") options.unshift(["", "one of each"]);
+    else if (model.any) options.unshift(["", "anything"]);
+    $(id).replaceChildren(...options.map(([value, text]) => element("option", { value }, text)));
     if (id !== "complete-class") $(id).value = label();
   }
   document.querySelectorAll(".classes").forEach((e) => { e.style.display = model.classes.length ? "" : "none"; });
+  $("form-guiding").style.display = model.guidance.length ? "" : "none";
+  const scales = Object.fromEntries(model.guidance.map((scale) => [scale, scale === 1 ? "none" : `${scale}`]));
+  chips("form-guidance", scales, guidance() ?? 2, (key) => { chosen.guidance = +key; writeAddress("form"); runForm(); });
   const colours = model.channels === 3 ? COLOURS : [];
   for (const [id, easel] of [["complete-colours", complete], ["likelihood-colours", likely]]) {
     $(id).replaceChildren(...colours.map((colour) => {
