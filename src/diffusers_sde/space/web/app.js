@@ -273,6 +273,15 @@ function choosePanel(name) {
 let models = [], model = null;
 const forming = { sprites: {}, sigmas: [], panels: panels("form-stage", [300, 200]) };
 
+// Six pictures in two rows of three or, on a phone, where three samplers beside each other would be tiny, in one row.
+const narrow = matchMedia("(max-width: 44rem)");
+function layOut() {
+  for (const { canvas } of Object.values(forming.panels)) {
+    [canvas.width, canvas.height] = narrow.matches ? [603, 98] : [300, 200];
+  }
+}
+layOut();
+
 function drawForming(time) {
   const { sigmas, sprites } = forming;
   if (!sigmas.length) return "";
@@ -280,7 +289,7 @@ function drawForming(time) {
   for (const [name, { canvas }] of Object.entries(forming.panels)) {
     const found = sprites[name];
     if (!found || found.rows <= k + 1) continue;
-    const size = 98, columns = 3;
+    const size = 98, columns = narrow.matches ? 6 : 3;
     for (let i = 0; i < found.images; i++) {
       const x = (i % columns) * 101, y = Math.floor(i / columns) * 102;
       cell(canvas, found[chosen.view], model, i, k, x, y, size);
@@ -291,6 +300,10 @@ function drawForming(time) {
 }
 
 const formTime = timeline("form-time", drawForming);
+narrow.addEventListener("change", () => { layOut(); formTime.redraw(); });
+
+// Which pictures are to be seen, where they are not all of the class that has been chosen.
+const named = (classes) => new Set(classes).size > 1 ? `In this order: ${classes.join(", ")}.` : "";
 
 const runForm = latest(async () => {
   await busy([$("form-stage")], async () => {
@@ -302,6 +315,7 @@ const runForm = latest(async () => {
         forming.sprites[part.sampler] = { states, guesses, images: part.images, rows: part.sigmas.length };
         forming.panels[part.sampler].note.textContent = `${part.calls} calls`;
         forming.sigmas = part.sigmas;
+        $("form-names").textContent = named(part.classes);
       })());
     });
     await Promise.all(pictures);
@@ -336,8 +350,11 @@ function easel(id) {
     context.drawImage(made.picture, 0, 0, size, size);
     const { width: w, height: h } = model, mask = made.mask.getContext("2d").getImageData(0, 0, w, h).data;
     context.fillStyle = "rgba(255,140,0,.82)";
+    // Whole pixels of the screen, because two colours that are half transparent make a line where they meet.
+    const x = (i) => Math.round(i / w * size), y = (j) => Math.round(j / h * size);
     for (let p = 0; p < w * h; p++) if (mask[4 * p] >= 128) {
-      context.fillRect((p % w) / w * size, Math.floor(p / w) / h * size, size / w + 0.5, size / h + 0.5);
+      const i = p % w, j = Math.floor(p / w);
+      context.fillRect(x(i), y(j), x(i + 1) - x(i), y(j + 1) - y(j));
     }
   };
   let last = null;
@@ -469,6 +486,7 @@ const runFew = latest(async () => {
       return element("div", { class: "row" }, element("div", {}, element("b", {}, title), element("small", {}, far)), canvas);
     }));
     $("few-rows").replaceChildren(...rows);
+    $("few-names").textContent = named(found.classes);
   }));
 });
 
