@@ -376,8 +376,8 @@ def form(
 def complete(model: Model, image: str, hole: str, seed: int = 0, label: str = "") -> dict[str, Any]:
     """Eight completions of a drawing, by moment matching (MMPS).
 
-    Pseudo-inverse guidance costs half as much, but leaves noise in the hole where a network is as small as those that
-    train in an hour.
+    Pseudo-inverse guidance costs half as much, but leaves some noise in the hole where a network is as small as those
+    that train in an hour.
 
     Args:
         model: The model.
