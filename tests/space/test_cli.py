@@ -14,7 +14,8 @@ from diffusers_sde.space import cli, runs
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = ROOT / cli.OWN_MODELS
-CARDS = {"digits": "digits-class"}  # models and their cards, in the order of the page
+MODELS = ("digits", "fashion", "colour")  # in the order of the page
+CARDS = {"digits": "digits-class"}
 if not OWN.is_dir():
     pytest.skip("the source archive leaves the models of the page out", allow_module_level=True)
 
@@ -42,7 +43,7 @@ def test_nothing_set_serves_the_models_of_the_project(way, served, monkeypatch):
         monkeypatch.delenv("MODELS", raising=False)
         code = (ROOT / "examples" / "space" / "app.py").read_text(encoding="utf-8")
         exec(code, {"__file__": str(ROOT / "examples" / "space" / "app.py"), "__name__": "app"})
-    assert served == [(list(CARDS), "127.0.0.1" if way == "command" else "0.0.0.0")]
+    assert served == [(list(MODELS), "127.0.0.1" if way == "command" else "0.0.0.0")]
 
 
 def test_a_variable_of_the_space_names_other_models(served, monkeypatch, tmp_path):
@@ -62,10 +63,10 @@ def test_without_a_model_anywhere_the_command_says_so(tmp_path, monkeypatch, cap
 
 
 def test_there_are_these_models():
-    assert sorted(path.name for path in OWN.iterdir()) == sorted(CARDS)
+    assert sorted(path.name for path in OWN.iterdir()) == sorted(MODELS)
 
 
-@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_the_project_is_small_and_carries_no_code(name):
     files = [path for path in (OWN / name).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 4_000_000
@@ -74,7 +75,7 @@ def test_a_model_of_the_project_is_small_and_carries_no_code(name):
     assert {each.dtype for each in weights.values()} == {torch.float16}
 
 
-@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_the_project_draws(name):
     model = runs.load_model(name, str(OWN / name))
     parts = list(runs.form(model, seed=1, steps=6))
@@ -112,6 +113,8 @@ def test_the_card_of_a_model_of_the_project_says_what_it_is(name):
     assert f"| the network predicts | `{model.pipe.scheduler.config.prediction_type}` |" in card
     assert f"`{model.pipe.scheduler.sde}`" in card
     assert f'class_labels="{next(iter(model.classes))}"' in card
+    for picture in ("samples", "trajectories"):
+        assert f"](images/{CARDS[name]}/{picture}.png)" in card
 
 
 def test_the_fitted_sampler_is_one_for_six_calls():
