@@ -75,3 +75,5 @@ def test_the_source_archive_holds_what_its_tests_read(source):
     names += [str(path.relative_to(ROOT)) for path in (ROOT / ".github").rglob("*") if path.is_file()]
     assert not [name for name in names if not (source / name).is_file()]
     assert not (source / "site").exists()
+    page = source / "examples" / "space"
+    assert (page / "app.py").is_file() and not (page / "models").exists()  # megabytes of weights

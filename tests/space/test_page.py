@@ -118,6 +118,7 @@ def test_particles_and_pictures_form_and_time_can_be_dragged(page):
     assert shown == (1 if page.viewport_size["width"] < 500 else 3)
     assert ink(page, "#particles-stage .panel.chosen canvas") > 0.005
     assert all(ink(page, f"#form-stage .panel:nth-child({i}) canvas") > 0.005 for i in (1, 2, 3))
+    assert page.locator("#form-names").inner_text() == "In this order: one, zero, one, zero, one, zero."
 
 
 def test_a_link_carries_what_was_chosen(page, address, browser):

@@ -105,7 +105,7 @@ def test_completions_are_those_of_the_pipeline_and_keep_what_is_known(plain):
         assert np.abs(found[:4, 8 * i : 8 * i + 8] - known[:4]).max() < 0.003
     pipe = InpaintSDEPipeline(plain.pipe.unet, VPSDEScheduler.from_config(plain.pipe.scheduler.config))
     generator = torch.Generator().manual_seed(3)
-    one = pipe(drawing(), hole, num_inference_steps=25, generator=generator, output_type="pt")
+    one = pipe(drawing(), hole, posterior="mmps", num_inference_steps=25, generator=generator, output_type="pt")
     assert np.abs(found[:, 8:16] - one.images[0, 0].numpy()).max() < 0.02
 
 
@@ -142,6 +142,42 @@ def test_a_class_is_what_the_network_is_asked_for(classes):
         assert torch.equal(classes.network(name)(x, t).sample, expected)
     with pytest.raises(ValueError, match="'seven'"):
         next(runs.form(classes, label="seven"))
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(None, 2.0), (1, 1.0), (5, 5.0)])
+def test_guidance_goes_from_any_class_through_the_class_and_beyond(classes, scale, expected):
+    x, t = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
+    found = classes.guided("", [7, 8, 9, 4], scale)(x, t).sample
+    asked = classes.pipe.unet(x, t, class_labels=torch.tensor([1, 2, 0, 1])).sample  # seed mod 3, in turns
+    null = classes.pipe.unet(x, t, class_labels=torch.tensor([3] * 4)).sample
+    assert (asked - null).abs().max() > 1e-3
+    assert torch.allclose(found, null + expected * (asked - null), atol=1e-5)
+    of_one = classes.guided("two", [7, 8, 9, 4], 1)(x, t).sample
+    assert torch.equal(of_one, classes.pipe.unet(x, t, class_labels=torch.tensor([2] * 4)).sample)
+
+
+def test_an_image_depends_on_its_seed_alone_also_by_class(classes):
+    first, second = (pixels_of(list(runs.form(classes, seed=s, steps=6))[0]["states"])[-8:] for s in (5, 6))
+    assert np.abs(first[:, 8:] - second[:, :-8]).max() < 0.005
+
+
+def test_a_model_without_a_null_class_is_not_guided(plain, classes):
+    assert runs.describe(plain)["guidance"] == [] and runs.describe(classes)["guidance"] == [1, 2, 3, 5]
+    assert plain.guided("", [0]) is plain.pipe.unet
+    with pytest.raises(ValueError, match="guidance must be 1 for a model without a null class, got 2"):
+        next(runs.form(plain, guidance=2))
+    with pytest.raises(ValueError, match="guidance must be one of 1, 2, 3, 5, got 4"):
+        next(runs.form(classes, guidance=4))
+
+
+def test_weights_in_half_precision_are_computed_with_in_single(tmp_path):
+    pipe = SDEPipeline(unet().half(), VPSDEScheduler(prediction_type="v_prediction"))
+    pipe.save_pretrained(tmp_path)
+    model = runs.load_model("half", str(tmp_path))
+    assert {p.dtype for p in model.pipe.unet.parameters()} == {torch.float32}
+    saved = pipe.unet.state_dict()
+    assert all(torch.equal(p, saved[name].float()) for name, p in model.pipe.unet.state_dict().items())
+    runs.few(model)
 
 
 def test_few_calls_are_as_many_as_they_say(plain):

@@ -145,6 +145,8 @@ def parser_of(config: type, exclude: Collection[str] = (), **arguments: Any) -> 
         elif element is not None or Ellipsis in types:  # tuple[int, ...], alone or beside None
             element = element or types[0]
             settings |= {"type": element, "nargs": "+", "action": "extend" if f.metadata["adds"] else "store"}
+            if f.metadata["adds"] and isinstance(given, tuple):
+                settings["default"] = list(given)  # argparse extends a list only
         else:
             settings["type"] = types[0]
         if types[0] is int and f.name != "seed" and "choices" in settings:

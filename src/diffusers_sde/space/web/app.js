@@ -7,7 +7,7 @@ const session = Math.random().toString(36).slice(2);
 
 // ------------------------------------------------------------------ what has been chosen, kept in the address
 
-const START = { model: "", mixture: "islands", cloud: 0, seed: 0, label: "", steps: 25, view: "states", a: 0, b: 1 };
+const START = { model: "", mixture: "islands", cloud: 0, seed: 0, label: "", steps: 25, guidance: 2, view: "states", a: 0, b: 1 };
 const chosen = { ...START };
 
 function readAddress() {
@@ -273,6 +273,15 @@ function choosePanel(name) {
 let models = [], model = null;
 const forming = { sprites: {}, sigmas: [], panels: panels("form-stage", [300, 200]) };
 
+// Six pictures in two rows of three or, on a phone, where three samplers beside each other would be tiny, in one row.
+const narrow = matchMedia("(max-width: 44rem)");
+function layOut() {
+  for (const { canvas } of Object.values(forming.panels)) {
+    [canvas.width, canvas.height] = narrow.matches ? [603, 98] : [300, 200];
+  }
+}
+layOut();
+
 function drawForming(time) {
   const { sigmas, sprites } = forming;
   if (!sigmas.length) return "";
@@ -280,7 +289,7 @@ function drawForming(time) {
   for (const [name, { canvas }] of Object.entries(forming.panels)) {
     const found = sprites[name];
     if (!found || found.rows <= k + 1) continue;
-    const size = 98, columns = 3;
+    const size = 98, columns = narrow.matches ? 6 : 3;
     for (let i = 0; i < found.images; i++) {
       const x = (i % columns) * 101, y = Math.floor(i / columns) * 102;
       cell(canvas, found[chosen.view], model, i, k, x, y, size);
@@ -291,17 +300,22 @@ function drawForming(time) {
 }
 
 const formTime = timeline("form-time", drawForming);
+narrow.addEventListener("change", () => { layOut(); formTime.redraw(); });
+
+// Which pictures are to be seen, where they are not all of the class that has been chosen.
+const named = (classes) => new Set(classes).size > 1 ? `In this order: ${classes.join(", ")}.` : "";
 
 const runForm = latest(async () => {
   await busy([$("form-stage")], async () => {
     const pictures = [];
     forming.sprites = {};
-    await run("form", { model: model.name, seed: chosen.seed, label: label(), steps: chosen.steps }, (part) => {
+    await run("form", { model: model.name, seed: chosen.seed, label: label(), steps: chosen.steps, guidance: guidance() }, (part) => {
       pictures.push((async () => {
         const [states, guesses] = await Promise.all([loaded(part.states), loaded(part.guesses)]);
         forming.sprites[part.sampler] = { states, guesses, images: part.images, rows: part.sigmas.length };
         forming.panels[part.sampler].note.textContent = `${part.calls} calls`;
         forming.sigmas = part.sigmas;
+        $("form-names").textContent = named(part.classes);
       })());
     });
     await Promise.all(pictures);
@@ -310,7 +324,9 @@ const runForm = latest(async () => {
   for (const easel of [complete, likely]) if (easel.untouched) takePicture(easel);
 });
 
-const label = () => model.classes.includes(chosen.label) ? chosen.label : model.any ? "" : model.classes[0] ?? "";
+// The class that is drawn; without one the pictures take turns. And how strongly they are pulled towards it.
+const label = () => model.classes.includes(chosen.label) ? chosen.label : "";
+const guidance = () => model.guidance.includes(chosen.guidance) ? chosen.guidance : null;
 
 // ------------------------------------------------------------------ drawing
 
@@ -334,8 +350,11 @@ function easel(id) {
     context.drawImage(made.picture, 0, 0, size, size);
     const { width: w, height: h } = model, mask = made.mask.getContext("2d").getImageData(0, 0, w, h).data;
     context.fillStyle = "rgba(255,140,0,.82)";
+    // Whole pixels of the screen, because two colours that are half transparent make a line where they meet.
+    const x = (i) => Math.round(i / w * size), y = (j) => Math.round(j / h * size);
     for (let p = 0; p < w * h; p++) if (mask[4 * p] >= 128) {
-      context.fillRect((p % w) / w * size, Math.floor(p / w) / h * size, size / w + 0.5, size / h + 0.5);
+      const i = p % w, j = Math.floor(p / w);
+      context.fillRect(x(i), y(j), x(i + 1) - x(i), y(j + 1) - y(j));
     }
   };
   let last = null;
@@ -398,7 +417,7 @@ function drawWay() {
 }
 
 const runBetween = latest(async () => {
-  const settings = { model: model.name, seed: chosen.a, other: chosen.b, label: model.any ? "" : label() };
+  const settings = { model: model.name, seed: chosen.a, other: chosen.b, label: model.any ? "" : label() || model.classes[0] };
   if (way.drawing) settings.drawing = way.drawing;
   await busy([$("between-strip"), $("between-drawing")], () => run("between", settings, async (found) => {
     [way.sheet, way.codes] = await Promise.all([loaded(found.sheet), loaded(found.codes)]);
@@ -467,6 +486,7 @@ const runFew = latest(async () => {
       return element("div", { class: "row" }, element("div", {}, element("b", {}, title), element("small", {}, far)), canvas);
     }));
     $("few-rows").replaceChildren(...rows);
+    $("few-names").textContent = named(found.classes);
   }));
 });
 
@@ -492,12 +512,17 @@ function useModel(name) {
   model = models.find((m) => m.name === name) ?? models[0];
   chosen.model = model === models[0] ? "" : model.name;
   for (const id of ["form-class", "complete-class", "few-class"]) {
-    const options = model.any ? { "": "anything" } : {};
-    for (const text of model.classes) options[text] = text;
-    $(id).replaceChildren(...Object.entries(options).map(([value, text]) => element("option", { value }, text)));
+    // Names that are numbers would come first in an object.
+    const options = model.classes.map((text) => [text, text]);
+    if (id !== "complete-class") options.unshift(["", "one of each"]);
+    else if (model.any) options.unshift(["", "anything"]);
+    $(id).replaceChildren(...options.map(([value, text]) => element("option", { value }, text)));
     if (id !== "complete-class") $(id).value = label();
   }
   document.querySelectorAll(".classes").forEach((e) => { e.style.display = model.classes.length ? "" : "none"; });
+  $("form-guiding").style.display = model.guidance.length ? "" : "none";
+  const scales = Object.fromEntries(model.guidance.map((scale) => [scale, scale === 1 ? "none" : `${scale}`]));
+  chips("form-guidance", scales, guidance() ?? 2, (key) => { chosen.guidance = +key; writeAddress("form"); runForm(); });
   const colours = model.channels === 3 ? COLOURS : [];
   for (const [id, easel] of [["complete-colours", complete], ["likelihood-colours", likely]]) {
     $(id).replaceChildren(...colours.map((colour) => {
