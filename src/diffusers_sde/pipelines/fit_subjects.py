@@ -63,7 +63,8 @@ class FitSubject(ABC):
             float(getattr(pipe.config, "data_max", 1.0)),
         )
         low, high = self.data_range
-        self.family = self._family(parts, 1.0 if self.is_latent else 0.25 * (high - low))
+        usual = 1.0 if self.is_latent else 0.25 * (high - low)
+        self.family = self._family(parts, scheduler.config.data_std or usual)
         self.labels = self._prepare(guidance_scale, class_labels)
 
     @abstractmethod

@@ -148,7 +148,9 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         check_number("sampling_eps", config.sampling_eps, at_least=SMALLEST_TIME, below=sde.t_max)
         self._check_sampling_sigma()
         if config.time_grid is not None:
-            get_time_grid(config.time_grid, sde, 2, sde.t_max, self.stated_last_time(), config.rho)
+            get_time_grid(
+                config.time_grid, sde, 2, sde.t_max, self.stated_last_time(), config.rho, data_std=config.data_std
+            )
         self.init_noise_sigma = sde.prior_std
         self.num_inference_steps: int | None = None
         self._fitted: Plan | None = None
@@ -293,8 +295,8 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
 
     @property
     def _temperature_std(self) -> float:
-        std = self.config.temperature_std
-        return float(self.config.sigma_data if std is None else std)
+        known = (self.config.temperature_std, self.config.data_std, self.config.sigma_data)
+        return float(next(std for std in known if std is not None))
 
     @property
     def _predictor(self) -> Predictor:
@@ -414,7 +416,7 @@ class SDEScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         end = self.last_time()
         if config.sampling_sigma is not None and config.time_grid in WARPED:
             end = self._unwarped(end)
-        times = get_time_grid(config.time_grid, sde, points, start, end, config.rho, self._warp)
+        times = get_time_grid(config.time_grid, sde, points, start, end, config.rho, self._warp, config.data_std)
         if config.time_grid == "blended" and self.conditioning.name == "discrete":
             # Pipelines of stock schedulers may look tables up by timestep, and networks were trained on whole ones.
             whole = whole_timesteps(self.conditioning.timestep(sde, times), config.num_train_timesteps)
