@@ -255,10 +255,8 @@ def build_scheduler(
     }
     if of_pixels:
         arguments |= {"bound_above_sigma": BOUND_ABOVE_SIGMA, "data_range": [options.data_min, 1.0]}
-    # A quarter of the range is what samplers take pixels in [-1, 1] to have; latents are scaled to 1.
-    spread = 0.25 * (1.0 - options.data_min) if of_pixels else 1.0
-    if spread != USUAL_STD:
-        arguments["data_std"] = spread
+        if options.data_min != -1.0:  # then samplers should treat these pixels as they treat those in [-1, 1]
+            arguments["data_std"] = USUAL_STD * 0.5 * (1.0 - options.data_min)
     if prediction.time_conditioning is not None or fixed[1] is not None:
         arguments["time_conditioning"] = prediction.time_conditioning or fixed[1]
     if network is not None and network.returns_variance:
