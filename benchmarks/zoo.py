@@ -94,7 +94,7 @@ RECIPES: dict[str, Recipe] = {
     "fashion-12-ddpm": Recipe("fashion", 1, 700, resolution=12, stranger=True, options={"clip_sample": False}),
     "cifar-16-ve-epsilon": Recipe("cifar", 1, 900, 16, blocks=(16, 32, 32), options=_ours("ve", "epsilon")),
     # The second round.
-    "glyphs-vp-v": Recipe("glyphs", 2, 1200, resolution=12, options=_ours("vp", "v_prediction")),
+    "glyphs-vp-v": Recipe("glyphs", 2, 1000, options=_ours("vp", "v_prediction")),
     "gratings-vp-epsilon": Recipe("gratings", 2, 800, options=_ours("vp", "epsilon")),
     "checkers-ve-edm": Recipe("checkers", 2, 1000, channels=3, options=_ours("ve", "edm")),
     "vehicles-flow": Recipe("vehicles", 2, 1000, channels=3, options=_ours("flow", "flow_prediction")),
