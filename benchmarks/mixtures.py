@@ -33,6 +33,11 @@ class Mixture:
         self._out = self.axes.transpose(1, 2).reshape(-1, self.dim)
         self._centre = torch.einsum("kd,kde->ke", self.means, self.axes)
 
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the data about their mean, over all dimensions."""
+        return float((torch.trace(self.covariance) / self.dim).sqrt())
+
     def _standardise(self, x: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
         """x_t in the axes of each component in units of its standard deviations, those, and log p_t per component."""
         std = torch.sqrt(alpha**2 * self.variances + sigma**2)
@@ -65,6 +70,17 @@ class Mixture:
         return self.means[k] + torch.cat(
             [torch.einsum("nde,ne->nd", self.axes[a], b) for a, b in zip(k.split(ROWS), z.split(ROWS), strict=True)]
         )
+
+
+class Scaled:
+    """The data of a mixture times a number, and their exact denoiser."""
+
+    def __init__(self, data: Mixture, scale: float) -> None:
+        self.data, self.scale = data, scale
+
+    def denoise(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
+        """E[scale x_0 | x_t] at x_t = alpha scale x_0 + sigma noise, shape (B, d)."""
+        return self.scale * self.data.denoise(x, self.scale * alpha, sigma)
 
 
 def fitted(data: str) -> Mixture:

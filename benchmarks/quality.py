@@ -13,6 +13,8 @@ path: only the sampler can be wrong. Its samples are judged against the truth:
 With --model the networks are trained ones, saved by scripts/train.py, and FD is that of a classifier's features to
 held-out real images (networks.py).
 
+With --scale the data of a mixture are multiplied by a number, and ours is also run with ``data_std``, their spread.
+
 Peers run in the same process through their own packages; k-diffusion and azula join where they are installed
 (pip install -c constraints.txt -e ".[benchmark]"). In each repetition all samplers start from the same noise. Calls are
 counted by the network itself: correctors, second stages and all. Written are OUTPUT.json, OUTPUT.md (tables, whether
@@ -34,8 +36,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from mixtures import MixtureJudge, fitted
-from samplers import ON_NETWORKS, OURS, PEERS, SCHEDULERS, Problem, Sampler, optional_peers, ours
+from mixtures import MixtureJudge, Scaled, fitted
+from samplers import (
+    ON_NETWORKS,
+    OURS,
+    PEERS,
+    SCHEDULERS,
+    TOLD,
+    Problem,
+    Sampler,
+    optional_peers,
+    ours,
+    ours_on_scaled_data,
+)
 
 CALLS = (5, 8, 10, 15, 20, 30, 50, 100)
 MODEL_CALLS = (10, 20, 50, 100)
@@ -47,15 +60,16 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     n, path, seeds = task["samples"], task["path"], task["seeds"]
     if task["model"] is None:
-        data: Any = fitted(task["data"])
-        judge: Any = MixtureJudge(data, n)
+        mixture, scale = fitted(task["data"]), task["scale"]
+        data: Any = Scaled(mixture, scale)
+        judge: Any = MixtureJudge(mixture, n)
         scheduler = SCHEDULERS[path]()
-        shape: tuple[int, ...] = (data.dim,)
+        shape: tuple[int, ...] = (mixture.dim,)
     else:
         from networks import Network, NetworkJudge
 
         data = Network(task["model"], task["bf16"])
-        judge = NetworkJudge(data, task["reference"], n, task["classifier"])
+        judge, scale = NetworkJudge(data, task["reference"], n, task["classifier"]), 1.0
         scheduler, shape, path = data.scheduler, data.shape, data.path
 
     def problem(seed: int) -> Problem:
@@ -63,6 +77,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         return Problem(path, scheduler, data, z, seed)
 
     own = OURS if task["model"] is None else {**OURS, **ON_NETWORKS}
+    if scale != 1.0:
+        own = ours_on_scaled_data(scale, scale * mixture.spread)
     samplers: dict[str, tuple[str, Sampler]] = {**own, **PEERS[path], **optional_peers()}
     samplers = {label: value for label, value in samplers.items() if re.search(task["only"], label)}
     rows: dict[str, Any] = {}
@@ -70,19 +86,20 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         extra = {TARGETS[kind]} if is_ours(label) and task["model"] is None else set()
         scores = {}
         for calls in sorted({*task["calls"], *extra}):
-            scores[str(calls)] = score(sampler, problem, judge, calls, seeds)
+            scores[str(calls)] = score(sampler, problem, judge, calls, seeds, scale)
         rows[label] = {"kind": kind, "scores": scores}
         shown = " ".join(f"{c}:{s['fd']:.3f}/{s.get('nats', 0):+.3f}" for c, s in scores.items() if "fd" in s)
         print(f"{task['name']:12s}{path:7s}{label:36s}{shown}", flush=True)
     floor = dict(judge.floor)
     if task["model"] is None:
         # One draw of noise is a little lucky or unlucky, and the flow carries that to its end: what the flow scores.
-        floor["fd_of_flow"] = score(ours(probability_flow=True), problem, judge, 60, seeds)["fd"]
+        fine = ours(probability_flow=True, data_std=0.5 * scale)
+        floor["fd_of_flow"] = score(fine, problem, judge, 60, seeds, scale)["fd"]
     return {"path": path, "floor": floor, "noise": judge.noise, "rows": rows, "about": judge.about}
 
 
-def score(sampler: Sampler, problem: Any, judge: Any, calls: int, seeds: int) -> dict[str, Any]:
-    """The metrics of a sampler at a number of calls, their means over the repetitions."""
+def score(sampler: Sampler, problem: Any, judge: Any, calls: int, seeds: int, scale: float = 1.0) -> dict[str, Any]:
+    """The metrics of a sampler at a number of calls, their means over the repetitions, in units of ``scale``."""
     found, used, began = [], 0, time.perf_counter()
     for seed in range(seeds):
         run = problem(seed)
@@ -95,7 +112,7 @@ def score(sampler: Sampler, problem: Any, judge: Any, calls: int, seeds: int) ->
         if run.calls > calls:
             return {"error": f"needs {run.calls} calls"}
         used = run.calls
-        found.append(judge(x))
+        found.append(judge(x / scale))
     means = {key: float(np.mean([f[key] for f in found])) for key in found[0]}
     seconds = round((time.perf_counter() - began) / seeds, 2)
     return {**means, "runs": seeds, "used": used, "seconds": seconds}
@@ -114,7 +131,7 @@ def save(result: dict[str, Any], output: Path) -> None:
 
 def is_ours(label: str) -> bool:
     """Whether a row is one of this package's."""
-    return label in OURS or label in ON_NETWORKS
+    return label.removesuffix(TOLD) in OURS or label in ON_NETWORKS
 
 
 def fd(row: dict[str, Any], calls: int) -> float:
@@ -254,6 +271,7 @@ def main() -> None:
     parser.add_argument("--reference", help="with --model: held-out images with classes, a Parquet file; or 'digits'")
     parser.add_argument("--calls", nargs="+", type=int, default=list(CALLS))
     parser.add_argument("--model-calls", nargs="+", type=int, default=list(MODEL_CALLS))
+    parser.add_argument("--scale", type=float, default=1.0, help="what the data of a mixture are multiplied by")
     parser.add_argument("--samples", type=int, default=4096, help="from a mixture, half as many patches")
     parser.add_argument("--model-samples", type=int, default=1024, help="from a network")
     parser.add_argument("--bf16", action="store_true", help="run the networks in mixed precision")
@@ -265,12 +283,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.model and args.reference is None:
         parser.error("--model needs --reference")
-    common = {key: getattr(args, key) for key in ("seeds", "reference", "only", "bf16")}
+    common = {key: getattr(args, key) for key in ("seeds", "reference", "only", "bf16", "scale")}
     common["classifier"] = args.output.with_suffix(".classifier.safetensors")
     names = args.data if args.data is not None else [] if args.model else ["digits", "patches"]
     tasks: list[dict[str, Any]] = []
     for name in names:
-        about = {"name": name, "data": name, "model": None, "calls": args.calls}
+        label = name if args.scale == 1.0 else f"{name} x {args.scale:g}"
+        about = {"name": label, "data": name, "model": None, "calls": args.calls}
         about["samples"] = args.samples if name == "digits" else args.samples // 2
         tasks += [{**common, **about, "path": path} for path in args.paths]
     for folder in args.model:

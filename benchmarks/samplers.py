@@ -233,11 +233,25 @@ def from_azula(name: str, grid: str, per_step: int = 1, **arguments: Any) -> Sam
 
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-OURS: dict[str, tuple[str, Sampler]] = {
-    "ours, reverse SDE": ("sde", ours()),
-    "ours, probability flow": ("ode", ours(probability_flow=True)),
-    "ours, PC": ("pc", ours(probability_flow=True, corrector="ornstein_uhlenbeck", snr=0.2)),
+OWN_SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ours, reverse SDE": ("sde", {}),
+    "ours, probability flow": ("ode", {"probability_flow": True}),
+    "ours, PC": ("pc", {"probability_flow": True, "corrector": "ornstein_uhlenbeck", "snr": 0.2}),
 }
+OURS: dict[str, tuple[str, Sampler]] = {label: (kind, ours(**config)) for label, (kind, config) in OWN_SETTINGS.items()}
+TOLD = ", data_std"
+
+
+def ours_on_scaled_data(scale: float, spread: float) -> dict[str, tuple[str, Sampler]]:
+    """Ours down to a noise that is as small beside the data as otherwise; with nothing set, and told their spread."""
+    end = {"sampling_sigma": 0.01 * scale}
+    rows = {label: (kind, ours(**config, **end)) for label, (kind, config) in OWN_SETTINGS.items()}
+    told = {
+        label + TOLD: (kind, ours(**config, **end, data_std=spread)) for label, (kind, config) in OWN_SETTINGS.items()
+    }
+    return {**rows, **told}
+
+
 # On networks only: far from exact at few calls, which trained networks need not mind; see docs/results.md.
 ON_NETWORKS: dict[str, tuple[str, Sampler]] = {
     "ours, reverse SDE, Karras": (

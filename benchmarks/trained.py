@@ -1,7 +1,7 @@
 """Settings of ours beside diffusers' samplers on the trained networks of zoo.py, at few and at many calls.
 
     python benchmarks/trained.py --networks chosen --folder outputs/zoo --fashion FOLDER --cifar FOLDER
-    python benchmarks/trained.py --networks held_out ...
+    python benchmarks/trained.py --networks held_out_2 ...
 
 The networks that are held out are for the end: look at them once, when the settings are decided. Every sampler starts
 from the same noise, SEEDS draws of SAMPLES images, and every network call is counted. The judge is a small classifier
@@ -39,6 +39,7 @@ CALLS = (5, 8, 10, 15, 20, 30, 50)
 SAMPLES, SEEDS = 256, 2
 CLASSIFIER_STEPS = 500
 PATHS = {VESDEScheduler: "ve", SubVPSDEScheduler: "sub_vp", FlowSDEScheduler: "flow"}
+SETS = {"chosen": "chosen on", "held_out": "held out, first round", "held_out_2": "held out, second round"}
 NOTHING_SET, NOTHING_SET_ODE = "nothing set", "nothing set, ODE"
 
 
@@ -249,8 +250,10 @@ def verdict(entries: dict[str, Any], label: str, calls: tuple[int, ...]) -> str:
 def table(entries: dict[str, Any], calls: tuple[int, ...]) -> str:
     """Markdown."""
     lines = ["# Samplers on trained networks", "", "Written by benchmarks/trained.py; FD / recall."]
-    for title, held_out in (("chosen on", False), ("held out", True)):
+    for held_out, title in enumerate(SETS.values()):
         group = {name: entry for name, entry in entries.items() if RECIPES[name].held_out == held_out}
+        if not group:
+            continue
         own = list(dict.fromkeys(n for e in group.values() for n, row in e["rows"].items() if not row["peer"]))
         lines += ["", f"Networks that are {title}:", "", *(verdict(group, label, calls) for label in own)]
     for name, entry in entries.items():
@@ -282,7 +285,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_folders(parser)
-    parser.add_argument("--networks", nargs="+", default=["chosen"], help="chosen, held_out, or names of zoo.py")
+    parser.add_argument("--networks", nargs="+", default=["chosen"], help=f"{', '.join(SETS)}, or names of zoo.py")
     parser.add_argument("--folder", type=Path, default=Path("outputs/zoo"), help="where zoo.py wrote them")
     parser.add_argument("--calls", nargs="+", type=int, default=list(CALLS))
     parser.add_argument("--only", default="", help="regular expression: which samplers")
@@ -296,9 +299,8 @@ def main() -> None:
     folders = Folders(args.fashion, args.cifar)
     names = []
     for word in args.networks:
-        held = word == "held_out"
-        every = [n for n, recipe in RECIPES.items() if n not in TRANSFER and recipe.held_out == held]
-        names += every if word in ("chosen", "held_out") else [word]
+        held = list(SETS).index(word) if word in SETS else -1
+        names += [n for n, recipe in RECIPES.items() if n not in TRANSFER and recipe.held_out == held] or [word]
     file = args.output.with_suffix(".json")
     entries: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for name in names:

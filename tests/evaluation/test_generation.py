@@ -291,7 +291,7 @@ def test_damaged_folders_are_named_in_one_line(model, tmp_path, capsys, name, co
     ("arguments", "message"),
     [
         (["--sampler", "corrector=langevin, snr=abc"], "snr"),
-        (["--sampler", "gaussian_std=none"], "gaussian_std"),
+        (["--sampler", "rho=none"], "rho"),
         (["--sampler", "scheduler=DDIMScheduler, num_train_timesteps=abc"], "sampler 'command line'"),
         (["--seed", str(2**70)], "seed must be an integer at least 0 and at most 9223372036854775807"),
         (["--rtol", "0"], "rtol must be a finite number greater than 0, got 0.0"),

@@ -22,6 +22,7 @@ from diffusers_sde import (
     diagnose,
     fit_scheduler,
 )
+from diffusers_sde.basics.networks import computes_in_bf16
 from diffusers_sde.fitting import PlanFamily, simulate
 from diffusers_sde.pipelines.fits import _split
 from diffusers_sde.schedulers.fitted_plans import is_same_network, sampled_weights
@@ -262,6 +263,24 @@ def test_a_pipeline_is_fitted_to_data(network):
     assert {**again.report, "seconds": 0} == {**fit.report, "seconds": 0}
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_steps_of_a_fit_alone_are_in_mixed_precision(network, precision):
+    """What is chosen and reported are distances of the network as it is."""
+    calls = []
+    network.register_forward_pre_hook(
+        lambda module, given: calls.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+    )
+    images = torch.randint(0, 256, (60, 1, 8, 8), generator=seeded(), dtype=torch.uint8)
+    pipe = SDEPipeline(network, VPSDEScheduler())
+    fit = fit_scheduler(pipe, 3, images, mixed_precision=precision, **SMALL)
+    assert fit.report["mixed_precision"] == precision
+    assert set(calls) == {(True, precision == "bf16"), (False, False)}
+    same = fit_scheduler(pipe, 3, images, mixed_precision="no", **SMALL)
+    assert fit.report["unfitted"] == same.report["unfitted"]
+    default = fit_scheduler(pipe, 3, images, **SMALL)
+    assert default.report["mixed_precision"] == ("bf16" if computes_in_bf16("cpu") else "no")
+
+
 @pytest.mark.parametrize("stock", [False, True])
 def test_a_flow_is_fitted_to_its_own_fine_solution(network, stock):
     pipe = (
@@ -328,6 +347,7 @@ def test_any_other_pipeline_is_run_through_its_own_loop(tmp_path):
         ({"teacher_steps": 2}, "teacher_steps"),
         ({"class_labels": [1]}, "class_labels"),
         ({"seed": -1}, "seed"),
+        ({"mixed_precision": "fp16"}, "mixed_precision"),
         ({"gradients": True, "call": {}}, "gradients"),
     ],
 )

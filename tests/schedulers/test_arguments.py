@@ -23,7 +23,8 @@ SHARED = {
     "solver_order": None,
     "solver_type": "heun",
     "solver_correction": True,
-    "gaussian_std": 0.05,
+    "gaussian_std": None,  # 0.05 where data_std is None: what it was
+    "data_std": None,
     "correct_steps": 1,
     "snr": 0.01,
     "langevin_norm": "sample",

@@ -352,7 +352,7 @@ def test_set_timesteps_makes_a_used_scheduler_new(name, sampler):
 
 SAMPLER_ARGUMENTS = (
     "predictor", "corrector", "probability_flow", "stochasticity", "solver_order", "solver_type", "solver_correction",
-    "gaussian_std", "correct_steps", "langevin_norm", "time_grid", "rho", "steps_offset", "denoise_final",
+    "gaussian_std", "data_std", "correct_steps", "langevin_norm", "time_grid", "rho", "steps_offset", "denoise_final",
 )  # fmt: skip
 
 

@@ -92,6 +92,7 @@ def test_the_data_are_measured_as_latents(tmp_path, vae):
     assert trainer.scheduler.config.sigma_data == pytest.approx(float(x0.std()), rel=1e-2)
     assert trainer.scheduler.config.sigma_max == pytest.approx(float(torch.cdist(x0, x0).max()), rel=1e-2)
     assert trainer.scheduler.config.bound_above_sigma is None, "the range of latents is not known"
+    assert trainer.scheduler.config.data_std is None, "on trained networks it was no better"
 
 
 @pytest.mark.parametrize("options", [{}, {"class_conditional": True, "model_type": "dit", "patch_size": 2}])

@@ -400,6 +400,7 @@ def test_images_in_zero_to_one(tmp_path, digits):
     trainer = Trainer(tiny(tmp_path / "o", data_min=0.0, **options), digits)
     assert (usual.sigma_min, trainer.scheduler.config.sigma_min) == (0.02, 0.01)
     assert trainer.scheduler.config.data_range == [0.0, 1.0]
+    assert (usual.data_std, trainer.scheduler.config.data_std) == (None, 0.25)
     for name in ("sigma_max", "sigma_data"):
         assert trainer.scheduler.config[name] == pytest.approx(usual[name] / 2, rel=0.01)
     trainer._prepare()

@@ -11,6 +11,15 @@ import torch
 from torch import Tensor
 
 
+def computes_in_bf16(device: torch.device | str) -> bool:
+    """Whether the hardware of a device computes in bfloat16, so that mixed precision makes it faster."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if kind == "cpu" else ()
+    return any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
 @dataclass(frozen=True)
 class NetworkTraits:
     """What training and pipelines need to know about a network that denoises images, whatever its class is.

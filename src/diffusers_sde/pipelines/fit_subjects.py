@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,7 +34,10 @@ class FitSubject(ABC):
         family: The plans.
         shape: Of one sample.
         evaluations: Images that the network was called for, so far.
+        in_bf16: Whether the network computes in bfloat16 where gradients pass through it.
     """
+
+    in_bf16 = False
 
     def __init__(
         self,
@@ -63,7 +66,8 @@ class FitSubject(ABC):
             float(getattr(pipe.config, "data_max", 1.0)),
         )
         low, high = self.data_range
-        self.family = self._family(parts, 1.0 if self.is_latent else 0.25 * (high - low))
+        usual = 1.0 if self.is_latent else 0.25 * (high - low)
+        self.family = self._family(parts, scheduler.config.data_std or usual)
         self.labels = self._prepare(guidance_scale, class_labels)
 
     @abstractmethod
@@ -159,8 +163,8 @@ class DenoisedSubject(FitSubject):
         results = []
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
-            results.append(
-                simulate(
+            with torch.autocast(x.device.type, torch.bfloat16) if self.in_bf16 and whole else nullcontext():
+                samples = simulate(
                     plan,
                     self._denoiser,
                     x[rows],
@@ -170,7 +174,7 @@ class DenoisedSubject(FitSubject):
                     self.scheduler.config.langevin_norm == "batch",
                     {name: value[rows] for name, value in batch.conditioning.items()},
                 )
-            )
+            results.append(samples)
         return torch.cat(results)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..basics.checks import check_choice, check_flag, check_integer
+from ..basics.networks import computes_in_bf16
 from ..fitting.families import PARTS
 from ..fitting.fit import Fit, FitOptions, fit_parameters, frozen
 from ..fitting.targets import SETS, Batch, EnergyTarget, PairedTarget, Target, stream
@@ -22,6 +23,7 @@ from .fit_subjects import CalledSubject, DenoisedSubject, FitSubject
 from .probability_flow import own_or_fitting_scheduler
 
 OBJECTIVES = ("paired", "energy")
+FIT_PRECISIONS = ("no", "bf16")
 PARTS_OF_DATA = (0.6, 0.2, 0.2)  # of the images, for fit, choice and report
 TEACHER_STEPS = {"paired": 60, "energy": 100}
 PAIRS_PER_HELD_OUT = 2  # pairs of noise and end point to fit to, for each of the report
@@ -82,6 +84,7 @@ def fit_scheduler(
     teacher_steps: int | None = None,
     gradients: bool | None = None,
     checkpointing: bool = False,
+    mixed_precision: str | None = None,
     seed: int = 0,
     progress_bar: bool = True,
 ) -> SchedulerFit:
@@ -126,6 +129,8 @@ def fit_scheduler(
         gradients: Whether gradients pass through the network; None is True unless ``call`` is given.
         checkpointing: Whether activations are computed again in the backward pass, which needs the memory of one
             network call instead of all of them.
+        mixed_precision: ``bf16`` computes the network in bfloat16 in the steps of the optimiser, and ``no`` as it is.
+            What is chosen and reported is of the network as it is. None is ``bf16`` where the hardware computes in it.
         seed: Of everything that is drawn.
         progress_bar: Whether a bar is shown.
 
@@ -153,6 +158,7 @@ def fit_scheduler(
     with_gradients = check_flag("gradients", call is None if gradients is None else gradients)
     if with_gradients and call is not None:
         raise ValueError("gradients must be False or None with call: the loop of a pipeline takes none.")
+    check_choice("mixed_precision", mixed_precision, (None, *FIT_PRECISIONS))
     sizes = (_PAIRED if objective == "paired" else _WITH_GRADIENTS) if with_gradients else _WITHOUT_GRADIENTS
     options = FitOptions(
         steps=sizes.steps if steps is None else steps,
@@ -166,6 +172,9 @@ def fit_scheduler(
     fine = check_integer("teacher_steps", fine, at_least=levels + 1)
     subject = (DenoisedSubject if call is None else CalledSubject)(
         pipe, scheduler, levels, guidance_scale, class_labels, call, tuple(parts), checkpointing, options.batch_size
+    )
+    subject.in_bf16 = with_gradients and (
+        computes_in_bf16(subject.device) if mixed_precision is None else mixed_precision == "bf16"
     )
     network = subject.network
     with frozen(network):
@@ -298,6 +307,7 @@ def _report(
         "batch_size": options.batch_size,
         "held_out": options.held_out,
         "gradients": options.gradients,
+        "mixed_precision": "bf16" if subject.in_bf16 else "no",
         "seed": options.seed,
         "network_evaluations": subject.evaluations,
         "network_evaluations_of_teacher": taught,

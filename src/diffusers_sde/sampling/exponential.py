@@ -13,6 +13,7 @@ from torch import Tensor
 from ..basics.checks import check_choice, check_flag, check_integer, check_number
 from ..sdes import SDE
 from .stages import ESTIMATE, Predictor, Stage
+from .time_grids import USUAL_STD, for_spread
 
 # The constants of ``Exponential.default_stochasticity`` were measured; see docs/results.md.
 RENEWED_VARIANCE, LARGEST_VARIANCE = 0.6, 2.0
@@ -30,8 +31,10 @@ THIRD_ORDER_INTERVAL = 0.6
 SHORTEST_REACH, LONGEST_REACH, REACH_OF_NOISE = 1.1, 1.75, 0.85
 LEAST_RENEWED = 1e-12  # below it the reach is the longest, and its derivative should be finite
 
-# Up to this lambda (sigma/alpha = 150) E[x_0 | x_t] is nearly constant. The paper's VP SDE starts there.
+# Up to this lambda (sigma/alpha = 150) E[x_0 | x_t] is nearly constant for data of standard deviation USUAL_STD. The
+# paper's VP SDE starts there.
 START_OF_CHANGE = -5.0
+GAUSSIAN_PART = 0.1  # of the standard deviation of the data: ``gaussian_std`` where it is None
 SOLVER_TYPES = ("heun", "midpoint")
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(20)  # Gauss-Legendre quadrature on [-1, 1]
 
@@ -78,20 +81,23 @@ class Exponential(Predictor):
         solver_type: ``heun`` or ``midpoint``, which are DPM-Solver++'s names. The slope of order 2 gets its exact
             weight with ``heun``, and the weight of a point in the middle with ``midpoint``.
         solver_correction: Whether each step is done again with the estimate at its end, as soon as that is known.
-        gaussian_std: Standard deviation of the Gaussian part of the data that is integrated exactly.
+        gaussian_std: Standard deviation of the Gaussian part of the data that is integrated exactly; None is a tenth
+            of ``data_std``.
+        data_std: Standard deviation of the data, by which the end of an infinite interval moves; None stands for 0.5.
     """
 
     solver_order: int | None = 1
     solver_type: str = "heun"
     solver_correction: bool = False
-    gaussian_std: float = 0.0
+    gaussian_std: float | None = 0.0
+    data_std: float | None = None
 
     def __post_init__(self) -> None:
         if self.solver_order is not None:
             check_integer("solver_order", self.solver_order, at_least=1, at_most=3)
         check_choice("solver_type", self.solver_type, SOLVER_TYPES)
         check_flag("solver_correction", self.solver_correction)
-        check_number("gaussian_std", self.gaussian_std, at_least=0.0)
+        _gaussian_part(self.gaussian_std, self.data_std)
 
     @property
     def order(self) -> int:
@@ -120,16 +126,14 @@ class Exponential(Predictor):
         t, s = times[:-1], times[1:]
         eta2 = torch.as_tensor(stochasticity, dtype=torch.float64, device=t.device).square().expand_as(t)
         q, alpha = 1.0 + eta2, sde.alpha(s)
-        x, noise, h, decay = _exact_part(sde, t, s, eta2, self.gaussian_std)
+        c = _gaussian_part(self.gaussian_std, self.data_std)
+        x, noise, h, decay = _exact_part(sde, t, s, eta2, c)
 
         # The first interval may be infinite (alpha = 0). x0_hat is treated as constant up to START_OF_CHANGE, and only
         # the rest of the interval is integrated at higher order.
-        whole, h = (
-            h,
-            torch.where(
-                torch.isfinite(h), h, (_widened_path(sde, s, self.gaussian_std)[1] - START_OF_CHANGE).clamp(min=1.0)
-            ),
-        )
+        start = for_spread(START_OF_CHANGE, self.data_std)
+        rest = (_widened_path(sde, s, c)[1] - start).clamp(min=1.0)
+        whole, h = h, torch.where(torch.isfinite(h), h, rest)
         order = self.solver_order or _order_for(whole)
         back = _distances(h, order)
         if self.solver_order is None:
@@ -150,8 +154,8 @@ class Exponential(Predictor):
             completion = [torch.cat([torch.zeros_like(h[:1]), (alpha * update)[:-1]]) for update in completion]
         history = tuple(alpha * w for w in used[1:])
         stage = Stage(x, alpha * used[0], noise, history, completion=tuple(completion))
-        if self.gaussian_std:
-            stage = stage._replace(estimate=_gaussian_part_removed(sde, t, self.gaussian_std))
+        if c:
+            stage = stage._replace(estimate=_gaussian_part_removed(sde, t, c))
         return [stage._replace(keep=ESTIMATE) if order + len(completion) > 1 else stage]
 
 
@@ -175,14 +179,16 @@ class Singlestep(Predictor):
 
     Args:
         gaussian_std: As in ``Exponential``.
+        data_std: As in ``Exponential``.
     """
 
-    gaussian_std: float = 0.0
+    gaussian_std: float | None = 0.0
+    data_std: float | None = None
 
     calls: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        check_number("gaussian_std", self.gaussian_std, at_least=0.0)
+        _gaussian_part(self.gaussian_std, self.data_std)
 
     @property
     def order(self) -> int:
@@ -191,10 +197,10 @@ class Singlestep(Predictor):
 
     def stages(self, sde: SDE, times: Tensor, stochasticity: Tensor | float) -> list[Stage]:
         """See ``Predictor.stages``."""
-        t, s, c = times[:-1], times[1:], self.gaussian_std
+        t, s, c = times[:-1], times[1:], _gaussian_part(self.gaussian_std, self.data_std)
         eta2 = torch.as_tensor(stochasticity, dtype=torch.float64, device=t.device).square().expand_as(t)
         q = 1.0 + eta2
-        middle = _middle(sde, t, s, c)
+        middle = _middle(sde, t, s, c, for_spread(START_OF_CHANGE, self.data_std))
         x, noise, h, _ = _exact_part(sde, t, middle, eta2, c)
         first = Stage(x, sde.alpha(middle) * kernel_moment(h, q, 0), noise, keep=ESTIMATE, s=middle)
         finite = torch.where(torch.isfinite(h), h, _exact_part(sde, middle, s, eta2, c)[2])
@@ -205,6 +211,16 @@ class Singlestep(Predictor):
             first = first._replace(estimate=_gaussian_part_removed(sde, t, c))
             second = second._replace(estimate=_gaussian_part_removed(sde, middle, c))
         return [first, second]
+
+
+def _gaussian_part(gaussian_std: float | None, data_std: float | None) -> float:
+    """The number that ``gaussian_std`` stands for.
+
+    Raises:
+        ValueError: It is negative, or ``data_std`` is not positive.
+    """
+    std = USUAL_STD if data_std is None else check_number("data_std", data_std, above=0.0)
+    return GAUSSIAN_PART * std if gaussian_std is None else check_number("gaussian_std", gaussian_std, at_least=0.0)
 
 
 def _exact_part(
@@ -230,10 +246,10 @@ def _exact_part(
     )
 
 
-def _middle(sde: SDE, t: Tensor, s: Tensor, gaussian_std: float) -> Tensor:
-    """The time in the middle of an interval in lambda = log(alpha/S); of an infinite one, of its part that counts."""
+def _middle(sde: SDE, t: Tensor, s: Tensor, gaussian_std: float, start: float) -> Tensor:
+    """The time in the middle of an interval in lambda = log(alpha/S); of an infinite one, of what follows ``start``."""
     lam_t, lam_s = _widened_path(sde, t, gaussian_std)[1], _widened_path(sde, s, gaussian_std)[1]
-    h = torch.where(torch.isfinite(lam_t), lam_s - lam_t, (lam_s - START_OF_CHANGE).clamp(min=1.0))
+    h = torch.where(torch.isfinite(lam_t), lam_s - lam_t, (lam_s - start).clamp(min=1.0))
     squared_ratio = torch.exp(h - 2.0 * lam_s) - gaussian_std**2  # sigma^2/alpha^2
     return torch.minimum(torch.maximum(sde.time_of(-torch.log(squared_ratio)).to(t), s), t)
 

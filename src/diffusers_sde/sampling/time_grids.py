@@ -47,26 +47,44 @@ def karras(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0) -> 
     return _with_ends(sde.time_of(-2.0 * rho * ramp.log()), t_start, t_end)
 
 
+# Constants in lambda = log(alpha/sigma) hold for data whose standard deviation about their mean image is USUAL_STD. The
+# mixtures on which they were measured have 0.54 (digits) and 0.67 (patches of photographs), and other small images with
+# pixels in [-1, 1] 0.35 to 0.55. 0.5 is the round number, which EDM takes for sigma_data, too.
+USUAL_STD = 0.5
+
 # The middle, width and floor of the density of ``sech``, in lambda = log(alpha/sigma), were measured on the two
 # mixtures of benchmarks/quality.py: digits, and patches of photographs, which show structure at far more noise.
 SECH_MIDDLE, SECH_WIDTH, SECH_FLOOR = 0.5, 2.5, 0.15
 SECH_START = -5.0  # sigma/alpha = 150, where the paper's VP SDE starts, for paths that start at infinity
 
 
-def sech(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0) -> Tensor:
-    """Points where the estimate changes: density sech((lambda - 0.5)/2.5) + 0.15 in lambda = log(alpha/sigma).
+def for_spread(lam: float, data_std: float | None) -> float:
+    """A constant in lambda = log(alpha/sigma), moved to data of another standard deviation.
+
+    c x_0 shows at lambda - log c what x_0 shows at lambda. None stands for ``USUAL_STD``.
+
+    Raises:
+        ValueError: ``data_std`` is not a positive number.
+    """
+    return lam if data_std is None else lam - math.log(check_number("data_std", data_std, above=0.0) / USUAL_STD)
+
+
+def sech(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0, data_std: float | None = None) -> Tensor:
+    """Points where the estimate changes: density sech((lambda - m)/2.5) + 0.15 in lambda = log(alpha/sigma).
 
     For Gaussian data of standard deviation c, x0_hat along the reverse process is a sigmoid of lambda + log c. A grid
     uniform in log-SNR spends most of its points before and after that rise, where any step is exact. The density of the
     rise itself is a hyperbolic secant. Here it is wider, because data have many scales, and it has a floor, because
-    some of these scales lie further out.
+    some of these scales lie further out. The middle m is 0.5 for data of standard deviation 0.5, and
+    0.5 - log(``data_std``/0.5) in general.
     """
     first, last = (0.5 * float(sde.log_snr(t)) for t in (t_start, t_end))
     if math.isinf(first):  # above this noise level x0_hat is nearly constant, so one step covers it
-        first = min(SECH_START, last - 1.0)
+        first = min(for_spread(SECH_START, data_std), last - 1.0)
+    centre = for_spread(SECH_MIDDLE, data_std)
 
     def mass(lam: Tensor) -> Tensor:  # the density integrated; 2 atan(tanh(u/2)) is the Gudermannian
-        u = (lam - SECH_MIDDLE) / SECH_WIDTH
+        u = (lam - centre) / SECH_WIDTH
         return SECH_FLOOR * lam + 2.0 * SECH_WIDTH * torch.atan(torch.tanh(0.5 * u))
 
     ends = mass(torch.tensor([first, last], dtype=torch.float64)).tolist()
@@ -79,7 +97,15 @@ def sech(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0) -> Te
     return _with_ends(sde.time_of(low + high), t_start, t_end)
 
 
-def blended(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0, warp: Warp | None = None) -> Tensor:
+def blended(
+    sde: SDE,
+    n: int,
+    t_start: float,
+    t_end: float,
+    rho: float = 7.0,
+    warp: Warp | None = None,
+    data_std: float | None = None,
+) -> Tensor:
     """Half of the points where ``uniform`` has them, half where ``sech`` has them: the mean of both distributions.
 
     In a grid uniform in t the last interval is far too long in log-SNR. ``sech`` has two other faults. It ignores the
@@ -89,10 +115,11 @@ def blended(sde: SDE, n: int, t_start: float, t_end: float, rho: float = 7.0, wa
     """
     spread = uniform(sde, FINE, t_start, t_end, warp=warp)
     t_end = float(spread[-1])
-    fine = sech(sde, FINE, t_start, t_end)
+    fine = sech(sde, FINE, t_start, t_end, data_std=data_std)
     lam = [0.5 * sde.log_snr(times) for times in (spread, fine)]
+    start = for_spread(SECH_START, data_std)
     for v in lam:  # pure noise gets a finite place: as far again as the next interval, or SECH_START if that is lower
-        v[0] = v[0] if torch.isfinite(v[0]) else min(SECH_START, float(2.0 * v[1] - v[2]))
+        v[0] = v[0] if torch.isfinite(v[0]) else min(start, float(2.0 * v[1] - v[2]))
     fraction, points = np.linspace(0.0, 1.0, FINE), np.sort(np.concatenate([v.numpy() for v in lam]))
     mean = sum(np.interp(points, v.numpy(), fraction) for v in lam) / 2.0
     grid = sde.time_of(2.0 * torch.from_numpy(np.interp(np.linspace(0.0, 1.0, n), mean, points)))
@@ -119,7 +146,9 @@ def check_time_grid(name: str, value: Any) -> Any:
     return knots.tolist()
 
 
-def between_knots(sde: SDE, n: int, t_start: float, t_end: float, knots: Sequence[float]) -> Tensor:
+def between_knots(
+    sde: SDE, n: int, t_start: float, t_end: float, knots: Sequence[float], data_std: float | None = None
+) -> Tensor:
     """Points spread so that as many lie between any two neighbouring knots, values of lambda = log(alpha/sigma).
 
     The knots are the quantiles of the density of points, which is constant between two of them. Beyond the first and
@@ -129,7 +158,7 @@ def between_knots(sde: SDE, n: int, t_start: float, t_end: float, knots: Sequenc
     lam = np.asarray(knots, dtype=np.float64)
     first, last = (0.5 * float(sde.log_snr(t)) for t in (t_start, t_end))
     if math.isinf(first):
-        first = min(SECH_START, float(lam[0]), last - 1.0)
+        first = min(for_spread(SECH_START, data_std), float(lam[0]), last - 1.0)
     # One more knot beyond each end continues the outermost intervals.
     lengths = lam[1] - lam[0], lam[-1] - lam[-2]
     more = 1.0 + max(lam[0] - first, 0.0) / lengths[0], 1.0 + max(last - lam[-1], 0.0) / lengths[1]
@@ -154,6 +183,7 @@ TIME_GRIDS: dict[str, Callable[..., Tensor]] = {
     "blended": blended,
 }
 WARPED = ("uniform", "blended")  # the grids that are made from uniform times
+SCALED = ("sech", "blended")  # the grids that depend on the spread of the data
 
 
 def get_time_grid(
@@ -164,6 +194,7 @@ def get_time_grid(
     t_end: float,
     rho: float = 7.0,
     warp: Warp | None = None,
+    data_std: float | None = None,
 ) -> Tensor:
     """n decreasing times from ``t_start`` to ``t_end`` on a named grid, or on one of knots, float64.
 
@@ -175,9 +206,11 @@ def get_time_grid(
         t_end: The last time, before ``warp`` is applied.
         rho: Exponent of ``karras``.
         warp: Map that is applied to uniform times. Grids in log-SNR have no uniform times and ignore it.
+        data_std: Standard deviation of the data, which ``sech`` and ``blended`` depend on, and on every grid of knots
+            the place of pure noise; None stands for 0.5.
 
     Raises:
-        ValueError: Unknown name, n below 1, rho not positive, or ends that are not decreasing.
+        ValueError: Unknown name, n below 1, rho or data_std not positive, or ends that are not decreasing.
     """
     if isinstance(name, str):
         check_choice("time_grid", name, TIME_GRIDS)
@@ -186,10 +219,11 @@ def get_time_grid(
     if not t_end < t_start:
         raise ValueError(f"sampling runs from t_max down to sampling_eps, got {t_start!r} and {t_end!r}.")
     if not isinstance(name, str):
-        return between_knots(sde, n, t_start, t_end, check_time_grid("time_grid", name))
-    if name in WARPED:
-        return TIME_GRIDS[name](sde, n, t_start, t_end, rho, warp=warp)
-    return TIME_GRIDS[name](sde, n, t_start, t_end, rho)
+        return between_knots(sde, n, t_start, t_end, check_time_grid("time_grid", name), data_std)
+    options: dict[str, Any] = {"warp": warp} if name in WARPED else {}
+    if name in SCALED:
+        options["data_std"] = data_std
+    return TIME_GRIDS[name](sde, n, t_start, t_end, rho, **options)
 
 
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")

@@ -201,12 +201,23 @@ SAMPLER_ARGUMENTS = (
     ),
     SamplerArgument(
         "gaussian_std",
-        "float",
-        0.05,
-        partial(check_number, at_least=0.0, at_most=1e6),
+        "float | None",
+        None,
+        or_none(check_number, at_least=0.0, at_most=1e6),
         "This is the standard deviation, in units of the data, of the Gaussian part of the data that ``exponential`` "
         "integrates exactly: 0 is data prediction, large values are noise prediction, and between the two the first "
-        "holds above this noise and the second below.",
+        "holds above this noise and the second below. None is a tenth of ``data_std``, or 0.05.",
+    ),
+    SamplerArgument(
+        "data_std",
+        "float | None",
+        None,
+        or_none(SCALE_CHECK),
+        "This is the standard deviation of the data about their mean, in units of the data. The grids ``sech`` and "
+        "``blended`` move by -log(data_std/0.5) in log(alpha/sigma), and ``gaussian_std`` follows it where that is "
+        "None, so that a sampler treats data c x_0 as it treats x_0. None stands for 0.5, which suits pixels in "
+        "[-1, 1]; latents that are scaled to unit variance have 1. It says nothing about the network, as "
+        "``sigma_data`` does.",
     ),
     SamplerArgument(
         "correct_steps",
@@ -247,7 +258,8 @@ SAMPLER_ARGUMENTS = (
         None,
         or_none(SCALE_CHECK),
         "This is c of ``temperature``, in units of the data. Structure finer than c is cooled by more than T, coarser "
-        "structure hardly. None takes ``sigma_data``, whose default suits pixels in [-1, 1]; latents have about 1.",
+        "structure hardly. None takes ``data_std`` or, where that is None, ``sigma_data``, whose default suits pixels "
+        "in [-1, 1]; latents have about 1.",
     ),
     # the grid
     SamplerArgument(

@@ -48,7 +48,7 @@ class LevelledScheduler(PlanningScheduler):
         end = self.last_time()
         if config.sampling_sigma is not None and config.time_grid in WARPED:
             end = self._unwarped(end)
-        times = get_time_grid(config.time_grid, sde, points, start, end, config.rho, self._warp)
+        times = get_time_grid(config.time_grid, sde, points, start, end, config.rho, self._warp, config.data_std)
         if config.time_grid == "blended" and self.conditioning.name == "discrete":
             # Pipelines of stock schedulers may look tables up by timestep, and networks were trained on whole ones.
             whole = whole_timesteps(self.conditioning.timestep(sde, times), config.num_train_timesteps)

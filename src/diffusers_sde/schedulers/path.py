@@ -96,8 +96,8 @@ class PathScheduler(ConfiguredScheduler):
 
     @property
     def _temperature_std(self) -> float:
-        std = self.config.temperature_std
-        return float(self.config.sigma_data if std is None else std)
+        known = (self.config.temperature_std, self.config.data_std, self.config.sigma_data)
+        return float(next(std for std in known if std is not None))
 
     def _noise_to_signal(self, t: Tensor) -> Tensor:
         return torch.exp(-0.5 * self.sde.log_snr(t))

@@ -114,7 +114,9 @@ class SDEScheduler(LevelledScheduler):
         check_number("sampling_eps", config.sampling_eps, at_least=SMALLEST_TIME, below=sde.t_max)
         self._check_sampling_sigma()
         if config.time_grid is not None:
-            get_time_grid(config.time_grid, sde, 2, sde.t_max, self.stated_last_time(), config.rho)
+            get_time_grid(
+                config.time_grid, sde, 2, sde.t_max, self.stated_last_time(), config.rho, data_std=config.data_std
+            )
         self.init_noise_sigma = sde.prior_std
         self.num_inference_steps: int | None = None
         self._fitted: Plan | None = None

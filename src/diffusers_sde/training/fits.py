@@ -15,7 +15,7 @@ from ..basics.files import write_whole
 from ..basics.options import LARGEST_SEED, CheckedOptions, fail, names_of, option, parse_options
 from ..evaluation.data import read_images
 from ..evaluation.samplers import Sampler, as_sde_pipeline, launched_processes, load_pipeline
-from ..pipelines.fits import OBJECTIVES, SchedulerFit, fit_scheduler
+from ..pipelines.fits import FIT_PRECISIONS, OBJECTIVES, SchedulerFit, fit_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,12 @@ class FitConfig(CheckedOptions):
     )
     gradients: bool = option(True, "Pass gradients through the network; otherwise they are estimated without.")
     checkpointing: bool = option(False, "Compute activations again in the backward pass, which saves memory.")
+    mixed_precision: str | None = option(
+        None,
+        "Precision of the network in the steps of the optimiser; the report is of the network as it is. Default: bf16 "
+        "where the hardware computes in it, or else no.",
+        choices=FIT_PRECISIONS,
+    )
     seed: int = option(0, "Seed of everything that is drawn.", least=0, most=LARGEST_SEED)
 
 
@@ -103,6 +109,7 @@ def fit_saved(config: FitConfig) -> SchedulerFit:
             teacher_steps=config.teacher_steps,
             gradients=config.gradients,
             checkpointing=config.checkpointing,
+            mixed_precision=config.mixed_precision,
             seed=config.seed,
         )
     pipe.scheduler = fit.scheduler

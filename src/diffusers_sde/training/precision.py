@@ -7,6 +7,8 @@ import os
 import torch
 from accelerate.state import AcceleratorState
 
+from ..basics.networks import computes_in_bf16
+
 
 def default_precision() -> str | None:
     """The precision that accelerate was launched with; otherwise bf16 where the hardware computes in it, or no.
@@ -18,9 +20,5 @@ def default_precision() -> str | None:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched != "no":
         return launched
-    if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = any(getattr(torch.cpu, name, bool)() for name in checks)
-    return "bf16" if native else "no"
+    on_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
+    return "bf16" if computes_in_bf16("cuda" if on_cuda else "cpu") else "no"

@@ -20,6 +20,7 @@ from ..images.samples import TrainingSource
 from ..networks.conditioning import TIME_CONDITIONINGS
 from ..networks.losses import output_weight
 from ..networks.parametrizations import PREDICTION_TYPES, Parametrization
+from ..sampling.time_grids import USUAL_STD
 from ..schedulers import FlowSDEScheduler, SDEScheduler, SubVPSDEScheduler, VESDEScheduler, VPSDEScheduler
 from ..schedulers.arguments import SAMPLER_ARGUMENTS
 from ..sdes import BETA_SCHEDULES, SDE
@@ -254,6 +255,8 @@ def build_scheduler(
     }
     if of_pixels:
         arguments |= {"bound_above_sigma": BOUND_ABOVE_SIGMA, "data_range": [options.data_min, 1.0]}
+        if options.data_min != -1.0:  # then samplers should treat these pixels as they treat those in [-1, 1]
+            arguments["data_std"] = USUAL_STD * 0.5 * (1.0 - options.data_min)
     if prediction.time_conditioning is not None or fixed[1] is not None:
         arguments["time_conditioning"] = prediction.time_conditioning or fixed[1]
     if network is not None and network.returns_variance:
