@@ -3,10 +3,9 @@
 import importlib
 import inspect
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 from PIL import Image
 from tiny_networks import tiny_unet
@@ -38,10 +37,9 @@ def test_the_program_lists_its_commands(capsys):
     assert end.value.code == 2 and "no command 'evalute' (did you mean 'evaluate'?)" in capsys.readouterr().err
 
 
-def test_python_runs_the_program_as_a_module():
-    done = subprocess.run(
-        [sys.executable, "-m", "diffusers_sde.commands", "--version"], capture_output=True, text=True, timeout=120
-    )
+def test_python_runs_the_program_as_a_module(tmp_path):
+    program = "import runpy, sys; sys.argv[1:] = ['--version']; runpy.run_module({!r}, run_name='__main__')"
+    done = processes.run(program.format("diffusers_sde.commands"), tmp_path)
     assert done.stdout == f"diffusers-sde {__version__}\n", done.stderr
 
 

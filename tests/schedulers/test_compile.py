@@ -52,7 +52,8 @@ def test_a_compiled_step_is_the_eager_step_in_few_graphs(name):
     torch._dynamo.reset()
     scheduler = SCHEDULERS[name]()
     expected, state = run(scheduler, scheduler.step), torch.get_rng_state()
-    counter = CompileCounterWithBackend("aot_eager")
+    # The graphs are the same for every backend; the second one also rewrites them, which two cases are enough for.
+    counter = CompileCounterWithBackend("aot_eager" if name in ("reverse SDE", "predictor-corrector") else "eager")
     compiled = run(scheduler, torch.compile(scheduler.step, fullgraph=True, backend=counter))
     assert torch.equal(torch.get_rng_state(), state), "a compiled step must draw what the eager one draws"
     torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)

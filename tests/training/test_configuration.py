@@ -3,13 +3,12 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import datasets
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -249,9 +248,10 @@ def test_what_used_to_be_a_traceback_is_one_line(tmp_path, capsys, arguments, me
     assert not (tmp_path / "o").exists() and not (tmp_path / "nowhere").exists()
 
 
-def test_the_script_answers_help():
-    done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True)
-    assert "--gradient_accumulation_steps" in done.stdout
+def test_the_script_answers_help(tmp_path):
+    program = f"import runpy, sys; sys.argv[1:] = ['--help']; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    done = processes.run(program, tmp_path)
+    assert done.returncode == 0 and "--gradient_accumulation_steps" in done.stdout, done.stderr
 
 
 def test_recipes_are_complete_and_explicit_options_count_first():

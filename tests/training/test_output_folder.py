@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 
 from diffusers_sde.basics.files import LOCK_FILE, FolderInUse, lock_folder, write_folder_whole, write_whole
@@ -189,11 +190,11 @@ def test_a_lock_ends_with_the_block_and_is_not_inherited(tmp_path):
     child.wait()
 
 
-def test_the_package_can_be_imported_without_locks():
+def test_the_package_can_be_imported_without_locks(tmp_path):
     hidden = "import sys; sys.modules['fcntl'] = None; from diffusers_sde.basics import files; "
     use = "from pathlib import Path; import contextlib\nwith files.lock_folder(Path('.')): print(files.fcntl)"
-    done = subprocess.run([sys.executable, "-c", hidden + use], capture_output=True, text=True, check=True)
-    assert done.stdout == "None\n"
+    done = processes.run(hidden + use, tmp_path)
+    assert done.stdout == "None\n", done.stderr
 
 
 # ------------------------------------------------------------------ whole or absent
@@ -272,8 +273,7 @@ def test_launchers_are_told_from_shells(command, expected):
     assert is_launcher(command.split()) is expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_whose_launcher_dies_saves_and_stops(tmp_path, number):
+def test_a_run_whose_launcher_dies_saves_and_stops(tmp_path):
     """``accelerate launch`` of one process dies of SIGTERM alone; what it has started must not go on for ever."""
     accelerate = Path(sys.executable).with_name("accelerate")
     if not accelerate.exists():
@@ -292,7 +292,7 @@ def test_a_run_whose_launcher_dies_saves_and_stops(tmp_path, number):
         time.sleep(0.1)
     worker = int((out / LOCK_FILE).read_text().split()[0])
     assert worker != launcher.pid
-    launcher.send_signal(number)
+    launcher.terminate()
     launcher.wait()
     while (out / LOCK_FILE).exists():
         if time.monotonic() > deadline:
