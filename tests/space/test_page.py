@@ -79,6 +79,7 @@ def page(request, address, browser):
     page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
     page.goto(f"{address}/#form?seed=3&steps=6")
     playwright.expect(page.locator("#form-time output")).not_to_have_text("")
+    playwright.expect(page.locator("#form-stage.working")).to_have_count(0)  # the first sampler is shown at once
     yield page
     page.close()
     assert faults == []
