@@ -78,7 +78,8 @@ def page(request, address, browser):
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
     page.goto(f"{address}/#form?seed=3&steps=6")
-    playwright.expect(page.locator("#form-time output")).not_to_have_text("")
+    for part in ("particles", "form"):
+        playwright.expect(page.locator(f"#{part}-time output")).not_to_have_text("")
     playwright.expect(page.locator("#form-stage.working")).to_have_count(0)  # the first sampler is shown at once
     yield page
     page.close()

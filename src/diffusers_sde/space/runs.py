@@ -58,12 +58,15 @@ class OfClasses(torch.nn.Module):
         labels: Number of the class of each image; one number stands for all images.
         null_class: Number that stands for any class; None for a network without one.
         scale: Strength of the guidance.
+
+    Raises:
+        ValueError: ``scale`` is not 1 and there is no null class.
     """
 
     def __init__(self, unet: Any, labels: Sequence[int], null_class: int | None = None, scale: float = 1.0) -> None:
-        super().__init__()
         if scale != 1.0 and null_class is None:
             raise ValueError(f"scale must be 1 for a network without a null class, got {scale!r}.")
+        super().__init__()
         self.unet, self.labels, self.null_class, self.scale = unet, tuple(labels), null_class, scale
         self.config = FrozenDict({**unet.config, "num_class_embeds": None})
         self.dtype, self.device = unet.dtype, unet.device
@@ -72,7 +75,7 @@ class OfClasses(torch.nn.Module):
         """What the network says for the classes."""
         labels = torch.tensor(self.labels, device=sample.device)
         labels = labels.expand(len(sample)) if len(labels) == 1 else labels
-        if self.null_class is None or self.scale == 1.0:
+        if self.scale == 1.0 or self.null_class is None:
             return self.unet(sample, timestep, class_labels=labels, **arguments)
         both = torch.cat([labels, torch.full_like(labels, self.null_class)])
         found = self.unet(torch.cat([sample, sample]), timestep, class_labels=both, **arguments)
