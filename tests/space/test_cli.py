@@ -15,7 +15,7 @@ from diffusers_sde.space import cli, runs
 ROOT = Path(__file__).resolve().parents[2]
 OWN = ROOT / cli.OWN_MODELS
 MODELS = ("digits", "fashion", "colour")  # in the order of the page
-CARDS = {"digits": "digits-class", "fashion": "fashion-mnist-28-class"}
+CARDS = {"digits": "digits-class", "fashion": "fashion-mnist-28-class", "colour": "cifar10-32-class"}
 if not OWN.is_dir():
     pytest.skip("the source archive leaves the models of the page out", allow_module_level=True)
 
