@@ -122,7 +122,7 @@ def test_order_two_is_dpm_solver_2m(n, algorithm_type, solver_type, grid):
     flow = algorithm_type == "dpmsolver++"
     ours = VPSDEScheduler.from_config(
         stock.config, solver_order=2, solver_type=solver_type, solver_correction=False, gaussian_std=0.0,
-        predictor="exponential", probability_flow=flow, stochasticity=1.0,
+        predictor="exponential", probability_flow=flow, stochasticity=1.0, bound_above_sigma=None,
     )  # fmt: skip
     stock.set_timesteps(n)
     if grid:  # whose timesteps stock rounds to integers: its sigmas say where it stands

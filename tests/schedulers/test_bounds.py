@@ -2,6 +2,7 @@
 
 import json
 
+import diffusers
 import pytest
 import torch
 from analytic import GaussianMixture
@@ -11,6 +12,7 @@ from diffusers_sde import FlowSDEScheduler, SubVPSDEScheduler, VESDEScheduler, V
 from diffusers_sde.networks.parametrizations import PREDICTION_TYPES
 from diffusers_sde.sampling import make_plan, sample
 from diffusers_sde.sampling.predictors import get_predictor
+from diffusers_sde.schedulers.conversion import FAR_OUT
 
 SCHEDULERS = {"vp": VPSDEScheduler, "ve": VESDEScheduler, "sub_vp": SubVPSDEScheduler, "flow": FlowSDEScheduler}
 LOW, HIGH, ABOVE = -0.25, 0.75, 1.5
@@ -182,3 +184,73 @@ def test_it_is_saved_and_off_unless_asked_for(name, tmp_path):
     config = json.loads(file.read_text())
     file.write_text(json.dumps({k: v for k, v in config.items() if k not in ("bound_above_sigma", "data_range")}))
     assert SCHEDULERS[name].from_pretrained(tmp_path).config.bound_above_sigma is None
+
+
+# ---------------------------------------------------------------------- swapped configs that have no bound
+
+UNBOUNDED = [
+    diffusers.DDPMScheduler(clip_sample=False),
+    diffusers.DDIMScheduler(clip_sample=False, beta_schedule="squaredcos_cap_v2"),
+    diffusers.EulerDiscreteScheduler(),
+    diffusers.DPMSolverMultistepScheduler(),
+]
+NOT_IN_NEED = [
+    diffusers.DDPMScheduler(),  # which clips everywhere
+    diffusers.DDPMScheduler(clip_sample=False, thresholding=True),
+    diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction"),
+    diffusers.DDPMScheduler(clip_sample=False, prediction_type="sample"),
+]
+
+
+@pytest.mark.parametrize("stock", UNBOUNDED, ids=lambda s: type(s).__name__)
+def test_a_swapped_epsilon_model_without_a_bound_gets_a_wide_one(stock, tmp_path):
+    def bounds(scheduler):
+        return {key: scheduler.config[key] for key in FAR_OUT}
+
+    scheduler = VPSDEScheduler.from_config(stock.config)
+    assert bounds(scheduler) == FAR_OUT
+    scheduler.save_pretrained(tmp_path)
+    assert bounds(VPSDEScheduler.from_pretrained(tmp_path)) == FAR_OUT
+    back = type(stock).from_config(scheduler.config)
+    assert bounds(VPSDEScheduler.from_config(back.config)) == FAR_OUT
+    assert dict(type(stock).from_config(back.config).config)["beta_start"] == stock.config.beta_start
+    nowhere = {"bound_above_sigma": None, "data_range": None}
+    assert bounds(VPSDEScheduler.from_config(stock.config, bound_above_sigma=None)) == nowhere
+    assert bounds(VPSDEScheduler.from_config(scheduler.config, **nowhere)) == nowhere
+    own = {"bound_above_sigma": 1.0, "data_range": [-1.0, 1.0]}
+    assert bounds(VPSDEScheduler.from_config(stock.config, **own)) == own
+
+
+@pytest.mark.parametrize("stock", NOT_IN_NEED, ids=["clips", "thresholds", "v", "sample"])
+def test_other_swapped_models_get_none(stock):
+    assert VPSDEScheduler.from_config(stock.config).config.bound_above_sigma is None
+
+
+def test_flows_and_edm_get_none():
+    for cls, stock in (
+        (FlowSDEScheduler, diffusers.FlowMatchEulerDiscreteScheduler()),
+        (VESDEScheduler, diffusers.EDMEulerScheduler()),
+    ):
+        assert cls.from_config(stock.config).config.bound_above_sigma is None
+
+
+def test_the_wide_bound_holds_a_network_that_errs_at_the_start():
+    """An error of 0.02 in epsilon is one of hundreds in x0_hat at the start of the cosine schedule."""
+    data = GaussianMixture.gaussian([0.3, -0.2], [0.25, 0.25])
+    stock = diffusers.DDPMScheduler(clip_sample=False, beta_schedule="squaredcos_cap_v2")
+    ends = {}
+    for name, bounds in {"wide": {}, "none": {"bound_above_sigma": None}}.items():
+        scheduler = VPSDEScheduler.from_config(stock.config, **bounds)
+        denoise = data.denoiser(scheduler.sde)
+
+        def erring(x, t, sde=scheduler.sde, denoise=denoise, error=0.02):
+            ratio = float(torch.exp(-0.5 * sde.log_snr(torch.tensor(t, dtype=torch.float64))))
+            return denoise(x, torch.tensor(t, dtype=torch.float64)) + error * ratio
+
+        start = torch.randn(400, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        for what, estimate in {"erring": erring, "exact": lambda x, t, f=erring: f(x, t, error=0.0)}.items():
+            ends[name, what] = run(scheduler, estimate, start, num_inference_steps=5)[0]
+    torch.testing.assert_close(ends["wide", "exact"], ends["none", "exact"], rtol=1e-5, atol=1e-6)
+    off = {name: abs(float(ends[name, "erring"].mean() - ends[name, "exact"].mean())) for name in ("wide", "none")}
+    assert off["wide"] < 0.2
+    assert off["none"] > 3.0

@@ -16,6 +16,7 @@ from diffusers import ModularPipeline
 from ..basics.networks import traits_of
 from ..networks.parametrizations import PREDICTION_TYPES
 from ..schedulers import SCHEDULERS, FlowSDEScheduler, SDEScheduler
+from ..schedulers.conversion import FAR_OUT
 from ..schedulers.families import config_family, family_description
 from ..schedulers.fitted_plans import is_same_network
 from ..schedulers.stock_configs import config_of
@@ -349,7 +350,8 @@ def _is_unbounded(case: _Case) -> bool:
     if case.name not in _PIXEL_PIPELINES or case.fitting is None or case.fitting.config.prediction_type != "epsilon":
         return False
     config = case.fitting.config
-    return not (config.clip_sample or config.get("thresholding") or config.bound_above_sigma is not None)
+    is_close = config.bound_above_sigma is not None and config.data_range != FAR_OUT["data_range"]
+    return not (config.clip_sample or config.get("thresholding") or is_close)
 
 
 def _check_unbounded(case: _Case) -> str | None:
@@ -357,7 +359,7 @@ def _check_unbounded(case: _Case) -> str | None:
         return None
     return (
         "the network predicts noise, so that at high noise its errors take x0_hat far out of the range of pixels, and "
-        "nothing bounds it: pass bound_above_sigma=1.0 and data_range=[-1.0, 1.0]."
+        "nothing bounds it to theirs: pass bound_above_sigma=1.0 and data_range=[-1.0, 1.0]."
     )
 
 

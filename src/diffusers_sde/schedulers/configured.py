@@ -16,7 +16,15 @@ from ..networks.parametrizations import Parametrization
 from ..shipping.component import ShipsItsCode, refuse_newer, written_before
 from .arguments import document_arguments
 from .config_checks import check_stock_numbers
-from .conversion import KEPT_KEY, SAMPLER_KEYS, exchanged, is_stock_config, on_our_grid, translate_config
+from .conversion import (
+    KEPT_KEY,
+    SAMPLER_KEYS,
+    bounds_of_unbounded,
+    exchanged,
+    is_stock_config,
+    on_our_grid,
+    translate_config,
+)
 from .families import Family, origin_class, register_families
 from .fitted_plans import NETWORK_SETTINGS, changed_settings, check_fitted_plan
 from .stock_configs import LEFT_OUT_KEY, stock_keys, with_stock_defaults
@@ -58,6 +66,9 @@ class ConfiguredScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
             return_unused_kwargs: Whether to return the pair (scheduler, keys that are not arguments of this class).
             **kwargs: Arguments of this class that override the config. The grid of a stock config that is uniform in t
                 gives way to ``blended``, which is more exact at every number of levels; ``time_grid=None`` keeps it.
+                Where a network predicts epsilon and nothing in its config bounds x0_hat, a range from -10 to 10 does
+                so at sigma/alpha > 5; ``bound_above_sigma=None`` leaves x0_hat as it is, and so does a grid of the
+                stock scheduler.
 
         Raises:
             ValueError: The config describes another kind of path (the message names the class for it), holds a setting
@@ -68,6 +79,7 @@ class ConfiguredScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         if not isinstance(config.get("_class_name", ""), str):
             raise ValueError(f"_class_name in the config must be a string, got {config['_class_name']!r}.")
         known = cls._get_init_keys(cls) - {"self"}
+        asked, given_grid = set(kwargs), kwargs.get("time_grid")
         unknown = {k: kwargs.pop(k) for k in list(kwargs) if k not in known}
         if unknown and not return_unused_kwargs:
             close = {name: difflib.get_close_matches(name, known, 1) for name in unknown}
@@ -101,6 +113,9 @@ class ConfiguredScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         if kwargs.get("time_grid") not in (None, given.get("time_grid")) or "timestep_spacing" in kwargs:
             hidden.pop(LEFT_OUT_KEY, None)  # it belongs to the grid of the config
         arguments = {**given, **kwargs}
+        as_stock = {"timestep_spacing", "steps_offset"} & asked or ("time_grid" in asked and given_grid is None)
+        if "predictor" not in config and not as_stock:
+            arguments |= bounds_of_unbounded(config, arguments)
         if arguments.get("fitted_plan") is not None:
             arguments = cls._without_foreign_fit(arguments)
         scheduler = cls(**arguments)

@@ -31,6 +31,10 @@ from .stock_configs import LEFT_OUT_KEY, stock_class
 SAMPLER_KEYS = ("solver_order", "solver_type")
 KEPT_KEY = "_kept_sampler"
 
+# No image or latent of a model that was trained on standardised data lies outside this range. sigma/alpha = 5 is where
+# an error of epsilon becomes one of x0_hat that is five times as large.
+FAR_OUT = {"bound_above_sigma": 5.0, "data_range": [-10.0, 10.0]}
+
 
 # ---------------------------------------------------------------------- there and back
 
@@ -119,6 +123,20 @@ def translate_config(
             f"{FITTING_SCHEDULER[family]}.from_config(...)."
         )
     return implied
+
+
+def bounds_of_unbounded(config: dict[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A wide bound of x0_hat at high noise, for a VP model of epsilon whose config has no bound; else nothing.
+
+    x0_hat = (x_t - sigma epsilon)/alpha divides the error of the network by alpha, which is 5e-5 at the start of the
+    cosine schedule. Whether the data are pixels or latents, and so their range, is not in a config. But an estimate in
+    the hundreds is no mean of any of them, and the multistep rules carry it on.
+    """
+    if config_family(config) != "vp" or arguments.get("prediction_type") != "epsilon":
+        return {}
+    if arguments.get("clip_sample") or arguments.get("thresholding") or FAR_OUT.keys() & arguments.keys():
+        return {}
+    return FAR_OUT
 
 
 def on_our_grid(implied: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
