@@ -81,7 +81,9 @@ def test_all_unknown_is_unconditional_sampling(scheduler, posterior, own):
     def generator():
         return [seeded(i) for i in range(2)] if own else seeded()
 
-    plain = quiet(SDEPipeline(pipe.unet, SCHEDULERS[scheduler]()))
+    # Where the order of the steps is left open, guided ones are of first order.
+    order = {} if posterior in ("replacement", "repaint") else {"solver_order": 1}
+    plain = quiet(SDEPipeline(pipe.unet, SCHEDULERS[scheduler](**order)))
     expected = plain(2, num_inference_steps=STEPS, generator=generator(), output_type="latent").images
     out = pipe(
         torch.full((2, 1, SIZE, SIZE), torch.nan),
@@ -95,6 +97,69 @@ def test_all_unknown_is_unconditional_sampling(scheduler, posterior, own):
         assert torch.equal(out, expected)
     else:
         torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def completed(pipe, posterior, **run):
+    options = {"num_inference_steps": STEPS, "generator": seeded(), "output_type": "latent"}
+    return pipe(picture(), RIGHT, posterior=posterior, **(options | run)).images
+
+
+@pytest.mark.parametrize("posterior", ["mmps", "pigdm", "dps", "gaussian"])
+def test_guided_steps_are_of_first_order_where_the_order_is_open(posterior):
+    pipe = inpainter()
+    own, seen = pipe.scheduler, []
+
+    def watch(pipe, index, timestep, tensors):
+        seen.append(pipe.scheduler.config.solver_order)
+        return tensors
+
+    with_nothing_set = completed(pipe, posterior, callback_on_step_end=watch)
+    assert pipe.scheduler is own and own.config.solver_order is None
+    assert seen == [1] * STEPS
+    pipe.scheduler = VPSDEScheduler(solver_order=1)
+    assert torch.equal(completed(pipe, posterior), with_nothing_set)
+    for asked in ({"solver_order": 2}, {"predictor": "ancestral"}):
+        pipe.scheduler = VPSDEScheduler(**asked)
+        other = completed(pipe, posterior, callback_on_step_end=watch)
+        assert not torch.equal(other, with_nothing_set)
+    assert seen == [1] * STEPS + [2] * STEPS + [None] * STEPS
+
+
+def test_replacing_known_pixels_keeps_the_order():
+    pipe = inpainter()
+    drawn = completed(pipe, "replacement")
+    pipe.scheduler = VPSDEScheduler(solver_order=1)
+    assert not torch.equal(completed(pipe, "replacement"), drawn)
+
+
+def test_first_order_completes_better_by_a_proper_score():
+    """Two modes that the known half does not tell apart, exact scores; the energy score is smallest for the truth."""
+    generator = torch.Generator().manual_seed(0)
+    means = 0.5 * torch.randn(4, SIZE, SIZE, generator=generator).cumsum(1).tanh()
+    means[1::2, :, : SIZE // 2] = means[::2, :, : SIZE // 2]
+    loadings = torch.randn(4, 6, SIZE, SIZE, generator=generator).cumsum(2).cumsum(3).reshape(4, 6, -1).mT / SIZE
+    loadings = 0.2 * loadings
+    covariances = loadings @ loadings.mT + 1e-3 * torch.eye(SIZE**2)
+    data = GaussianMixture(torch.ones(4), means.reshape(4, -1), covariances)
+    count, times = 400, 3
+    truth = data.sample(count, torch.Generator().manual_seed(1)).float().reshape(count, 1, SIZE, SIZE).clamp(-1.0, 1.0)
+    hidden = truth[..., SIZE // 2 :].flatten(1)
+    scores = {}
+    for order in (None, 3):
+        scheduler = VPSDEScheduler(solver_order=order)
+        network = ExactUNet(SIZE)
+        network.data, network.scheduler = data, scheduler
+        pipe = quiet(InpaintSDEPipeline(network, scheduler))
+        drawn = torch.stack(
+            [
+                pipe(truth, RIGHT, num_inference_steps=12, generator=seeded(k), output_type="latent").images
+                for k in range(times)
+            ]
+        )[..., SIZE // 2 :].flatten(2)
+        apart = sum((drawn[i] - drawn[j]).norm(dim=1) for i in range(times) for j in range(i))
+        scores[order] = (drawn - hidden).norm(dim=2).mean(0) - apart / (times * (times - 1))
+    gain = scores[3] - scores[None]
+    assert float(gain.mean()) > 3.0 * float(gain.std()) / count**0.5
 
 
 @pytest.mark.parametrize("posterior", POSTERIORS)

@@ -95,7 +95,8 @@ class InpaintSDEPipeline(SDEPipeline):
             num_samples: Completions for each image; the output has those of the first image first.
             num_inference_steps: Noise levels.
             generator: One generator, or a list with one for each output image. The hole of an image that is all hole
-                gets what ``SDEPipeline`` draws with the same generator, unless the posterior is ``smc``.
+                gets what ``SDEPipeline`` draws with the same generator, unless the posterior is ``smc``; for those
+                that guide, by a scheduler with ``solver_order=1``, which they take where it is None.
             resamplings: How often ``repaint`` does each stretch of levels. It runs the scheduler at
                 ``solver_order=1``, since a jump breaks the path that multistep solvers look back on.
             jump_length: How many levels a stretch of ``repaint`` has.

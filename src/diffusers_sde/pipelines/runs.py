@@ -213,8 +213,31 @@ def at_temperature(pipe: SharedPipeline, temperature: float | None) -> Iterator[
     if temperature is None:
         yield
         return
+    with _sampling_with(pipe, temperature=temperature):
+        yield
+
+
+@contextmanager
+def for_guided_estimates(pipe: SharedPipeline) -> Iterator[None]:
+    """Let a pipeline take steps of first order for a while, where its scheduler's config leaves the order open.
+
+    From level to level a guided x0_hat changes by leaps, as the approximation of the posterior turns from one mode to
+    another. Polynomials through several of them carry the leaps on, also where scores are exact
+    (benchmarks/posterior.py). The correction of a step looks at its own ends alone, and stays.
+    """
+    config = own_scheduler(pipe).config
+    if config.solver_order is not None or config.predictor != "exponential" or config.fitted_plan is not None:
+        yield
+        return
+    with _sampling_with(pipe, solver_order=1):
+        yield
+
+
+@contextmanager
+def _sampling_with(pipe: SharedPipeline, **settings: Any) -> Iterator[None]:
+    """Give a pipeline its scheduler with other settings for a while."""
     own = own_scheduler(pipe)
-    pipe.scheduler = type(own).from_config(own.config, temperature=temperature)
+    pipe.scheduler = type(own).from_config(own.config, **settings)
     try:
         yield
     finally:
@@ -505,7 +528,8 @@ class PipelineRun:
     def guided(self, denoiser_of: Callable[[Tensor], Denoiser]) -> Tensor:
         """Draw images of ``shape`` by the method that the user has chosen."""
         latents = starting_noise(self.pipe, self.options, self.shape)
-        return execute_guided(self.pipe, self.options, latents, denoiser_of)
+        with for_guided_estimates(self.pipe):
+            return execute_guided(self.pipe, self.options, latents, denoiser_of)
 
     def own_plan(self) -> Plan:
         """Lay out first-order exponential steps of the reverse SDE, on the scheduler's grid, ending with the data."""
