@@ -39,7 +39,12 @@ CALLS = (5, 8, 10, 15, 20, 30, 50)
 SAMPLES, SEEDS = 256, 2
 CLASSIFIER_STEPS = 500
 PATHS = {VESDEScheduler: "ve", SubVPSDEScheduler: "sub_vp", FlowSDEScheduler: "flow"}
-SETS = {"chosen": "chosen on", "held_out": "held out, first round", "held_out_2": "held out, second round"}
+SETS = {
+    "chosen": "chosen on",
+    "held_out": "held out, first round",
+    "held_out_2": "held out, second round",
+    "held_out_3": "held out, third round",
+}
 NOTHING_SET, NOTHING_SET_ODE = "nothing set", "nothing set, ODE"
 
 
@@ -88,16 +93,17 @@ class Judge:
         images: Real images, bytes (N, C, H, W).
         labels: Their classes, shape (N,).
         file: Of the classifier, which is trained and written where there is none.
+        samples: How many are judged at once.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, file: Path) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, file: Path, samples: int = SAMPLES) -> None:
         self._extractor = make_extractor("classifier", images, labels, file, steps=CLASSIFIER_STEPS)
         with torch.no_grad():
             self._real = torch.cat([self._extractor(part)[0] for part in images.split(512)])
         draws = torch.randperm(len(images), generator=torch.Generator().manual_seed(3))
         self.accuracy = float(self._extractor.accuracy)  # type: ignore[attr-defined]
-        self.floor = frechet_distance(self._real[draws[:SAMPLES]], self._real)
-        self._some = self._real[draws[-SAMPLES:]]
+        self.floor = frechet_distance(self._real[draws[:samples]], self._real)
+        self._some = self._real[draws[-samples:]]
 
     def __call__(self, x: Tensor) -> tuple[float, float]:
         """FD and recall of samples in [-1, 1], shape (B, C, H, W)."""
@@ -273,12 +279,12 @@ def table(entries: dict[str, Any], calls: tuple[int, ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def load_judge(name: str, folders: Folders, folder: Path) -> Judge:
-    """The judge of a network's data."""
+def load_judge(name: str, folders: Folders, folder: Path, samples: int = SAMPLES) -> Judge:
+    """The judge of a network's data; ``samples`` are judged at once."""
     recipe = RECIPES[name]
     images, labels = all_of(folders.source(recipe, to_judge=True))
     kind = f"{recipe.data}-{recipe.resolution}-{recipe.channels}"
-    return Judge(images, labels, folder / f"judge-{kind}.safetensors")
+    return Judge(images, labels, folder / f"judge-{kind}.safetensors", samples)
 
 
 def main() -> None:

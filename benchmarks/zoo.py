@@ -5,14 +5,16 @@
 trains the networks of RECIPES one after another, each in about a minute of one core, and skips those that are there.
 They differ in data, size, SDE, prediction and length of training on purpose, and all of them are poor: how samplers
 compare where a network errs is the question. Some of the recipes are **held out**: no setting may be chosen on them.
-There are two rounds of these. Those of the first have been looked at, so that later settings were chosen on them, too.
+There are three rounds of these. Those of the first two have been looked at, so that later settings were chosen on them,
+too.
 
-Three of them are trained the way others train: a plain loop around diffusers' DDPMScheduler, saved as a DDPMPipeline.
+Some of them are trained the way others train: a plain loop around diffusers' DDPMScheduler, saved as a DDPMPipeline.
 The folders of the data hold train.parquet and test.parquet with the columns image and label. The digits come with
 scikit-learn. Drawn here are spots (one to four Gaussian spots on black, the number of them is the class), bars (one to
 four bright rectangles on grey, likewise), gratings (waves of random phase, the class is the direction), checkers
-(checkerboards of two random colours, the class is the length of a square) and glyphs (ten letters at random places).
-Vehicles are four classes of CIFAR-10, and negatives are Fashion-MNIST in inverted grey.
+(checkerboards of two random colours, the class is the length of a square), glyphs (ten letters at random places), rings
+(one to three circles), textures (random fields of four spectra) and strokes (lines of one to four pieces). Vehicles and
+animals are classes of CIFAR-10, shoes are some of Fashion-MNIST, and negatives are Fashion-MNIST in inverted grey.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class Recipe:
     """How one network is trained.
 
     Attributes:
-        data: ``digits``, ``fashion``, ``cifar``, ``vehicles``, ``negatives``, or a name in ``DRAWN``.
+        data: ``digits``, ``fashion``, ``cifar``, ``negatives``, or a name in ``PARTS_OF`` or ``DRAWN``.
         held_out: 0 if settings are chosen on it, or else the round in which it was held out.
         steps: Optimiser steps, of 64 images each.
         resolution: Side of the images.
@@ -100,6 +102,15 @@ RECIPES: dict[str, Recipe] = {
     "vehicles-flow": Recipe("vehicles", 2, 1000, channels=3, options=_ours("flow", "flow_prediction")),
     "negatives-sub_vp-v": Recipe("negatives", 2, 800, options=_ours("sub_vp", "v_prediction")),
     "bars-ddpm": Recipe("bars", 2, 900, stranger=True),
+    # The third round.
+    "rings-vp-epsilon": Recipe("rings", 3, 900, options=_ours("vp", "epsilon")),
+    "textures-ve-edm": Recipe("textures", 3, 900, options=_ours("ve", "edm")),
+    "shoes-flow": Recipe("shoes", 3, 900, options=_ours("flow", "flow_prediction")),
+    "strokes-sub_vp-epsilon": Recipe("strokes", 3, 1000, options=_ours("sub_vp", "epsilon")),
+    "animals-vp-v": Recipe("animals", 3, 1000, channels=3, options=_ours("vp", "v_prediction")),
+    "shoes-ddpm-cosine": Recipe(
+        "shoes", 3, 900, stranger=True, options={"beta_schedule": "squaredcos_cap_v2", "clip_sample": False}
+    ),
     # Not for choosing or judging a setting: other networks of the same data, for what is transferred between networks.
     "digits-ddpm-again": Recipe("digits", 0, 800, stranger=True, seed=1),
 }
@@ -153,13 +164,54 @@ def _glyphs(generator: np.random.Generator) -> tuple[np.ndarray, int]:
     return np.asarray(image) / 255.0, label
 
 
+def _rings(generator: np.random.Generator) -> tuple[np.ndarray, int]:
+    """As ``_spots``."""
+    label, image, (y, x) = int(generator.integers(3)), np.zeros((SIDE, SIDE)), np.mgrid[:SIDE, :SIDE]
+    for _ in range(label + 1):
+        (a, b), radius = generator.uniform(4.0, 11.0, 2), generator.uniform(2.0, 5.0)
+        ring = np.exp(-((np.hypot(x - a, y - b) - radius) ** 2) / 0.8)
+        image = np.maximum(image, generator.uniform(0.5, 1.0) * ring)
+    return image, label
+
+
+def _textures(generator: np.random.Generator) -> tuple[np.ndarray, int]:
+    """As ``_spots``: random fields whose spectrum falls as a power of the frequency, which is the class."""
+    label, frequencies = int(generator.integers(4)), np.fft.fftfreq(SIDE)
+    size = np.hypot(frequencies[:, None], frequencies[None])
+    size[0, 0] = 1.0
+    field = np.fft.ifft2(np.fft.fft2(generator.standard_normal((SIDE, SIDE))) * size ** -(0.5 + 0.6 * label)).real
+    return generator.uniform(0.3, 0.7) + 0.15 * (field - field.mean()) / field.std(), label
+
+
+def _strokes(generator: np.random.Generator) -> tuple[np.ndarray, int]:
+    """As ``_spots``: lines of one to four pieces on grey."""
+    label, image = int(generator.integers(4)), Image.new("L", (SIDE, SIDE), int(generator.integers(60, 120)))
+    points = [tuple(int(n) for n in generator.integers(1, SIDE - 1, 2)) for _ in range(label + 2)]
+    ImageDraw.Draw(image).line(points, fill=int(generator.choice([0, 255])), width=2)
+    return np.asarray(image) / 255.0, label
+
+
 @functools.cache
 def _font() -> Any:
     return ImageFont.load_default()
 
 
-DRAWN = {"spots": _spots, "bars": _bars, "gratings": _gratings, "checkers": _checkers, "glyphs": _glyphs}
-VEHICLES = (0, 1, 8, 9)  # of CIFAR-10
+DRAWN = {
+    "spots": _spots,
+    "bars": _bars,
+    "gratings": _gratings,
+    "checkers": _checkers,
+    "glyphs": _glyphs,
+    "rings": _rings,
+    "textures": _textures,
+    "strokes": _strokes,
+}
+# Some classes of a data set.
+PARTS_OF = {
+    "vehicles": ("cifar", (0, 1, 8, 9)),
+    "animals": ("cifar", (2, 3, 4, 5, 6, 7)),
+    "shoes": ("fashion", (5, 7, 9)),
+}
 
 
 def drawn(data: str, count: int, seed: int) -> datasets.Dataset:
@@ -187,15 +239,15 @@ class Folders:
         count = JUDGED if to_judge else SUBSET
         if data in DRAWN:
             return drawn(data, count, seed=1 if to_judge else 0)
-        folder = self.fashion if data in ("fashion", "negatives") else self.cifar
+        whole, classes = PARTS_OF.get(data, (data, ()))
+        folder = self.fashion if whole in ("fashion", "negatives") else self.cifar
         file = folder / ("test.parquet" if to_judge else "train.parquet")
         images = datasets.load_dataset("parquet", data_files=str(file), split="train")
-        if data == "vehicles":
-            rows = np.flatnonzero(np.isin(images["label"], VEHICLES))
+        if classes:
+            rows = np.flatnonzero(np.isin(images["label"], classes))
             images = images.select(rows[:count])
-            names = [images.features["label"].names[i] for i in VEHICLES]
-            new = datasets.Features({**images.features, "label": datasets.ClassLabel(names=names)})
-            return images.map(lambda row: {"label": VEHICLES.index(row["label"])}, features=new)
+            new = datasets.Features({**images.features, "label": datasets.ClassLabel(num_classes=len(classes))})
+            return images.map(lambda row: {"label": classes.index(row["label"])}, features=new)
         images = images.select(range(min(len(images), count)))
         if data == "negatives":
             images = images.map(lambda row: {"image": ImageOps.invert(row["image"].convert("L"))})
