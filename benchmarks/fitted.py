@@ -41,7 +41,7 @@ from diffusers_sde.metrics.distances import precision_recall
 
 CALLS = (4, 5, 6, 8, 10, 15, 20)
 DRAWS = (101, 102)  # seeds of the noise that judges
-SAMPLES = {"network": 256, "mixture": 2048}
+SAMPLES = {"network": 1024, "mixture": 2048}
 RECALLED = 1024  # samples in a recall, at most
 FITTED_TO = 6000  # images, at most
 KINDS: dict[str, dict[str, Any]] = {
@@ -140,7 +140,7 @@ class NetworkCase(Case):
         self.others = {other: bounded_pipeline(folder / other) for other in twins}
         images = all_of(folders.source(RECIPES[name], to_judge=False))[0]
         self.images = images[:FITTED_TO].float() / 127.5 - 1.0
-        self.judge = load_judge(name, folders, folder)
+        self.judge = load_judge(name, folders, folder, self.samples)
         self.floor = self.judge.floor
         self.peers = peers(network)
         self.problem = lambda z, seed: Problem(network.path, network.scheduler, network, z, seed)

@@ -8,7 +8,7 @@ from analytic import PointwiseGaussian, push_gaussian
 
 from diffusers_sde import VPSDEScheduler
 from diffusers_sde.fitting import EnergyTarget, FitOptions, PairedTarget, PlanFamily, fit_parameters, simulate
-from diffusers_sde.fitting.targets import SETS, Batch, stream
+from diffusers_sde.fitting.targets import PATCH_SIDES, SETS, Batch, _views, stream
 
 STD = 0.3
 
@@ -36,9 +36,68 @@ def test_the_energy_distance_of_two_normal_laws():
     assert found.fitted == pytest.approx(exact, abs=0.05)
     assert abs(found.unfitted) < 0.02
     within = float((2000 / 1999) * torch.cdist(normal(2000, seed=2), normal(2000, seed=2)).mean())
+    unit = float(batch.reference.std())
     assert float(target.loss(normal(2000, seed=2), batch)) == pytest.approx(
-        2 * float((normal(2000, seed=2) - batch.reference.T).abs().mean()) - within, rel=1e-4
+        (2 * float((normal(2000, seed=2) - batch.reference.T).abs().mean()) - within) / unit, rel=1e-4
     )
+
+
+def random_walks(n, side=8, seed=0, noise=0.0):
+    """Smooth images: sums of noise along both axes, in [-1, 1] or so; then noise for each pixel."""
+    generator = torch.Generator().manual_seed(seed)
+    smooth = torch.randn(n, 1, side, side, generator=generator).cumsum(2).cumsum(3) / side
+    return smooth + noise * torch.randn(n, 1, side, side, generator=generator)
+
+
+def test_patches_see_noise_better_than_whole_images():
+    """A noisy image lies nearly as far from others as a clean one does; its patches lie further from theirs."""
+    references = random_walks(1000, seed=1)
+    clean, noisy = random_walks(500, seed=2), random_walks(500, seed=2, noise=0.2)
+    found = EnergyTarget({}).compare(clean, noisy, Batch(clean, references))
+    whole = EnergyTarget({}).compare(clean.flatten(1), noisy.flatten(1), Batch(clean, references.flatten(1)))
+    assert found.gain > 5.0 * found.error
+    assert found.gain > 1.8 * whole.gain
+    assert found.gain / found.error > 1.5 * whole.gain / whole.error
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 28, 28), (1, 16, 9), (4, 5, 5), (2, 3, 3), (1, 2, 2)])
+def test_patches_come_from_all_over_the_image(shape):
+    """Every pixel of the whole, and of the patches the first and one close to the last of both axes, at all scales."""
+    views = list(_views(torch.arange(math.prod(shape)).reshape(1, *shape).float()))
+    assert torch.equal(views[0][0], torch.arange(math.prod(shape)).float())
+    channels, height, width = shape
+    sizes = {len(view[0]) for view in views[1:]}
+    assert sizes == {channels * side**2 for side in PATCH_SIDES if side <= min(height, width)}
+    seen = torch.cat(
+        [view[0] for view in views[1:] if len(views) > 1 and len(view[0]) == channels * 9] or [views[0][0]]
+    )
+    assert float(seen.min()) == 0.0
+    assert float(seen.max()) >= math.prod(shape) - 1 - (width + 1) * (max(height, width) // 4)
+
+
+def test_pixels_are_cut_off_as_images_are():
+    """What lies beyond black and white is not seen, and the noise of a black background lies there by half."""
+    references, samples = random_walks(200, seed=1).clamp(-1.0, 1.0), random_walks(100, seed=2)
+    batch = Batch(samples, references)
+    cut, as_they_are = EnergyTarget({}, bounds=(-1.0, 1.0)), EnergyTarget({})
+    assert float(cut.loss(samples, batch)) == float(as_they_are.loss(samples.clamp(-1.0, 1.0), batch))
+    assert float(cut.loss(samples, batch)) != float(as_they_are.loss(samples, batch))
+    beyond = torch.where(samples.abs() > 1.0, 3.0 * samples, samples)
+    found = cut.compare(beyond, samples, batch)
+    assert found.gain == 0.0 and found.error == 0.0
+
+
+def test_distances_are_in_units_of_the_data():
+    """The same at every scale, and finite where all references are equal."""
+    references, samples = random_walks(200, seed=1), random_walks(100, seed=2, noise=0.1)
+    references[..., :4, :4] = samples[..., :4, :4] = 0.0
+    one, large = (
+        float(EnergyTarget({}).loss(scale * samples, Batch(samples, scale * references))) for scale in (1.0, 1000.0)
+    )
+    assert one == pytest.approx(large, rel=1e-4)
+    samples[..., :4, :4] = 0.05 * normal(100, 16, seed=3).reshape(100, 1, 4, 4)
+    spoilt = float(EnergyTarget({}).loss(samples, Batch(samples, references)))
+    assert one + 1e-3 < spoilt < one + 1.0
 
 
 def test_the_error_of_a_gain_is_the_spread_of_gains():
@@ -63,7 +122,7 @@ def test_classes_count_as_coordinates():
     right = Batch(images, images, {"class_labels": classes}, classes)
     wrong = right._replace(conditioning={"class_labels": 1 - classes})
     other = torch.cat([normal(400, 2, seed=3, mean=-2.0), normal(400, 2, seed=4, mean=2.0)])
-    assert float(target.loss(other, right)) < float(target.loss(other, wrong)) - 0.5
+    assert float(target.loss(other, right)) < float(target.loss(other, wrong)) - 0.2
     batch = target.batch("fit", 64, stream(0))
     assert set(batch.conditioning["class_labels"].tolist()) == {0, 1}
 

@@ -3,22 +3,30 @@
 Two objectives, each with noise and references of its own for fitting, for choosing and for reporting:
 
 * *Energy*: 2 E|S - Y| - E|S - S'| - E|Y - Y'| between samples S and references Y (Szekely & Rizzo 2013), the unbiased
-  U-statistic. It is 0 where, and only where, both have the same law; it pairs nothing, so it suits any sampler.
+  U-statistic. It is 0 where, and only where, both have the same law; it pairs nothing, so it suits any sampler. Here it
+  is the mean of that of whole samples and of those of patches, each in units of the references' own spread there. The
+  distances of whole images hardly tell a sharp one from a noisy one; those of patches do, and so does the eye.
 * *Paired*: E|S - T| where S and T start from the same noise, and T is a fine solution of the same flow.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, one_hot, unfold
 
 REFERENCES_PER_SAMPLE = 4  # they cost no call of the network
+PATCH_SIDES = (3, 5)
+PATCHES_ASIDE = 4  # along each axis, at least, where the image is that wide
+# Where images hardly differ, as in a corner that is always black, a distance is in units of this part of their usual
+# spread.
+LEAST_SPREAD = 0.1
 SETS = ("fit", "choice", "report")  # disjoint: what a set has seen judges no other
 
 
@@ -88,11 +96,14 @@ class EnergyTarget:
         references: Of each of ``SETS``, shape (N, ...).
         classes: Their classes, shape (N,), for samplers of classes; None without.
         labels: Classes to draw from, where samples have classes; None without.
+        bounds: The smallest and the largest value of pixels, at which samples are cut off as images are; None for data
+            that are no pixels.
     """
 
     references: Mapping[str, Tensor]
     classes: Mapping[str, Tensor] | None = None
     labels: Tensor | None = None
+    bounds: tuple[float, float] | None = None
     name: str = field(default="energy", init=False)
 
     def batch(self, part: str, size: int, generator: torch.Generator) -> Batch:
@@ -109,20 +120,28 @@ class EnergyTarget:
 
     def loss(self, samples: Tensor, batch: Batch) -> Tensor:
         """See ``Target``; E|Y - Y'| is left out, which does not depend on the samples."""
-        s, y = _flattened(samples, batch)
-        return 2.0 * torch.cdist(s, y).mean() - _between(s)
+        parts = []
+        for i, (s, y) in enumerate(_viewed(samples.float(), batch, self.bounds)):
+            # A step has few samples: more references for each of its many patches would cost more than they tell.
+            y = y if i == 0 else y[: len(s)]
+            parts.append(2.0 * torch.cdist(s, y).mean() - _between(s))
+        return torch.stack(parts).mean()
 
     def compare(self, fitted: Tensor, unfitted: Tensor, batch: Batch) -> Comparison:
         """See ``Target``; the error is that of the projections of the U-statistics (Hoeffding 1948)."""
         values, of_samples, of_references = [], [], []
         for samples in (fitted, unfitted):
-            s, y = (v.double() for v in _flattened(samples, batch))
-            across, within = torch.cdist(s, y), torch.cdist(s, s)
-            values.append(float(2.0 * across.mean() - _between(s) - _between(y)))
-            of_samples.append(2.0 * across.mean(1) - 2.0 * within.sum(1) / (len(s) - 1))
-            of_references.append(2.0 * across.mean(0))
-        parts = (of_samples[0] - of_samples[1], of_references[0] - of_references[1])
-        return Comparison(values[0], values[1], math.sqrt(sum(float(d.var()) / len(d) for d in parts)))
+            parts = []
+            for s, y in _viewed(samples.double(), batch, self.bounds):
+                across, within = torch.cdist(s, y), torch.cdist(s, s)
+                own = 2.0 * across.mean(1) - 2.0 * within.sum(1) / (len(s) - 1)
+                parts.append((2.0 * across.mean() - _between(s) - _between(y), own, 2.0 * across.mean(0)))
+            value, own, other = (torch.stack(each).mean(0) for each in zip(*parts, strict=True))
+            values.append(float(value))
+            of_samples.append(own)
+            of_references.append(other)
+        differences = (of_samples[0] - of_samples[1], of_references[0] - of_references[1])
+        return Comparison(values[0], values[1], math.sqrt(sum(float(d.var()) / len(d) for d in differences)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,17 +182,46 @@ def _rms(samples: Tensor, ends: Tensor) -> Tensor:
     return torch.sqrt(square + torch.finfo(square.dtype).tiny)  # whose derivative at 0 is finite
 
 
-def _flattened(samples: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Samples and references as points, whose classes, if both have some, count as coordinates."""
-    s, y = samples.flatten(1).float(), batch.reference.flatten(1).float()
-    labels = batch.conditioning.get("class_labels")
-    if labels is None or batch.reference_classes is None:
-        return s, y
-    # Two classes lie as far apart as two references do on average.
-    count = int(max(int(labels.max()), int(batch.reference_classes.max()))) + 1
-    length = math.sqrt(2.0 * float(y.var(0).sum())) / math.sqrt(2.0)
-    ours, theirs = (torch.nn.functional.one_hot(c, count).to(s) * length for c in (labels, batch.reference_classes))
-    return torch.cat([s, ours], dim=1), torch.cat([y, theirs], dim=1)
+def _viewed(
+    samples: Tensor, batch: Batch, bounds: tuple[float, float] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Samples and references as points, of whole images and of each patch, in units of the references' spread.
+
+    Their classes, if both have some, count as coordinates. Two classes lie as far apart as two references do.
+    """
+    references = batch.reference.to(samples)
+    if bounds is not None:
+        samples, references = samples.clamp(*bounds), references.clamp(*bounds)
+    classes = _classes_as_points(batch, samples)
+    usual = references.flatten(1).var(0).mean()
+    for s, y in zip(_views(samples), _views(references), strict=True):
+        variances = y.var(0)
+        length = torch.sqrt(torch.maximum(variances.sum(), LEAST_SPREAD**2 * usual * len(variances)))
+        s, y = s / length, y / length
+        yield (s, y) if classes is None else (torch.cat([s, classes[0]], dim=1), torch.cat([y, classes[1]], dim=1))
+
+
+def _classes_as_points(batch: Batch, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Classes of the samples and of the references as coordinates, or None where one of them has none."""
+    labels, others = batch.conditioning.get("class_labels"), batch.reference_classes
+    if labels is None or others is None:
+        return None
+    count = int(max(int(labels.max()), int(others.max()))) + 1
+    first, second = (one_hot(classes, count).to(like) for classes in (labels, others))
+    return first, second
+
+
+def _views(images: Tensor) -> Iterator[Tensor]:
+    """The images flattened, and patches of them, of all scales and from all over the image: each of shape (B, n)."""
+    yield images.flatten(1)
+    while images.ndim == 4 and min(images.shape[2:]) >= min(PATCH_SIDES):
+        for side in PATCH_SIDES:
+            free = [length - side for length in images.shape[2:]]
+            if min(free) < 0:
+                continue
+            vertical, horizontal = (max(1, f // (PATCHES_ASIDE - 1)) for f in free)
+            yield from unfold(images, side, stride=(vertical, horizontal)).unbind(2)
+        images = avg_pool2d(images, 2)
 
 
 def _between(x: Tensor) -> Tensor:

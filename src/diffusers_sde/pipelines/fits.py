@@ -61,7 +61,7 @@ class _Sizes:
     held_out: int
 
 
-_WITH_GRADIENTS = _Sizes(steps=40, batch_size=512, learning_rate=0.03, held_out=1024)
+_WITH_GRADIENTS = _Sizes(steps=40, batch_size=512, learning_rate=0.03, held_out=2048)
 _PAIRED = _Sizes(steps=80, batch_size=256, learning_rate=0.03, held_out=512)
 _WITHOUT_GRADIENTS = _Sizes(steps=60, batch_size=32, learning_rate=0.02, held_out=128)
 
@@ -124,7 +124,7 @@ def fit_scheduler(
         batch_size: Images of a step; None is 512, 256 for ``paired`` and 32 without gradients. The energy distance of
             few images narrows the law of the samples.
         learning_rate: Of Adam; None is 0.03, without gradients 0.02.
-        held_out: Images of the report; None is 1024, 512 for ``paired`` and 128 without gradients.
+        held_out: Images of the report; None is 2048, 512 for ``paired`` and 128 without gradients.
         teacher_steps: Levels of the fine sampler, where there is one; None is 60 for ``paired``, 100 for ``energy``.
         gradients: Whether gradients pass through the network; None is True unless ``call`` is given.
         checkpointing: Whether activations are computed again in the backward pass, which needs the memory of one
@@ -219,8 +219,9 @@ def _target(
     progress_bar: bool,
 ) -> Target:
     """The objective, for which a fine sampler draws where there are no images."""
+    bounds = None if subject.is_latent else subject.data_range
     if references is not None:
-        return EnergyTarget(references, None, subject.labels)
+        return EnergyTarget(references, None, subject.labels, bounds)
     counts = {"fit": PAIRS_PER_HELD_OUT * options.held_out, "choice": options.held_out // 2, "report": options.held_out}
     noise: dict[str, Tensor] = {}
     ends: dict[str, Tensor] = {}
@@ -236,7 +237,9 @@ def _target(
         batch = Batch(noise[part], noise[part], conditioning)
         ends[part] = _finely(subject, objective, fine, batch, generator, progress_bar)
     known = classes or None
-    return PairedTarget(noise, ends, known) if objective == "paired" else EnergyTarget(ends, known, subject.labels)
+    if objective == "paired":
+        return PairedTarget(noise, ends, known)
+    return EnergyTarget(ends, known, subject.labels, bounds)
 
 
 @torch.no_grad()
