@@ -23,13 +23,12 @@ from typing import Any
 
 import datasets
 import torch
-from diffusers import DiffusionPipeline
 from fitted import ExactNetwork
 from mixtures import fitted
 from samplers import SCHEDULERS
 from torch import Tensor
 
-from diffusers_sde import InpaintSDEPipeline, SDEPipeline
+from diffusers_sde import InpaintSDEPipeline
 from diffusers_sde.images.source import ImageSource
 from diffusers_sde.training import TrainingConfig
 
@@ -50,17 +49,16 @@ def energy_scores(drawn: Tensor, truth: Tensor) -> Tensor:
     return off - apart / (count * (count - 1))
 
 
-def exact_pipeline(path: str, count: int) -> tuple[SDEPipeline, Tensor]:
+def exact_pipeline(path: str, count: int) -> tuple[InpaintSDEPipeline, Tensor]:
     """A pipeline whose network is the exact denoiser of the mixture, and images drawn from that."""
     data, scheduler = fitted("digits"), SCHEDULERS[path](prediction_type="sample", time_conditioning="time")
-    # Tails of the Gaussians lie outside the range of the digits; pipelines only ask for it to convert images.
-    pipe = SDEPipeline(ExactNetwork(data, scheduler.sde), scheduler, sample_shape=(1, 8, 8))
+    pipe = InpaintSDEPipeline(ExactNetwork(data, scheduler.sde), scheduler, sample_shape=(1, 8, 8))
     return pipe, data.sample(count, seed=77).float().reshape(-1, 1, 8, 8).clamp(-1.0, 1.0)
 
 
-def trained_pipeline(folder: Path, file: Path, count: int) -> tuple[Any, Tensor]:
+def trained_pipeline(folder: Path, file: Path, count: int) -> tuple[InpaintSDEPipeline, Tensor]:
     """A saved pipeline and the first images of a Parquet file, as its network sees them."""
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = InpaintSDEPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     config = TrainingConfig(resolution=pipe.unet.config.sample_size, channels=pipe.unet.config.in_channels)
     images = datasets.load_dataset("parquet", data_files=str(file), split="train").select(range(count))
     pixels = torch.from_numpy(ImageSource(images, config).get_many(range(count)))
@@ -119,10 +117,9 @@ def main() -> None:
         pipe, images = exact_pipeline(args.path, args.count)
     else:
         pipe, images = trained_pipeline(args.model, args.images, args.count)
-    inpaint = InpaintSDEPipeline(pipe.unet, pipe.scheduler)
-    inpaint.set_progress_bar_config(disable=True)
+    pipe.set_progress_bar_config(disable=True)
     settings = ORDERS if args.settings is None else json.loads(args.settings)
-    report(inpaint, images, args.posteriors, args.levels, args.times, settings)
+    report(pipe, images, args.posteriors, args.levels, args.times, settings)
 
 
 if __name__ == "__main__":

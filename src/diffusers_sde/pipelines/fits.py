@@ -113,7 +113,8 @@ def fit_scheduler(
         sampler: Arguments of the scheduler that make the sampler to start from, such as ``{"probability_flow": True}``
             or ``{"corrector": "langevin"}``; None is the pipeline's own.
         objective: ``paired`` is the distance to the end points of a fine solution of the probability flow from the same
-            noise; ``energy`` is the energy distance to data or to a fine reverse SDE. None is ``paired`` for the
+            noise; ``energy`` is the energy distance, of whole images and of their patches, to data or to a fine reverse
+            SDE. None is ``paired`` for the
             probability flow without ``data``, and ``energy`` otherwise.
         guidance_scale: Of a class-conditional pipeline. A fit holds for its scale.
         class_labels: Classes to draw from, numbers or names; None for all of a class-conditional pipeline.
