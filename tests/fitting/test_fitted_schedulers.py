@@ -24,7 +24,9 @@ from diffusers_sde import (
 )
 from diffusers_sde.basics.networks import computes_in_bf16
 from diffusers_sde.fitting import PlanFamily, simulate
-from diffusers_sde.pipelines.fits import _split
+from diffusers_sde.fitting.families import PARTS
+from diffusers_sde.pipelines.fit_subjects import DenoisedSubject
+from diffusers_sde.pipelines.fits import _bounds_of_pixels, _split
 from diffusers_sde.schedulers.fitted_plans import is_same_network, sampled_weights
 from diffusers_sde.shipping.cards import model_card
 from diffusers_sde.shipping.figures import draw_pictures
@@ -261,6 +263,18 @@ def test_a_pipeline_is_fitted_to_data(network):
     assert fit.report["is_fitted"] == (fit.scheduler.config.fitted_plan is not None)
     again = fit_scheduler(pipe, 3, images, **SMALL)
     assert {**again.report, "seconds": 0} == {**fit.report, "seconds": 0}
+
+
+def test_samples_are_cut_off_where_the_data_are_pixels(network):
+    """In the range of the pipeline, but not for latents, and not for data that lie elsewhere."""
+    for data_min, scale, bounds in ((-1.0, 1.0, (-1.0, 1.0)), (0.0, 1.0, (0.0, 1.0)), (-1.0, 5.0, None)):
+        pipe = quiet(SDEPipeline(network, VPSDEScheduler(), data_min=data_min))
+        arguments = pipe, pipe.scheduler, 2, 1.0, None, None, PARTS, False, 8
+        subject = DenoisedSubject(*arguments)
+        images = scale * (data_min + (1.0 - data_min) * torch.rand(60, 1, 8, 8, generator=seeded()))
+        assert _bounds_of_pixels(subject, images) == bounds
+        subject.is_latent = True
+        assert _bounds_of_pixels(subject, images) is None
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

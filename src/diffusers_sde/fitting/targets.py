@@ -4,15 +4,16 @@ Two objectives, each with noise and references of its own for fitting, for choos
 
 * *Energy*: 2 E|S - Y| - E|S - S'| - E|Y - Y'| between samples S and references Y (Szekely & Rizzo 2013), the unbiased
   U-statistic. It is 0 where, and only where, both have the same law; it pairs nothing, so it suits any sampler. Here it
-  is the mean of that of whole samples and of those of patches, each in units of the references' own spread there. The
-  distances of whole images hardly tell a sharp one from a noisy one; those of patches do, and so does the eye.
+  is the mean of that of whole samples and of the mean of those of patches, each in units of the references' own spread
+  there. The distances of whole images hardly tell a sharp one from a noisy one; those of patches do, and so does the
+  eye. Patches alone, on the other hand, do not see what an image shows.
 * *Paired*: E|S - T| where S and T start from the same noise, and T is a fine solution of the same flow.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -125,7 +126,7 @@ class EnergyTarget:
             # A step has few samples: more references for each of its many patches would cost more than they tell.
             y = y if i == 0 else y[: len(s)]
             parts.append(2.0 * torch.cdist(s, y).mean() - _between(s))
-        return torch.stack(parts).mean()
+        return _balanced(parts)
 
     def compare(self, fitted: Tensor, unfitted: Tensor, batch: Batch) -> Comparison:
         """See ``Target``; the error is that of the projections of the U-statistics (Hoeffding 1948)."""
@@ -136,7 +137,7 @@ class EnergyTarget:
                 across, within = torch.cdist(s, y), torch.cdist(s, s)
                 own = 2.0 * across.mean(1) - 2.0 * within.sum(1) / (len(s) - 1)
                 parts.append((2.0 * across.mean() - _between(s) - _between(y), own, 2.0 * across.mean(0)))
-            value, own, other = (torch.stack(each).mean(0) for each in zip(*parts, strict=True))
+            value, own, other = (_balanced(each) for each in zip(*parts, strict=True))
             values.append(float(value))
             of_samples.append(own)
             of_references.append(other)
@@ -197,6 +198,7 @@ def _viewed(
     for s, y in zip(_views(samples), _views(references), strict=True):
         variances = y.var(0)
         length = torch.sqrt(torch.maximum(variances.sum(), LEAST_SPREAD**2 * usual * len(variances)))
+        length = torch.where(length > 0.0, length, torch.ones_like(length))  # for references that are all equal
         s, y = s / length, y / length
         yield (s, y) if classes is None else (torch.cat([s, classes[0]], dim=1), torch.cat([y, classes[1]], dim=1))
 
@@ -222,6 +224,12 @@ def _views(images: Tensor) -> Iterator[Tensor]:
             vertical, horizontal = (max(1, f // (PATCHES_ASIDE - 1)) for f in free)
             yield from unfold(images, side, stride=(vertical, horizontal)).unbind(2)
         images = avg_pool2d(images, 2)
+
+
+def _balanced(parts: Sequence[Tensor]) -> Tensor:
+    """The mean of what belongs to whole images, the first part, and of the mean of what belongs to patches."""
+    whole, *patches = parts
+    return 0.5 * whole + 0.5 * torch.stack(patches).mean(0) if patches else whole
 
 
 def _between(x: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ FIT_PRECISIONS = ("no", "bf16")
 PARTS_OF_DATA = (0.6, 0.2, 0.2)  # of the images, for fit, choice and report
 TEACHER_STEPS = {"paired": 60, "energy": 100}
 PAIRS_PER_HELD_OUT = 2  # pairs of noise and end point to fit to, for each of the report
+# Values are those of pixels if so many of them lie in the pipeline's range, or outside by so much of its length.
+MOSTLY, NEAR_THE_RANGE = 0.99, 0.1
 _FOR_THE_TEACHER = 9  # purpose of a random stream, apart from those of the fit
 
 
@@ -114,8 +116,7 @@ def fit_scheduler(
             or ``{"corrector": "langevin"}``; None is the pipeline's own.
         objective: ``paired`` is the distance to the end points of a fine solution of the probability flow from the same
             noise; ``energy`` is the energy distance, of whole images and of their patches, to data or to a fine reverse
-            SDE. None is ``paired`` for the
-            probability flow without ``data``, and ``energy`` otherwise.
+            SDE. None is ``paired`` for the probability flow without ``data``, and ``energy`` otherwise.
         guidance_scale: Of a class-conditional pipeline. A fit holds for its scale.
         class_labels: Classes to draw from, numbers or names; None for all of a class-conditional pipeline.
         call: Arguments of the pipeline's own call, such as ``prompt``, and then the pipeline is run itself. A list of
@@ -220,9 +221,8 @@ def _target(
     progress_bar: bool,
 ) -> Target:
     """The objective, for which a fine sampler draws where there are no images."""
-    bounds = None if subject.is_latent else subject.data_range
     if references is not None:
-        return EnergyTarget(references, None, subject.labels, bounds)
+        return EnergyTarget(references, None, subject.labels, _bounds_of_pixels(subject, references["report"]))
     counts = {"fit": PAIRS_PER_HELD_OUT * options.held_out, "choice": options.held_out // 2, "report": options.held_out}
     noise: dict[str, Tensor] = {}
     ends: dict[str, Tensor] = {}
@@ -240,7 +240,15 @@ def _target(
     known = classes or None
     if objective == "paired":
         return PairedTarget(noise, ends, known)
-    return EnergyTarget(ends, known, subject.labels, bounds)
+    return EnergyTarget(ends, known, subject.labels, _bounds_of_pixels(subject, ends["report"]))
+
+
+def _bounds_of_pixels(subject: FitSubject, references: Tensor) -> tuple[float, float] | None:
+    """The range at which images are cut off when they are saved; None for latents, and for data that are no pixels."""
+    low, high = subject.data_range
+    margin = NEAR_THE_RANGE * (high - low)
+    inside = (references >= low - margin) & (references <= high + margin)
+    return (low, high) if not subject.is_latent and float(inside.float().mean()) > MOSTLY else None
 
 
 @torch.no_grad()

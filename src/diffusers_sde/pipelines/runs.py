@@ -223,7 +223,7 @@ def for_guided_estimates(pipe: SharedPipeline) -> Iterator[None]:
 
     From level to level a guided x0_hat changes by leaps, as the approximation of the posterior turns from one mode to
     another. Polynomials through several of them carry the leaps on, also where scores are exact
-    (benchmarks/posterior.py). The correction of a step looks at its own ends alone, and stays.
+    (benchmarks/completions.py). The correction of a step looks at its own ends alone, and stays.
     """
     config = own_scheduler(pipe).config
     if config.solver_order is not None or config.predictor != "exponential" or config.fitted_plan is not None:
