@@ -97,7 +97,7 @@ class RestorationSDEPipeline(SDEPipeline):
             posterior: The way to condition on y: a name in ``guidance.POSTERIOR_METHODS``, such as ``mmps``, ``pigdm``,
                 ``dps``, ``gaussian`` or ``smc``, and through a decoder ``psld``. ``smc`` runs a reverse SDE of its own,
                 of first order, on the scheduler's grid. It needs ``noise_std`` > 0, and takes no latents, no callback
-                and no other ``method``.
+                and no other ``method``. The others run the scheduler, with ``solver_order=1`` where that is None.
             num_samples: Samples for each measurement; the output has those of the first measurement first.
             num_inference_steps: Noise levels; each costs ``scheduler.order`` calls and backward passes.
             generator: One generator, or, except for ``smc``, a list with one for each output image.

@@ -179,8 +179,9 @@ SAMPLER_ARGUMENTS = (
         None,
         or_none(check_integer, at_least=1, at_most=3),
         "This is the order of the ``exponential`` predictor. None takes 3 where the steps are short and 2 where they "
-        "are long, and extrapolates no estimate further than it carries, which is safe on any grid. 1, 2 or 3 is the "
-        "classical multistep rule of that order, also where a step is much longer than those before it.",
+        "are long, and extrapolates no estimate further than it carries, which is safe on any grid; a pipeline that "
+        "guides by a measurement takes 1. 1, 2 or 3 is the classical multistep rule of that order, also where a step "
+        "is much longer than those before it.",
     ),
     SamplerArgument(
         "solver_type",
