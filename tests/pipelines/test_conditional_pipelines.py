@@ -26,6 +26,7 @@ from diffusers_sde.pipelines import (
     RestorationSDEPipeline,
     runs,
 )
+from diffusers_sde.pipelines.posterior_runs import posterior_of
 from diffusers_sde.sampling.adaptive import SDEOptions
 
 POSTERIORS = ("replacement", "repaint", "mmps", "pigdm", "dps")
@@ -360,9 +361,9 @@ def test_defaults_follow_the_range_of_the_data():
     """The standard deviation of the data is taken for a quarter of their range."""
     for data_min, std in ((-1.0, 0.5), (0.0, 0.25)):
         pipe = inpainter("ve", data_min=data_min)
-        assert runs.posterior_of(pipe, "pigdm", None).data_std == runs.posterior_of(pipe, "smc", {}).data_std == std
-        assert runs.posterior_of(pipe, "gaussian", None).covariance == std**2
-        assert runs.posterior_of(pipe, "pigdm", {"data_std": 0.7}).data_std == 0.7
+        assert posterior_of(pipe, "pigdm", None).data_std == posterior_of(pipe, "smc", {}).data_std == std
+        assert posterior_of(pipe, "gaussian", None).covariance == std**2
+        assert posterior_of(pipe, "pigdm", {"data_std": 0.7}).data_std == 0.7
 
 
 @dataclass(frozen=True)

@@ -17,22 +17,19 @@ from ..guidance.replacement import REPLACEMENT_METHODS, Replacement
 from ..images.arrays import as_hole
 from .encoders import latents_of
 from .pipeline_sde import SDEPipeline
+from .posterior_runs import draw_posterior, latents_of_images, posterior_of, through_decoder
 from .probability_flow import check_sides
 from .runs import (
     Callback,
     RunOptions,
-    draw_posterior,
     execute,
     finished,
     image_data,
-    latents_of_images,
     names_near_arguments,
     network_output,
     own_scheduler,
-    posterior_of,
     samples_of_each,
     starting_noise,
-    through_decoder,
 )
 
 

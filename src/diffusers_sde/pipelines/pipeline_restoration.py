@@ -22,17 +22,15 @@ from ..guidance.operators import (
     check_noise_std,
 )
 from .pipeline_sde import SDEPipeline
+from .posterior_runs import draw_posterior, posterior_of, through_decoder
 from .runs import (
     Callback,
     RunOptions,
-    draw_posterior,
     finished,
     image_data,
     names_near_arguments,
     own_scheduler,
-    posterior_of,
     samples_of_each,
-    through_decoder,
 )
 
 
