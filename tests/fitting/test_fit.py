@@ -9,7 +9,7 @@ from scipy.special import hyp1f1
 
 from diffusers_sde import VPSDEScheduler
 from diffusers_sde.fitting import EnergyTarget, FitOptions, PairedTarget, PlanFamily, fit_parameters, simulate
-from diffusers_sde.fitting.targets import PATCH_SIDES, SETS, Batch, _views, stream
+from diffusers_sde.fitting.targets import PATCH_SIDES, SETS, Batch, Comparison, _views, stream
 
 STD = 0.3
 
@@ -60,6 +60,35 @@ def test_patches_see_noise_better_than_whole_images():
     assert found.gain / found.error > 1.2 * whole.gain / whole.error
 
 
+def test_patches_alone_do_not_make_a_fit():
+    """All that is fitted to is right beyond the noise, but the whole samples of the fit are further off."""
+
+    class OfPatches:
+        name = "energy"
+
+        def __init__(self, whole_gain):
+            self.whole_gain = whole_gain
+
+        def batch(self, part, size, generator):
+            noise = torch.randn(size, 2, generator=generator)
+            return Batch(noise, noise)
+
+        def loss(self, samples, batch):
+            return (samples - batch.noise - 1.0).square().mean()
+
+        def compare(self, fitted, unfitted, batch):
+            return Comparison(float(self.loss(fitted, batch)), 1.0, 1e-3, self.whole_gain)
+
+    def simulator(parameters, batch, generator):
+        return batch.noise + parameters.float()
+
+    options = FitOptions(steps=20, batch_size=8, held_out=8, learning_rate=0.1)
+    kept, refused = (fit_parameters(2, simulator, OfPatches(gain), options) for gain in (0.0, -1e-6))
+    assert kept.is_fitted and not refused.is_fitted
+    assert kept.fitted == refused.fitted < 0.5
+    assert not bool(refused.parameters.any())
+
+
 def test_half_of_the_distance_is_that_of_whole_images():
     """Patches that are right, put together wrongly: halves of different images, of which patches see the seam alone."""
     references, samples = random_walks(1000, seed=1), random_walks(500, seed=2)
@@ -68,6 +97,7 @@ def test_half_of_the_distance_is_that_of_whole_images():
     whole = EnergyTarget({}).compare(samples.flatten(1), exchanged.flatten(1), Batch(samples, references.flatten(1)))
     assert found.gain > 3.0 * found.error
     assert found.gain > 0.5 * whole.gain > 0.0
+    assert found.whole_gain == pytest.approx(whole.gain, rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 28, 28), (1, 16, 9), (4, 5, 5), (2, 3, 3), (1, 2, 2)])

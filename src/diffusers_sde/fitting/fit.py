@@ -2,7 +2,8 @@
 
 Three sets of noise and references are kept apart. The first is fitted to. On the second the averaged parameters are
 looked at now and then, and the best are chosen. On the third these are compared with the unfitted sampler, once, from
-the same noise. If they are not nearer by more than ``SIGNIFICANT`` standard errors, the unfitted sampler is the result.
+the same noise. If they are not nearer by more than ``SIGNIFICANT`` standard errors, or if whole images are further off,
+the unfitted sampler is the result.
 """
 
 from __future__ import annotations
@@ -165,7 +166,8 @@ def fit_parameters(
         unfitted = draw(torch.zeros_like(best), batch, 2, 1)
         fitted = draw(best, batch, 2, 1) if chosen else unfitted
         result = target.compare(fitted, unfitted, batch)
-    is_fitted = chosen > 0 and result.gain > SIGNIFICANT * result.error
+    # Patches alone do not make a fit: they may be nearer where the images are further off.
+    is_fitted = chosen > 0 and result.gain > SIGNIFICANT * result.error and result.whole_gain >= 0.0
     return Fit(
         best if is_fitted else torch.zeros_like(best),
         is_fitted,

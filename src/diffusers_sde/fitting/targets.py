@@ -62,11 +62,13 @@ class Comparison(NamedTuple):
         fitted: Distance of the fitted one.
         unfitted: Distance of the unfitted one.
         error: Standard error of their difference.
+        whole_gain: By how much the whole samples of the fitted one are nearer, where they count for a part alone.
     """
 
     fitted: float
     unfitted: float
     error: float
+    whole_gain: float = 0.0
 
     @property
     def gain(self) -> float:
@@ -132,7 +134,7 @@ class EnergyTarget:
 
     def compare(self, fitted: Tensor, unfitted: Tensor, batch: Batch) -> Comparison:
         """See ``Target``; the error is that of the projections of the U-statistics (Hoeffding 1948)."""
-        values, of_samples, of_references = [], [], []
+        values, whole, of_samples, of_references = [], [], [], []
         for samples in (fitted, unfitted):
             parts = []
             for s, y in _viewed(samples.double(), batch, self.bounds):
@@ -141,10 +143,12 @@ class EnergyTarget:
                 parts.append((2.0 * across.mean() - _between(s) - _between(y), own, 2.0 * across.mean(0)))
             value, own, other = (_balanced(each) for each in zip(*parts, strict=True))
             values.append(float(value))
+            whole.append(float(parts[0][0]))
             of_samples.append(own)
             of_references.append(other)
         differences = (of_samples[0] - of_samples[1], of_references[0] - of_references[1])
-        return Comparison(values[0], values[1], math.sqrt(sum(float(d.var()) / len(d) for d in differences)))
+        error = math.sqrt(sum(float(d.var()) / len(d) for d in differences))
+        return Comparison(values[0], values[1], error, whole[1] - whole[0])
 
 
 @dataclass(frozen=True, eq=False)

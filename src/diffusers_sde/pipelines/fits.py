@@ -298,7 +298,7 @@ def _report(
         "is_fitted": fit.is_fitted,
         "verdict": "the fitted sampler is nearer beyond the noise"
         if fit.is_fitted
-        else "the unfitted sampler came back: the fit did not beat it beyond the noise",
+        else "the unfitted sampler came back: the fit did not beat it beyond the noise, or in patches of images alone",
         "scheduler": type(subject.scheduler).__name__,
         "sampler": ("probability flow" if is_flow else "reverse SDE")
         + (f" with {config.corrector} corrector" if config.corrector else ""),
