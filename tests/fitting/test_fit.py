@@ -19,7 +19,7 @@ def normal(n, d=1, seed=0, mean=0.0, std=1.0):
 
 
 def mean_root(mean, variance):
-    """E|Z|^(1/2) of Z ~ N(mean, variance), an absolute moment (Winkelbauer 2012, arXiv:1209.4340, eq. 17)."""
+    """E|Z|^(1/2) of Z ~ N(mean, variance), an absolute moment (Winkelbauer 2012, arXiv:1209.4340)."""
     scale = (2.0 * variance) ** 0.25 * math.gamma(0.75) / math.sqrt(math.pi)
     return scale * float(hyp1f1(-0.25, 0.5, -0.5 * mean**2 / variance))
 

@@ -79,7 +79,6 @@ class ConfiguredScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         if not isinstance(config.get("_class_name", ""), str):
             raise ValueError(f"_class_name in the config must be a string, got {config['_class_name']!r}.")
         known = cls._get_init_keys(cls) - {"self"}
-        asked, given_grid = set(kwargs), kwargs.get("time_grid")
         unknown = {k: kwargs.pop(k) for k in list(kwargs) if k not in known}
         if unknown and not return_unused_kwargs:
             close = {name: difflib.get_close_matches(name, known, 1) for name in unknown}
@@ -102,6 +101,7 @@ class ConfiguredScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
         hidden = {k: v for k, v in config.items() if k not in known and (not k.startswith("_") or k in kept_keys)}
         if "predictor" not in config:
             # The config comes straight from diffusers. One that has been ours before already has these keys.
+            as_stock = {"timestep_spacing", "steps_offset"} & kwargs.keys() or kwargs.get("time_grid", "") is None
             if not {"time_grid", "timestep_spacing", "steps_offset"} & kwargs.keys():
                 implied = on_our_grid(implied, config)
             elif kwargs.get("time_grid") is None:
@@ -110,12 +110,11 @@ class ConfiguredScheduler(ShipsItsCode, SchedulerMixin, ConfigMixin):
                 implied = {**on_our_grid(implied, config), "time_grid": kwargs["time_grid"]}
             given |= {k: v for k, v in implied.items() if k in known}
             hidden |= {k: v for k, v in implied.items() if k not in known}
+            if not as_stock:
+                given |= bounds_of_unbounded(config, {**given, **kwargs})
         if kwargs.get("time_grid") not in (None, given.get("time_grid")) or "timestep_spacing" in kwargs:
             hidden.pop(LEFT_OUT_KEY, None)  # it belongs to the grid of the config
         arguments = {**given, **kwargs}
-        as_stock = {"timestep_spacing", "steps_offset"} & asked or ("time_grid" in asked and given_grid is None)
-        if "predictor" not in config and not as_stock:
-            arguments |= bounds_of_unbounded(config, arguments)
         if arguments.get("fitted_plan") is not None:
             arguments = cls._without_foreign_fit(arguments)
         scheduler = cls(**arguments)
