@@ -49,15 +49,23 @@ def random_walks(n, side=8, seed=0, noise=0.0):
     return smooth + noise * torch.randn(n, 1, side, side, generator=generator)
 
 
+def compared(first, second, references):
+    """Samples with other ones, by whole images and patches, and by whole images alone."""
+    rows = references.flatten(1)
+    return (
+        EnergyTarget({"fit": references}).compare(first, second, Batch(first, references)),
+        EnergyTarget({"fit": rows}).compare(first.flatten(1), second.flatten(1), Batch(first, rows)),
+    )
+
+
 def test_patches_see_noise_better_than_whole_images():
     """A noisy image lies nearly as far from others as a clean one does; its patches lie further from theirs."""
     references = random_walks(1000, seed=1)
     clean, noisy = random_walks(500, seed=2), random_walks(500, seed=2, noise=0.2)
-    found = EnergyTarget({}).compare(clean, noisy, Batch(clean, references))
-    whole = EnergyTarget({}).compare(clean.flatten(1), noisy.flatten(1), Batch(clean, references.flatten(1)))
-    assert found.gain > 4.0 * found.error
+    found, whole = compared(clean, noisy, references)
+    assert found.gain > 10.0 * found.error
     assert found.gain > 1.3 * whole.gain
-    assert found.gain / found.error > 1.2 * whole.gain / whole.error
+    assert found.gain / found.error > 3.0 * whole.gain / whole.error
 
 
 def test_patches_alone_do_not_make_a_fit():
@@ -93,11 +101,41 @@ def test_half_of_the_distance_is_that_of_whole_images():
     """Patches that are right, put together wrongly: halves of different images, of which patches see the seam alone."""
     references, samples = random_walks(1000, seed=1), random_walks(500, seed=2)
     exchanged = torch.cat([samples[..., :4], samples.roll(1, 0)[..., 4:]], dim=3)
-    found = EnergyTarget({}).compare(samples, exchanged, Batch(samples, references))
-    whole = EnergyTarget({}).compare(samples.flatten(1), exchanged.flatten(1), Batch(samples, references.flatten(1)))
+    found, whole = compared(samples, exchanged, references)
     assert found.gain > 3.0 * found.error
     assert found.gain > 0.5 * whole.gain > 0.0
     assert found.whole_gain == pytest.approx(whole.gain, rel=1e-6)
+
+
+def test_patches_are_white_in_the_units_of_what_is_fitted_to():
+    """Covariance 1/n in all directions that vary by more than what is added; other images do not change the units."""
+    references = random_walks(4000, seed=1, noise=0.3)
+    target = EnergyTarget({"fit": references, "report": 3.0 * references[:30]})
+    views = list(_views(references.double()))
+    for units, view in list(zip(target.units, views, strict=True))[1:]:
+        n = view.shape[1]
+        found = n * torch.cov(units.of(view).T)
+        variances, axes = torch.linalg.eigh(torch.cov(view.T))
+        expected = axes @ torch.diag(variances / (variances + 0.02 * variances.mean())) @ axes.T
+        assert torch.allclose(torch.linalg.eigvalsh(found), torch.linalg.eigvalsh(expected), atol=1e-5)
+        assert float(found.trace()) > 0.7 * n
+    batch = target.batch("report", 30, stream(0))
+    whole, *patches = target._viewed(batch.reference, batch)
+    assert float(whole[0].var(0).sum()) == pytest.approx(9.0, rel=0.5)
+    assert min(float(y.var(0).sum()) for _, y in patches) > 3.0
+
+
+def test_white_patches_see_what_hardly_varies():
+    """Grain of a hundredth of the variance, half as strong as it should be, beside slow changes of brightness."""
+
+    def grainy(n, grain, seed):
+        generator = torch.Generator().manual_seed(seed)
+        slow = torch.randn(n, 1, 2, 2, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        return slow + grain * torch.randn(n, 1, 8, 8, generator=generator)
+
+    found, whole = compared(grainy(500, 0.1, 1), grainy(500, 0.05, 1), grainy(1000, 0.1, 2))
+    assert found.gain > 10.0 * found.error
+    assert abs(whole.gain) < 2.0 * whole.error
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 28, 28), (1, 16, 9), (4, 5, 5), (2, 3, 3), (1, 2, 2)])
@@ -119,7 +157,7 @@ def test_pixels_are_cut_off_as_images_are():
     """What lies beyond black and white is not seen, and the noise of a black background lies there by half."""
     references, samples = random_walks(200, seed=1).clamp(-1.0, 1.0), random_walks(100, seed=2)
     batch = Batch(samples, references)
-    cut, as_they_are = EnergyTarget({}, bounds=(-1.0, 1.0)), EnergyTarget({})
+    cut, as_they_are = EnergyTarget({"fit": references}, bounds=(-1.0, 1.0)), EnergyTarget({"fit": references})
     assert float(cut.loss(samples, batch)) == float(as_they_are.loss(samples.clamp(-1.0, 1.0), batch))
     assert float(cut.loss(samples, batch)) != float(as_they_are.loss(samples, batch))
     beyond = torch.where(samples.abs() > 1.0, 3.0 * samples, samples)
@@ -131,14 +169,16 @@ def test_distances_are_in_units_of_the_data():
     """The same at every scale, and finite where all references are equal."""
     references, samples = random_walks(200, seed=1), random_walks(100, seed=2, noise=0.1)
     references[..., :4, :4] = samples[..., :4, :4] = 0.0
-    one, large = (
-        float(EnergyTarget({}).loss(scale * samples, Batch(samples, scale * references))) for scale in (1.0, 1000.0)
-    )
+
+    def loss(scale=1.0, of_references=1.0):
+        scaled = scale * of_references * references
+        return float(EnergyTarget({"fit": scaled}).loss(scale * samples, Batch(samples, scaled)))
+
+    one, large = loss(), loss(1000.0)
     assert one == pytest.approx(large, rel=1e-4)
     samples[..., :4, :4] = 0.05 * normal(100, 16, seed=3).reshape(100, 1, 4, 4)
-    spoilt = float(EnergyTarget({}).loss(samples, Batch(samples, references)))
-    assert one + 1e-3 < spoilt < one + 1.0
-    assert math.isfinite(float(EnergyTarget({}).loss(samples, Batch(samples, torch.zeros_like(references)))))
+    assert one + 1e-3 < loss() < one + 1.0
+    assert math.isfinite(loss(of_references=0.0))
 
 
 def test_the_error_of_a_gain_is_the_spread_of_gains():

@@ -5,9 +5,10 @@ Two objectives, each with noise and references of its own for fitting, for choos
 * *Energy*: 2 E|S - Y|^b - E|S - S'|^b - E|Y - Y'|^b between samples S and references Y (Szekely & Rizzo 2013), the
   unbiased U-statistic. For 0 < b < 2 it is 0 where, and only where, both have the same law; it pairs nothing, so it
   suits any sampler. b = 1/2 here, which sees small differences better than the usual 1. It is the mean of that of whole
-  samples and of the mean of those of patches, each in units of the references' own spread there. The distances of whole
-  images hardly tell a sharp one from a noisy one; those of patches do, and so does the eye. Patches alone, on the other
-  hand, do not see what an image shows.
+  samples and of the mean of those of patches. Whole samples are in units of the references' spread. The distances of
+  whole images hardly tell a sharp one from a noisy one; those of patches do, and so does the eye, if the patches are
+  whitened: in images, nearly all variance is that of slow changes of brightness, beside which edges and noise would not
+  count. Patches alone, on the other hand, do not see what an image shows.
 * *Paired*: E|S - T| where S and T start from the same noise, and T is a fine solution of the same flow.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -26,9 +28,10 @@ from torch.nn.functional import avg_pool2d, one_hot, unfold
 REFERENCES_PER_SAMPLE = 4  # they cost no call of the network
 PATCH_SIDES = (3, 5)
 PATCHES_ASIDE = 4  # along each axis, at least, where the image is that wide
-# Where images hardly differ, as in a corner that is always black, a distance is in units of this part of their usual
-# spread.
-LEAST_SPREAD = 0.1
+# What is whitened gets this part of its mean variance added in every direction; where images hardly differ, as in a
+# corner that is always black, this part of the images' usual variance counts as that mean.
+ADDED_VARIANCE = 0.02
+LEAST_VARIANCE = 0.01
 SHORTEST = 1e-4  # is added to distances, whose roots have finite derivatives then
 SETS = ("fit", "choice", "report")  # disjoint: what a set has seen judges no other
 
@@ -53,6 +56,23 @@ class Batch(NamedTuple):
     reference: Tensor
     conditioning: Mapping[str, Tensor] = {}
     reference_classes: Tensor | None = None
+
+
+class Units(NamedTuple):
+    """What distances of a view are measured in.
+
+    Attributes:
+        origin: Shape (n,).
+        scale: A factor, shape (), or a matrix, shape (n, n).
+    """
+
+    origin: Tensor
+    scale: Tensor
+
+    def of(self, view: Tensor) -> Tensor:
+        """Points in these units, shape (B, n)."""
+        origin, scale = self.origin.to(view), self.scale.to(view)
+        return (view - origin) @ scale if scale.ndim else (view - origin) * scale
 
 
 class Comparison(NamedTuple):
@@ -111,6 +131,28 @@ class EnergyTarget:
     bounds: tuple[float, float] | None = None
     name: str = field(default="energy", init=False)
 
+    @cached_property
+    def units(self) -> list[Units]:
+        """Of each view, from the references of ``fit``; those of another set would look white to themselves."""
+        references = self._cut(self.references["fit"].float())
+        usual = float(references.flatten(1).var(0).mean())
+        whole, *patches = _views(references)
+        return [_of_spread(whole), *(_white(patch, usual) for patch in patches)]
+
+    def _cut(self, images: Tensor) -> Tensor:
+        return images if self.bounds is None else images.clamp(*self.bounds)
+
+    def _viewed(self, samples: Tensor, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Samples and references as points, of whole images and of each patch, in their units.
+
+        Their classes, if both have some, count as coordinates. Two classes lie as far apart as two references do.
+        """
+        classes = _classes_as_points(batch, samples)
+        views = zip(self.units, _views(self._cut(samples)), _views(self._cut(batch.reference.to(samples))), strict=True)
+        for units, s, y in views:
+            s, y = units.of(s), units.of(y)
+            yield (s, y) if classes is None else (torch.cat([s, classes[0]], 1), torch.cat([y, classes[1]], 1))
+
     def batch(self, part: str, size: int, generator: torch.Generator) -> Batch:
         """See ``Target``."""
         references = self.references[part]
@@ -126,7 +168,7 @@ class EnergyTarget:
     def loss(self, samples: Tensor, batch: Batch) -> Tensor:
         """See ``Target``; E|Y - Y'|^b is left out, which does not depend on the samples."""
         parts = []
-        for i, (s, y) in enumerate(_viewed(samples.float(), batch, self.bounds)):
+        for i, (s, y) in enumerate(self._viewed(samples.float(), batch)):
             # A step has few samples: more references for each of its many patches would cost more than they tell.
             y = y if i == 0 else y[: len(s)]
             parts.append(2.0 * _distances(s, y).mean() - _between(s))
@@ -137,7 +179,7 @@ class EnergyTarget:
         values, whole, of_samples, of_references = [], [], [], []
         for samples in (fitted, unfitted):
             parts = []
-            for s, y in _viewed(samples.double(), batch, self.bounds):
+            for s, y in self._viewed(samples.double(), batch):
                 across, within = _distances(s, y), _distances(s, s)
                 own = 2.0 * across.mean(1) - 2.0 * (within.sum(1) - within.diagonal()) / (len(s) - 1)
                 parts.append((2.0 * across.mean() - _between(s) - _between(y), own, 2.0 * across.mean(0)))
@@ -189,24 +231,21 @@ def _rms(samples: Tensor, ends: Tensor) -> Tensor:
     return torch.sqrt(square + torch.finfo(square.dtype).tiny)  # whose derivative at 0 is finite
 
 
-def _viewed(
-    samples: Tensor, batch: Batch, bounds: tuple[float, float] | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Samples and references as points, of whole images and of each patch, in units of the references' spread.
+def _of_spread(view: Tensor) -> Units:
+    """Points whose distances are in units of their spread."""
+    spread = view.double().var(0).sum().sqrt()
+    scale = torch.where(spread > 0.0, spread, torch.ones_like(spread))  # for references that are all equal
+    return Units(torch.zeros_like(view[0]).double(), 1.0 / scale)
 
-    Their classes, if both have some, count as coordinates. Two classes lie as far apart as two references do.
-    """
-    references = batch.reference.to(samples)
-    if bounds is not None:
-        samples, references = samples.clamp(*bounds), references.clamp(*bounds)
-    classes = _classes_as_points(batch, samples)
-    usual = references.flatten(1).var(0).mean()
-    for s, y in zip(_views(samples), _views(references), strict=True):
-        variances = y.var(0)
-        length = torch.sqrt(torch.maximum(variances.sum(), LEAST_SPREAD**2 * usual * len(variances)))
-        length = torch.where(length > 0.0, length, torch.ones_like(length))  # for references that are all equal
-        s, y = s / length, y / length
-        yield (s, y) if classes is None else (torch.cat([s, classes[0]], dim=1), torch.cat([y, classes[1]], dim=1))
+
+def _white(view: Tensor, usual: float) -> Units:
+    """Points of unit covariance, or of less in directions in which they hardly differ, by the root of their number."""
+    mean, dimensions = view.double().mean(0), view.shape[1]
+    deviations = view.double() - mean
+    variances, axes = torch.linalg.eigh(deviations.T @ deviations / max(len(view) - 1, 1))
+    least = ADDED_VARIANCE * max(float(variances.mean()), LEAST_VARIANCE * usual)
+    scale = (variances.clamp(min=0.0) + least).sqrt() if least > 0.0 else torch.ones_like(variances)
+    return Units(mean, axes / (scale * math.sqrt(dimensions)))
 
 
 def _classes_as_points(batch: Batch, like: Tensor) -> tuple[Tensor, Tensor] | None:
