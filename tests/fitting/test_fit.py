@@ -9,7 +9,7 @@ from scipy.special import hyp1f1
 
 from diffusers_sde import VPSDEScheduler
 from diffusers_sde.fitting import EnergyTarget, FitOptions, PairedTarget, PlanFamily, fit_parameters, simulate
-from diffusers_sde.fitting.targets import PATCH_SIDES, SETS, Batch, Comparison, _views, stream
+from diffusers_sde.fitting.targets import ADDED_VARIANCE, PATCH_SIDES, SETS, Batch, Comparison, _views, stream
 
 STD = 0.3
 
@@ -116,13 +116,13 @@ def test_patches_are_white_in_the_units_of_what_is_fitted_to():
         n = view.shape[1]
         found = n * torch.cov(units.of(view).T)
         variances, axes = torch.linalg.eigh(torch.cov(view.T))
-        expected = axes @ torch.diag(variances / (variances + 0.02 * variances.mean())) @ axes.T
+        expected = axes @ torch.diag(variances / (variances + ADDED_VARIANCE * variances.mean())) @ axes.T
         assert torch.allclose(torch.linalg.eigvalsh(found), torch.linalg.eigvalsh(expected), atol=1e-5)
-        assert float(found.trace()) > 0.7 * n
+        assert float(found.trace()) > 0.6 * n
     batch = target.batch("report", 30, stream(0))
     whole, *patches = target._viewed(batch.reference, batch)
     assert float(whole[0].var(0).sum()) == pytest.approx(9.0, rel=0.5)
-    assert min(float(y.var(0).sum()) for _, y in patches) > 3.0
+    assert min(float(y.var(0).sum()) for _, y in patches) > 2.0
 
 
 def test_white_patches_see_what_hardly_varies():

@@ -54,7 +54,7 @@ class FitOptions:
     steps: int = 40
     batch_size: int = 512
     learning_rate: float = 0.03
-    held_out: int = 2048
+    held_out: int = 1024
     checks: int = 4
     gradients: bool = True
     directions: int = 4

@@ -30,7 +30,7 @@ PATCH_SIDES = (3, 5)
 PATCHES_ASIDE = 4  # along each axis, at least, where the image is that wide
 # What is whitened gets this part of its mean variance added in every direction; where images hardly differ, as in a
 # corner that is always black, this part of the images' usual variance counts as that mean.
-ADDED_VARIANCE = 0.02
+ADDED_VARIANCE = 0.05
 LEAST_VARIANCE = 0.01
 SHORTEST = 1e-4  # is added to distances, whose roots have finite derivatives then
 SETS = ("fit", "choice", "report")  # disjoint: what a set has seen judges no other
