@@ -9,7 +9,16 @@ from scipy.special import hyp1f1
 
 from diffusers_sde import VPSDEScheduler
 from diffusers_sde.fitting import EnergyTarget, FitOptions, PairedTarget, PlanFamily, fit_parameters, simulate
-from diffusers_sde.fitting.targets import ADDED_VARIANCE, PATCH_SIDES, SETS, Batch, Comparison, _views, stream
+from diffusers_sde.fitting.targets import (
+    ADDED_VARIANCE,
+    PATCH_SIDES,
+    PATCHES_ASIDE,
+    SETS,
+    Batch,
+    Comparison,
+    _views,
+    stream,
+)
 
 STD = 0.3
 
@@ -66,6 +75,14 @@ def test_patches_see_noise_better_than_whole_images():
     assert found.gain > 10.0 * found.error
     assert found.gain > 1.3 * whole.gain
     assert found.gain / found.error > 3.0 * whole.gain / whole.error
+
+
+@pytest.mark.parametrize(
+    "gain, whole_gain, nearer",
+    [(0.3, 0.0, True), (0.3, -0.01, False), (0.1, 0.3, True), (-0.01, 0.3, False), (0.1, 0.1, False)],
+)
+def test_one_of_two_distances_is_nearer_and_none_is_further(gain, whole_gain, nearer):
+    assert Comparison(1.0 - gain, 1.0, 0.1, whole_gain, 0.1).is_nearer(2.0) is nearer
 
 
 def test_patches_alone_do_not_make_a_fit():
@@ -140,7 +157,7 @@ def test_white_patches_see_what_hardly_varies():
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 28, 28), (1, 16, 9), (4, 5, 5), (2, 3, 3), (1, 2, 2)])
 def test_patches_come_from_all_over_the_image(shape):
-    """Every pixel of the whole, and of the patches the first and one close to the last of both axes, at all scales."""
+    """Every pixel of the whole, and of the patches the first and the last of both axes, at all scales."""
     views = list(_views(torch.arange(math.prod(shape)).reshape(1, *shape).float()))
     assert torch.equal(views[0][0], torch.arange(math.prod(shape)).float())
     channels, height, width = shape
@@ -150,7 +167,8 @@ def test_patches_come_from_all_over_the_image(shape):
         [view[0] for view in views[1:] if len(views) > 1 and len(view[0]) == channels * 9] or [views[0][0]]
     )
     assert float(seen.min()) == 0.0
-    assert float(seen.max()) >= math.prod(shape) - 1 - (width + 1) * (max(height, width) // 4)
+    assert float(seen.max()) == math.prod(shape) - 1
+    assert len(views) <= 1 + 2 * PATCHES_ASIDE**2 * math.ceil(math.log2(max(min(height, width), 2)))
 
 
 def test_pixels_are_cut_off_as_images_are():

@@ -2,8 +2,8 @@
 
 Three sets of noise and references are kept apart. The first is fitted to. On the second the averaged parameters are
 looked at now and then, and the best are chosen. On the third these are compared with the unfitted sampler, once, from
-the same noise. If they are not nearer by more than ``SIGNIFICANT`` standard errors, or if whole images are further off,
-the unfitted sampler is the result.
+the same noise. If neither they nor their whole images are nearer by more than ``SIGNIFICANT`` standard errors, or if
+whole images are further off, the unfitted sampler is the result.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class FitOptions:
     steps: int = 40
     batch_size: int = 512
     learning_rate: float = 0.03
-    held_out: int = 1024
+    held_out: int = 2048
     checks: int = 4
     gradients: bool = True
     directions: int = 4
@@ -166,8 +166,7 @@ def fit_parameters(
         unfitted = draw(torch.zeros_like(best), batch, 2, 1)
         fitted = draw(best, batch, 2, 1) if chosen else unfitted
         result = target.compare(fitted, unfitted, batch)
-    # Patches alone do not make a fit: they may be nearer where the images are further off.
-    is_fitted = chosen > 0 and result.gain > SIGNIFICANT * result.error and result.whole_gain >= 0.0
+    is_fitted = chosen > 0 and result.is_nearer(SIGNIFICANT)
     return Fit(
         best if is_fitted else torch.zeros_like(best),
         is_fitted,

@@ -18,16 +18,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, one_hot, unfold
+from torch.nn.functional import avg_pool2d, one_hot
 
 REFERENCES_PER_SAMPLE = 4  # they cost no call of the network
 PATCH_SIDES = (3, 5)
-PATCHES_ASIDE = 4  # along each axis, at least, where the image is that wide
+PATCHES_ASIDE = 4  # along each axis, where the image is wide enough
 # What is whitened gets this part of its mean variance added in every direction; where images hardly differ, as in a
 # corner that is always black, this part of the images' usual variance counts as that mean.
 ADDED_VARIANCE = 0.05
@@ -83,17 +84,25 @@ class Comparison(NamedTuple):
         unfitted: Distance of the unfitted one.
         error: Standard error of their difference.
         whole_gain: By how much the whole samples of the fitted one are nearer, where they count for a part alone.
+        whole_error: Standard error of that.
     """
 
     fitted: float
     unfitted: float
     error: float
     whole_gain: float = 0.0
+    whole_error: float = math.inf
 
     @property
     def gain(self) -> float:
         """By how much the fitted one is nearer."""
         return self.unfitted - self.fitted
+
+    def is_nearer(self, errors: float) -> bool:
+        """Whether it is, by so many standard errors, in all or in whole samples, and not further off in the other."""
+        if self.gain < 0.0 or self.whole_gain < 0.0:  # patches may be nearer where the images are further off
+            return False
+        return self.gain > errors * self.error or self.whole_gain > errors * self.whole_error
 
 
 class Target(Protocol):
@@ -171,26 +180,26 @@ class EnergyTarget:
         for i, (s, y) in enumerate(self._viewed(samples.float(), batch)):
             # A step has few samples: more references for each of its many patches would cost more than they tell.
             y = y if i == 0 else y[: len(s)]
-            parts.append(2.0 * _distances(s, y).mean() - _between(s))
+            parts.append(2.0 * _distances(s, y).mean() - _mean_of_different(_distances(s, s)))
         return _balanced(parts)
 
     def compare(self, fitted: Tensor, unfitted: Tensor, batch: Batch) -> Comparison:
         """See ``Target``; the error is that of the projections of the U-statistics (Hoeffding 1948)."""
-        values, whole, of_samples, of_references = [], [], [], []
-        for samples in (fitted, unfitted):
-            parts = []
-            for s, y in self._viewed(samples.double(), batch):
-                across, within = _distances(s, y), _distances(s, s)
-                own = 2.0 * across.mean(1) - 2.0 * (within.sum(1) - within.diagonal()) / (len(s) - 1)
-                parts.append((2.0 * across.mean() - _between(s) - _between(y), own, 2.0 * across.mean(0)))
-            value, own, other = (_balanced(each) for each in zip(*parts, strict=True))
-            values.append(float(value))
-            whole.append(float(parts[0][0]))
-            of_samples.append(own)
-            of_references.append(other)
-        differences = (of_samples[0] - of_samples[1], of_references[0] - of_references[1])
-        error = math.sqrt(sum(float(d.var()) / len(d) for d in differences))
-        return Comparison(values[0], values[1], error, whole[1] - whole[0])
+        found: tuple[list[_Statistic], list[_Statistic]] = ([], [])
+        both = (self._viewed(samples.double(), batch) for samples in (fitted, unfitted))
+        for (s, y), (u, _) in zip(*both, strict=True):
+            between = _mean_of_different(_distances(y, y))
+            for points, statistics in zip((s, u), found, strict=True):
+                statistics.append(_statistic(points, y, between))
+        ours, theirs = (_Statistic(*map(_balanced, zip(*statistics, strict=True))) for statistics in found)
+        whole = [statistics[0] for statistics in found]
+        return Comparison(
+            float(ours.value),
+            float(theirs.value),
+            _error(ours, theirs),
+            float(whole[1].value - whole[0].value),
+            _error(*whole),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,13 +271,17 @@ def _views(images: Tensor) -> Iterator[Tensor]:
     """The images flattened, and patches of them, of all scales and from all over the image: each of shape (B, n)."""
     yield images.flatten(1)
     while images.ndim == 4 and min(images.shape[2:]) >= min(PATCH_SIDES):
+        height, width = images.shape[2:]
         for side in PATCH_SIDES:
-            free = [length - side for length in images.shape[2:]]
-            if min(free) < 0:
-                continue
-            vertical, horizontal = (max(1, f // (PATCHES_ASIDE - 1)) for f in free)
-            yield from unfold(images, side, stride=(vertical, horizontal)).unbind(2)
+            for i, j in product(_spread_out(height - side), _spread_out(width - side)):
+                yield images[:, :, i : i + side, j : j + side].flatten(1)
         images = avg_pool2d(images, 2)
+
+
+def _spread_out(last: int) -> list[int]:
+    """Places from 0 to ``last``, both among them; none where ``last`` is negative."""
+    count = min(last + 1, PATCHES_ASIDE)
+    return [round(k * last / max(count - 1, 1)) for k in range(count)]
 
 
 def _balanced(parts: Sequence[Tensor]) -> Tensor:
@@ -282,7 +295,27 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.sqrt(torch.cdist(a, b) + SHORTEST)
 
 
-def _between(x: Tensor) -> Tensor:
-    """Mean of the roots of the distances of two different points."""
-    roots = _distances(x, x)
-    return (roots.sum() - roots.diagonal().sum()) / (len(x) * (len(x) - 1))
+def _mean_of_different(distances: Tensor) -> Tensor:
+    """Mean over the pairs of two different points."""
+    count = len(distances)
+    return (distances.sum() - distances.diagonal().sum()) / (count * (count - 1))
+
+
+class _Statistic(NamedTuple):
+    """The energy distance, and its projections on single samples and references."""
+
+    value: Tensor
+    of_samples: Tensor
+    of_references: Tensor
+
+
+def _statistic(s: Tensor, y: Tensor, between: Tensor) -> _Statistic:
+    across, within = _distances(s, y), _distances(s, s)
+    own = 2.0 * across.mean(1) - 2.0 * (within.sum(1) - within.diagonal()) / (len(s) - 1)
+    return _Statistic(2.0 * across.mean() - _mean_of_different(within) - between, own, 2.0 * across.mean(0))
+
+
+def _error(a: _Statistic, b: _Statistic) -> float:
+    """Standard error of the difference."""
+    differences = (a.of_samples - b.of_samples, a.of_references - b.of_references)
+    return math.sqrt(sum(float(d.var()) / len(d) for d in differences))

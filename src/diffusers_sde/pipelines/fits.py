@@ -26,7 +26,7 @@ OBJECTIVES = ("paired", "energy")
 FIT_PRECISIONS = ("no", "bf16")
 PARTS_OF_DATA = (0.6, 0.2, 0.2)  # of the images, for fit, choice and report
 TEACHER_STEPS = {"paired": 60, "energy": 100}
-DRAWN_PER_HELD_OUT = {"paired": 2, "energy": 4}  # end points to fit to, for each of the report
+DRAWN_PER_HELD_OUT = 2  # end points to fit to, for each of the report
 # Values are those of pixels if so many of them lie in the pipeline's range, or outside by so much of its length.
 MOSTLY, NEAR_THE_RANGE = 0.99, 0.1
 _FOR_THE_TEACHER = 9  # purpose of a random stream, apart from those of the fit
@@ -63,7 +63,7 @@ class _Sizes:
     held_out: int
 
 
-_WITH_GRADIENTS = _Sizes(steps=40, batch_size=512, learning_rate=0.03, held_out=1024)
+_WITH_GRADIENTS = _Sizes(steps=40, batch_size=512, learning_rate=0.03, held_out=2048)
 _PAIRED = _Sizes(steps=80, batch_size=256, learning_rate=0.03, held_out=512)
 _WITHOUT_GRADIENTS = _Sizes(steps=60, batch_size=32, learning_rate=0.02, held_out=128)
 
@@ -126,7 +126,7 @@ def fit_scheduler(
         batch_size: Images of a step; None is 512, 256 for ``paired`` and 32 without gradients. The energy distance of
             few images narrows the law of the samples.
         learning_rate: Of Adam; None is 0.03, without gradients 0.02.
-        held_out: Images of the report; None is 1024, 512 for ``paired`` and 128 without gradients.
+        held_out: Images of the report; None is 2048, 512 for ``paired`` and 128 without gradients.
         teacher_steps: Levels of the fine sampler, where there is one; None is 60 for ``paired``, 100 for ``energy``.
         gradients: Whether gradients pass through the network; None is True unless ``call`` is given.
         checkpointing: Whether activations are computed again in the backward pass, which needs the memory of one
@@ -224,7 +224,7 @@ def _target(
     if references is not None:
         return EnergyTarget(references, None, subject.labels, _bounds_of_pixels(subject, references["report"]))
     counts = {
-        "fit": DRAWN_PER_HELD_OUT[objective] * options.held_out,
+        "fit": DRAWN_PER_HELD_OUT * options.held_out,
         "choice": options.held_out // 2,
         "report": options.held_out,
     }
@@ -302,7 +302,7 @@ def _report(
         "is_fitted": fit.is_fitted,
         "verdict": "the fitted sampler is nearer beyond the noise"
         if fit.is_fitted
-        else "the unfitted sampler came back: the fit did not beat it beyond the noise, or in patches of images alone",
+        else "the unfitted sampler came back: the fit is not nearer beyond the noise, or whole images are further off",
         "scheduler": type(subject.scheduler).__name__,
         "sampler": ("probability flow" if is_flow else "reverse SDE")
         + (f" with {config.corrector} corrector" if config.corrector else ""),

@@ -63,7 +63,7 @@ class FitConfig(CheckedOptions):
     steps: int | None = option(None, "Steps of the optimiser. Default: 40, or 80 for 'paired'.", least=1)
     batch_size: int | None = option(None, "Images of a step. Default: 512, or 256 for 'paired'.", least=2)
     learning_rate: float | None = option(None, "Learning rate of Adam. Default: 0.03.", above=0.0)
-    held_out: int | None = option(None, "Images of the report. Default: 1024, or 512 for 'paired'.", least=2)
+    held_out: int | None = option(None, "Images of the report. Default: 2048, or 512 for 'paired'.", least=2)
     teacher_steps: int | None = option(
         None, "Levels of the fine sampler. Default: 60 for 'paired', 100 for 'energy'.", least=2
     )
