@@ -321,9 +321,9 @@ def test_guidance_is_fitted_with_its_scale():
         fit_scheduler(SDEPipeline(unet(), VPSDEScheduler()), 2, guidance_scale=2.0, teacher_steps=3, **SMALL)
 
 
-def test_any_other_pipeline_is_run_through_its_own_loop(tmp_path):
+def stable_diffusion(tmp_path):
     text = tiny_text(tmp_path)
-    pipe = quiet(
+    return quiet(
         diffusers.StableDiffusionPipeline(
             tiny_vae(),
             text.encoder,
@@ -335,6 +335,10 @@ def test_any_other_pipeline_is_run_through_its_own_loop(tmp_path):
             requires_safety_checker=False,
         )
     )
+
+
+def test_any_other_pipeline_is_run_through_its_own_loop(tmp_path):
+    pipe = stable_diffusion(tmp_path)
     small = {**SMALL, "steps": 1, "batch_size": 4, "held_out": 4}
     call = {"prompt": ["a", "b"], "guidance_scale": 3.0}
     fit = fit_scheduler(pipe, 2, call=call, sampler={"probability_flow": True}, teacher_steps=3, **small)
@@ -382,6 +386,23 @@ def test_a_saved_pipeline_is_fitted_from_the_command_line(network, tmp_path, cap
     with pytest.raises(SystemExit):
         fit_main([*paths[:2], "--output_dir", str(tmp_path / "model")])
     assert "--output_dir must be another folder" in capsys.readouterr().err
+
+
+def test_a_saved_text_pipeline_is_fitted_with_its_prompts_from_the_command_line(tmp_path, capsys):
+    stable_diffusion(tmp_path).save_pretrained(tmp_path / "model")
+    paths = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
+    told = ["--prompts", "a", "b", "--guidance_scale", "3", "--sampler", "probability_flow=true"]
+    small = ["--steps", "1", "--batch_size", "4", "--held_out", "4", "--num_inference_steps", "2"]
+    fit_main([*paths, *told, *small, "--teacher_steps", "3"])
+    report = json.loads((tmp_path / "out" / "fit.json").read_text())
+    assert report["guidance_scale"] == 3.0 and not report["gradients"]
+    loaded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert isinstance(loaded.scheduler, VPSDEScheduler)
+    capsys.readouterr()
+    for more, message in ((["--prompts", "a", "--dataset_name", "digits"], "--dataset_name"), ([], "prompts are for")):
+        with pytest.raises(SystemExit):
+            fit_main([*paths, *more, *small])
+        assert message in capsys.readouterr().err
 
 
 def test_images_of_the_sets_are_disjoint():

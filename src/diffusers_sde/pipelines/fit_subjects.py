@@ -26,6 +26,11 @@ from .probability_flow import ProbabilityFlow
 FEWEST_IMAGES = 50
 
 
+def is_told_captions(pipe: Any) -> bool:
+    """Whether a pipeline's call takes prompts."""
+    return hasattr(pipe, "text_encoder") or hasattr(pipe, "prompt_encoder")
+
+
 class FitSubject(ABC):
     """A pipeline's sampler with parameters, and a way to draw with it.
 
@@ -149,7 +154,7 @@ class DenoisedSubject(FitSubject):
         check_number("guidance_scale", guidance_scale, at_least=1.0, at_most=1.0)
         if class_labels is not None:
             raise ValueError("class_labels must be None for a pipeline without classes.")
-        if hasattr(pipe, "text_encoder") or hasattr(pipe, "prompt_encoder"):
+        if is_told_captions(pipe):
             raise ValueError(f"call must be given for a {type(pipe).__name__}, such as call={{'prompt': ...}}.")
         self._denoiser = self.scheduler.tempered(ProbabilityFlow(pipe).denoiser)
         return None

@@ -15,6 +15,8 @@ from ..basics.files import write_whole
 from ..basics.options import LARGEST_SEED, CheckedOptions, fail, names_of, option, parse_options
 from ..evaluation.data import read_images
 from ..evaluation.samplers import Sampler, as_sde_pipeline, launched_processes, load_pipeline
+from ..pipelines import SDEPipeline
+from ..pipelines.fit_subjects import is_told_captions
 from ..pipelines.fits import FIT_PRECISIONS, OBJECTIVES, SchedulerFit, fit_scheduler
 
 logger = logging.getLogger(__name__)
@@ -59,11 +61,26 @@ class FitConfig(CheckedOptions):
     num_images: int = option(20_000, "Images of the split, evenly spread over it, at most.", least=50)
 
     # ------------------------------------------------------------------ the fit
-    guidance_scale: float = option(1.0, "Classifier-free guidance of class-conditional models.", least=0.0)
-    steps: int | None = option(None, "Steps of the optimiser. Default: 40, or 80 for 'paired'.", least=1)
-    batch_size: int | None = option(None, "Images of a step. Default: 512, or 256 for 'paired'.", least=2)
-    learning_rate: float | None = option(None, "Learning rate of Adam. Default: 0.03.", above=0.0)
-    held_out: int | None = option(None, "Images of the report. Default: 2048, or 512 for 'paired'.", least=2)
+    prompts: tuple[str, ...] | None = option(
+        None,
+        "Captions that images have in turn, for a model that is told captions. It is run through its own loop, which "
+        "takes no gradients and needs more images.",
+    )
+    guidance_scale: float = option(
+        1.0, "Classifier-free guidance of models that are told classes or captions.", least=0.0
+    )
+    steps: int | None = option(
+        None, "Steps of the optimiser. Default: 40, 80 for 'paired', 60 without gradients.", least=1
+    )
+    batch_size: int | None = option(
+        None, "Images of a step. Default: 512, 256 for 'paired', 32 without gradients.", least=2
+    )
+    learning_rate: float | None = option(
+        None, "Learning rate of Adam. Default: 0.03, or 0.02 without gradients.", above=0.0
+    )
+    held_out: int | None = option(
+        None, "Images of the report. Default: 2048, 512 for 'paired', 128 without gradients.", least=2
+    )
     teacher_steps: int | None = option(
         None, "Levels of the fine sampler. Default: 60 for 'paired', 100 for 'energy'.", least=2
     )
@@ -90,9 +107,22 @@ def fit_saved(config: FitConfig) -> SchedulerFit:
     folder = Path(config.output_dir)
     if folder.resolve() == Path(config.model).resolve():
         raise ValueError(f"output_dir must be another folder than model, got {config.output_dir!r} for both.")
-    pipe: Any = as_sde_pipeline(load_pipeline(config.model)).to(launched_processes().device)
+    pipe: Any = load_pipeline(config.model).to(launched_processes().device)
+    has_data = config.dataset_name is not None or config.data_dir is not None
+    if is_told_captions(pipe) is not (config.prompts is not None):
+        raise ValueError(
+            f"prompts are for a model that is told captions, and it needs them: got {config.prompts!r} for a "
+            f"{type(pipe).__name__}."
+        )
+    if config.prompts is None:
+        pipe = as_sde_pipeline(pipe)
+        told: dict[str, Any] = {"guidance_scale": config.guidance_scale, "gradients": config.gradients}
+    elif has_data and not isinstance(pipe, SDEPipeline):
+        raise ValueError(f"dataset_name and data_dir must be left out for a {type(pipe).__name__}.")
+    else:
+        told = {"call": {"prompt": list(config.prompts), "guidance_scale": config.guidance_scale}}
     data = None
-    if config.dataset_name is not None or config.data_dir is not None:
+    if has_data:
         data = read_images(config, pipe, config.dataset_split, config.num_images, show_progress=True).pixels
     with torch.enable_grad():
         fit = fit_scheduler(
@@ -101,16 +131,15 @@ def fit_saved(config: FitConfig) -> SchedulerFit:
             data,
             sampler=Sampler.parse(f"sampler: {config.sampler}").options,
             objective=config.objective,
-            guidance_scale=config.guidance_scale,
             steps=config.steps,
             batch_size=config.batch_size,
             learning_rate=config.learning_rate,
             held_out=config.held_out,
             teacher_steps=config.teacher_steps,
-            gradients=config.gradients,
             checkpointing=config.checkpointing,
             mixed_precision=config.mixed_precision,
             seed=config.seed,
+            **told,
         )
     pipe.scheduler = fit.scheduler
     pipe.save_pretrained(folder)
