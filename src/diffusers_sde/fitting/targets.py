@@ -186,7 +186,7 @@ class EnergyTarget:
     def compare(self, fitted: Tensor, unfitted: Tensor, batch: Batch) -> Comparison:
         """See ``Target``; the error is that of the projections of the U-statistics (Hoeffding 1948)."""
         found: tuple[list[_Statistic], list[_Statistic]] = ([], [])
-        both = (self._viewed(samples.double(), batch) for samples in (fitted, unfitted))
+        both = (self._viewed(_precise(samples), batch) for samples in (fitted, unfitted))
         for (s, y), (u, _) in zip(*both, strict=True):
             between = _mean_of_different(_distances(y, y))
             for points, statistics in zip((s, u), found, strict=True):
@@ -230,7 +230,7 @@ class PairedTarget:
 
     def compare(self, fitted: Tensor, unfitted: Tensor, batch: Batch) -> Comparison:
         """See ``Target``."""
-        ours, theirs = (_rms(samples.double(), batch.reference.double()) for samples in (fitted, unfitted))
+        ours, theirs = (_rms(_precise(samples), _precise(batch.reference)) for samples in (fitted, unfitted))
         return Comparison(float(ours.mean()), float(theirs.mean()), float((ours - theirs).std()) / math.sqrt(len(ours)))
 
 
@@ -240,21 +240,27 @@ def _rms(samples: Tensor, ends: Tensor) -> Tensor:
     return torch.sqrt(square + torch.finfo(square.dtype).tiny)  # whose derivative at 0 is finite
 
 
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
 def _of_spread(view: Tensor) -> Units:
     """Points whose distances are in units of their spread."""
-    spread = view.double().var(0).sum().sqrt()
+    spread = _precise(view).var(0).sum().sqrt()
     scale = torch.where(spread > 0.0, spread, torch.ones_like(spread))  # for references that are all equal
-    return Units(torch.zeros_like(view[0]).double(), 1.0 / scale)
+    return Units(torch.zeros_like(view[0]), 1.0 / scale)
 
 
 def _white(view: Tensor, usual: float) -> Units:
     """Points of unit covariance, or of less in directions in which they hardly differ, by the root of their number."""
-    mean, dimensions = view.double().mean(0), view.shape[1]
-    deviations = view.double() - mean
-    variances, axes = torch.linalg.eigh(deviations.T @ deviations / max(len(view) - 1, 1))
+    view, dimensions = _precise(view), view.shape[1]
+    mean = view.mean(0)
+    deviations = view - mean
+    covariance = (deviations.T @ deviations / max(len(view) - 1, 1)).cpu().double()
+    variances, axes = torch.linalg.eigh(covariance)  # small, and not on every device
     least = ADDED_VARIANCE * max(float(variances.mean()), LEAST_VARIANCE * usual)
     scale = (variances.clamp(min=0.0) + least).sqrt() if least > 0.0 else torch.ones_like(variances)
-    return Units(mean, axes / (scale * math.sqrt(dimensions)))
+    return Units(mean, (axes / (scale * math.sqrt(dimensions))).to(mean))
 
 
 def _classes_as_points(batch: Batch, like: Tensor) -> tuple[Tensor, Tensor] | None:
