@@ -17,6 +17,7 @@ from diffusers_sde import (
     FlowSDEScheduler,
     SDEPipeline,
     SubVPSDEScheduler,
+    TextSDEPipeline,
     VESDEScheduler,
     VPSDEScheduler,
     diagnose,
@@ -25,6 +26,7 @@ from diffusers_sde import (
 from diffusers_sde.basics.networks import computes_in_bf16
 from diffusers_sde.fitting import PlanFamily, simulate
 from diffusers_sde.fitting.families import PARTS
+from diffusers_sde.fitting.targets import Batch
 from diffusers_sde.pipelines.fit_subjects import DenoisedSubject
 from diffusers_sde.pipelines.fits import _bounds_of_pixels, _split
 from diffusers_sde.schedulers.fitted_plans import is_same_network, sampled_weights
@@ -410,3 +412,28 @@ def test_images_of_the_sets_are_disjoint():
     seen = [set(part.flatten().tolist()) for part in parts.values()]
     assert len(set.union(*seen)) == sum(map(len, seen)) == 100
     assert [len(part) for part in seen] == [60, 20, 20]
+
+
+def test_captions_are_fitted_with_gradients(tmp_path):
+    """What the fit draws is what the pipeline draws, caption by caption, with guidance."""
+    text, network = tiny_text(tmp_path), conditional_unet(cross_attention_dim=16, in_channels=1, out_channels=1)
+    pipe = quiet(
+        TextSDEPipeline(network, VPSDEScheduler(), text.encoder, text.tokenizer, null_caption="", max_caption_length=8)
+    )
+    call = {"prompt": ["a", "b"], "guidance_scale": 3.0}
+    flow = {"probability_flow": True}
+    fit = fit_scheduler(pipe, 2, call=call, sampler=flow, teacher_steps=3, **SMALL)
+    assert fit.report["gradients"] and fit.report["guidance_scale"] == 3.0
+    pipe.scheduler = VPSDEScheduler(**flow)
+    subject = DenoisedSubject(pipe, pipe.scheduler, 4, 1.0, None, call, (), False, 2)
+    noise = torch.randn(3, *subject.shape, generator=seeded())
+    batch = Batch(noise, noise, {"class_labels": torch.tensor([0, 1, 1])})
+    times = pipe.scheduler.sampling_times(4)
+    drawn = subject.draw(subject.family.base, times, batch, seeded())
+    expected = pipe(["a", "b", "b"], guidance_scale=3.0, latents=noise, num_inference_steps=4, output_type="latent")
+    torch.testing.assert_close(drawn, expected.images, rtol=1e-4, atol=1e-4)
+    for given in ({**call, "output_type": "pt"}, {"guidance_scale": 3.0}, {"prompt": 3}):
+        with pytest.raises(ValueError, match="prompt"):
+            fit_scheduler(pipe, 2, call=given, teacher_steps=3, **SMALL)
+    with pytest.raises(ValueError, match="put them into it"):
+        fit_scheduler(pipe, 2, call=call, guidance_scale=2.0, teacher_steps=3, **SMALL)

@@ -21,9 +21,11 @@ from ..sampling.rows import Plan
 from ..sampling.time_grids import whole_timesteps
 from ..schedulers import SDEScheduler
 from .pipeline_class_conditional import ClassConditionalSDEPipeline
+from .pipeline_text import TextSDEPipeline
 from .probability_flow import ProbabilityFlow
 
 FEWEST_IMAGES = 50
+TOLD = ("prompt", "negative_prompt", "guidance_scale", "guidance_interval")  # of a text pipeline of this package
 
 
 def is_told_captions(pipe: Any) -> bool:
@@ -144,6 +146,15 @@ class DenoisedSubject(FitSubject):
 
     def _prepare(self, guidance_scale: float, class_labels: Any) -> Tensor | None:
         pipe = self.pipe
+        if isinstance(pipe, TextSDEPipeline) and self.call:
+            _check_left_out(guidance_scale, class_labels)
+            if "prompt" not in self.call or self.call.keys() - set(TOLD):
+                raise ValueError(f"call must hold prompt and otherwise {', '.join(TOLD[1:])}, got {sorted(self.call)}.")
+            of_caption = pipe.denoiser(**self.call)
+            prompts = self.call["prompt"]
+            # Captions take the place of classes: each sample has one, by its number.
+            self._denoiser = self.scheduler.tempered(lambda x, t, class_labels: of_caption(x, t, class_labels))
+            return torch.arange(1 if isinstance(prompts, str) else len(prompts))
         if isinstance(pipe, ClassConditionalSDEPipeline):
             denoiser: Denoiser = pipe.denoiser(guidance_scale)
             null = pipe.config.null_class
@@ -187,8 +198,7 @@ class CalledSubject(FitSubject):
     """A pipeline that is run through its own loop."""
 
     def _prepare(self, guidance_scale: float, class_labels: Any) -> Tensor | None:
-        if guidance_scale != 1.0 or class_labels is not None:
-            raise ValueError("guidance_scale and class_labels must be left out with call: put them into it.")
+        _check_left_out(guidance_scale, class_labels)
         taken = {"latents", "num_inference_steps", "output_type", "generator"} & self.call.keys()
         if taken:
             raise ValueError(f"call must not hold {', '.join(sorted(taken))}, which the fit chooses.")
@@ -223,6 +233,11 @@ class CalledSubject(FitSubject):
             takes_turns = name.startswith(("prompt", "negative_prompt")) and isinstance(each, (list, tuple))
             arguments[name] = [each[(start + i) % len(each)] for i in range(count)] if takes_turns else value
         return arguments
+
+
+def _check_left_out(guidance_scale: float, class_labels: Any) -> None:
+    if guidance_scale != 1.0 or class_labels is not None:
+        raise ValueError("guidance_scale and class_labels must be left out with call: put them into it.")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from ..sampling.planning import make_plan
 from ..schedulers import SDEScheduler
 from ..schedulers.fitted_plans import sampled_weights
 from .fit_subjects import CalledSubject, DenoisedSubject, FitSubject
+from .pipeline_text import TextSDEPipeline
 from .probability_flow import own_or_fitting_scheduler
 
 OBJECTIVES = ("paired", "energy")
@@ -120,7 +121,9 @@ def fit_scheduler(
         guidance_scale: Of a class-conditional pipeline. A fit holds for its scale.
         class_labels: Classes to draw from, numbers or names; None for all of a class-conditional pipeline.
         call: Arguments of the pipeline's own call, such as ``prompt``, and then the pipeline is run itself. A list of
-            prompts is used in turn. It must take ``latents``, ``num_inference_steps`` and ``output_type="latent"``.
+            prompts is used in turn. It must take ``latents``, ``num_inference_steps`` and ``output_type="latent"``. A
+            ``TextSDEPipeline`` takes ``prompt``, ``negative_prompt``, ``guidance_scale`` and ``guidance_interval``, and
+            is not run itself.
         parts: What is fitted, names of ``fitting.PARTS``.
         steps: Steps of the optimiser. None is 40, 80 for ``paired`` and 60 without gradients.
         batch_size: Images of a step; None is 512, 256 for ``paired`` and 32 without gradients. The energy distance of
@@ -128,7 +131,7 @@ def fit_scheduler(
         learning_rate: Of Adam; None is 0.03, without gradients 0.02.
         held_out: Images of the report; None is 2048, 512 for ``paired`` and 128 without gradients.
         teacher_steps: Levels of the fine sampler, where there is one; None is 60 for ``paired``, 100 for ``energy``.
-        gradients: Whether gradients pass through the network; None is True unless ``call`` is given.
+        gradients: Whether gradients pass through the network; None is True unless the pipeline is run itself.
         checkpointing: Whether activations are computed again in the backward pass, which needs the memory of one
             network call instead of all of them.
         mixed_precision: ``bf16`` computes the network in bfloat16 in the steps of the optimiser, and ``no`` as it is.
@@ -157,8 +160,9 @@ def fit_scheduler(
             "objective 'paired' compares with a finer solution of the same probability flow: it needs a sampler with "
             "probability_flow=True and takes no data."
         )
-    with_gradients = check_flag("gradients", call is None if gradients is None else gradients)
-    if with_gradients and call is not None:
+    is_called = call is not None and not isinstance(pipe, TextSDEPipeline)
+    with_gradients = check_flag("gradients", not is_called if gradients is None else gradients)
+    if with_gradients and is_called:
         raise ValueError("gradients must be False or None with call: the loop of a pipeline takes none.")
     check_choice("mixed_precision", mixed_precision, (None, *FIT_PRECISIONS))
     sizes = (_PAIRED if objective == "paired" else _WITH_GRADIENTS) if with_gradients else _WITHOUT_GRADIENTS
@@ -172,7 +176,7 @@ def fit_scheduler(
     )
     fine = TEACHER_STEPS[objective] if teacher_steps is None else teacher_steps
     fine = check_integer("teacher_steps", fine, at_least=levels + 1)
-    subject = (DenoisedSubject if call is None else CalledSubject)(
+    subject = (CalledSubject if is_called else DenoisedSubject)(
         pipe, scheduler, levels, guidance_scale, class_labels, call, tuple(parts), checkpointing, options.batch_size
     )
     subject.in_bf16 = with_gradients and (

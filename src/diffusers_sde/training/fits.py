@@ -63,8 +63,8 @@ class FitConfig(CheckedOptions):
     # ------------------------------------------------------------------ the fit
     prompts: tuple[str, ...] | None = option(
         None,
-        "Captions that images have in turn, for a model that is told captions. It is run through its own loop, which "
-        "takes no gradients and needs more images.",
+        "Captions that images have in turn, for a model that is told captions. One of diffusers is run through its own "
+        "loop, which takes no gradients and needs more images.",
     )
     guidance_scale: float = option(
         1.0, "Classifier-free guidance of models that are told classes or captions.", least=0.0
@@ -121,6 +121,8 @@ def fit_saved(config: FitConfig) -> SchedulerFit:
         raise ValueError(f"dataset_name and data_dir must be left out for a {type(pipe).__name__}.")
     else:
         told = {"call": {"prompt": list(config.prompts), "guidance_scale": config.guidance_scale}}
+        if isinstance(pipe, SDEPipeline):
+            told["gradients"] = config.gradients
     data = None
     if has_data:
         data = read_images(config, pipe, config.dataset_split, config.num_images, show_progress=True).pixels
