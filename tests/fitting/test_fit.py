@@ -16,6 +16,7 @@ from diffusers_sde.fitting.targets import (
     SETS,
     Batch,
     Comparison,
+    Gain,
     _views,
     stream,
 )
@@ -78,11 +79,21 @@ def test_patches_see_noise_better_than_whole_images():
 
 
 @pytest.mark.parametrize(
-    "gain, whole_gain, nearer",
-    [(0.3, 0.0, True), (0.3, -0.01, False), (0.1, 0.3, True), (-0.01, 0.3, False), (0.1, 0.1, False)],
+    "gain, whole, patches, nearer",
+    [
+        (0.3, None, None, True),
+        (0.1, None, None, False),
+        (0.3, 0.0, 0.0, True),
+        (0.1, 0.3, 0.0, True),
+        (0.1, 0.0, 0.3, True),
+        (0.3, -0.01, 0.6, False),
+        (-0.01, 0.3, -0.4, False),
+        (0.1, 0.1, 0.1, False),
+    ],
 )
-def test_one_of_two_distances_is_nearer_and_none_is_further(gain, whole_gain, nearer):
-    assert Comparison(1.0 - gain, 1.0, 0.1, whole_gain, 0.1).is_nearer(2.0) is nearer
+def test_a_fit_is_nearer_in_all_or_in_a_part_and_never_further_as_a_whole(gain, whole, patches, nearer):
+    parts = (None if value is None else Gain(value, 0.1) for value in (whole, patches))
+    assert Comparison(1.0 - gain, 1.0, 0.1, *parts).is_nearer(2.0) is nearer
 
 
 def test_patches_alone_do_not_make_a_fit():
@@ -102,7 +113,7 @@ def test_patches_alone_do_not_make_a_fit():
             return (samples - batch.noise - 1.0).square().mean()
 
         def compare(self, fitted, unfitted, batch):
-            return Comparison(float(self.loss(fitted, batch)), 1.0, 1e-3, self.whole_gain)
+            return Comparison(float(self.loss(fitted, batch)), 1.0, 1e-3, Gain(self.whole_gain, 1e-3))
 
     def simulator(parameters, batch, generator):
         return batch.noise + parameters.float()
@@ -121,7 +132,9 @@ def test_half_of_the_distance_is_that_of_whole_images():
     found, whole = compared(samples, exchanged, references)
     assert found.gain > 3.0 * found.error
     assert found.gain > 0.5 * whole.gain > 0.0
-    assert found.whole_gain == pytest.approx(whole.gain, rel=1e-6)
+    assert found.whole.value == pytest.approx(whole.gain, rel=1e-6)
+    assert found.whole.error == pytest.approx(whole.error, rel=1e-6) and whole.whole is None
+    assert found.gain == pytest.approx(0.5 * (found.whole.value + found.patches.value))
 
 
 def test_patches_are_white_in_the_units_of_what_is_fitted_to():

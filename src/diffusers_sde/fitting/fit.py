@@ -2,8 +2,8 @@
 
 Three sets of noise and references are kept apart. The first is fitted to. On the second the averaged parameters are
 looked at now and then, and the best are chosen. On the third these are compared with the unfitted sampler, once, from
-the same noise. If neither they nor their whole images are nearer by more than ``SIGNIFICANT`` standard errors, or if
-whole images are further off, the unfitted sampler is the result.
+the same noise. If they are not nearer by more than ``SIGNIFICANT`` standard errors, in all, as whole images or in
+patches, or if whole images are further off, the unfitted sampler is the result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..basics.checks import check_flag, check_integer, check_number
-from .targets import SETS, Batch, Target, stream
+from .targets import SETS, Batch, Gain, Target, stream
 
 SIGNIFICANT = 2.0
 AVERAGED_PART = 0.1  # of the steps, over which parameters are averaged at the end
@@ -79,6 +79,8 @@ class Fit(NamedTuple):
         fitted: Distance of the chosen parameters on the report's set.
         unfitted: Distance of the unfitted sampler there.
         error: Standard error of the difference.
+        whole: What whole images gain, and patches, where the distance has these parts.
+        patches: As ``whole``.
         chosen_step: The step whose averaged parameters were chosen; 0 is the unfitted sampler.
         samples: Samples that were drawn, all together.
         seconds: What it took.
@@ -89,6 +91,8 @@ class Fit(NamedTuple):
     fitted: float
     unfitted: float
     error: float
+    whole: Gain | None
+    patches: Gain | None
     chosen_step: int
     samples: int
     seconds: float
@@ -173,6 +177,8 @@ def fit_parameters(
         result.fitted,
         result.unfitted,
         result.error,
+        result.whole,
+        result.patches,
         chosen,
         drawn,
         time.perf_counter() - began,

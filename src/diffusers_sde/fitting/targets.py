@@ -15,7 +15,7 @@ Two objectives, each with noise and references of its own for fitting, for choos
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -76,6 +76,13 @@ class Units(NamedTuple):
         return (view - origin) @ scale if scale.ndim else (view - origin) * scale
 
 
+class Gain(NamedTuple):
+    """By how much a fitted sampler is nearer, and the standard error of that."""
+
+    value: float
+    error: float
+
+
 class Comparison(NamedTuple):
     """Two samplers on the same noise.
 
@@ -83,15 +90,15 @@ class Comparison(NamedTuple):
         fitted: Distance of the fitted one.
         unfitted: Distance of the unfitted one.
         error: Standard error of their difference.
-        whole_gain: By how much the whole samples of the fitted one are nearer, where they count for a part alone.
-        whole_error: Standard error of that.
+        whole: What whole samples gain, where the distance has parts.
+        patches: What patches gain.
     """
 
     fitted: float
     unfitted: float
     error: float
-    whole_gain: float = 0.0
-    whole_error: float = math.inf
+    whole: Gain | None = None
+    patches: Gain | None = None
 
     @property
     def gain(self) -> float:
@@ -99,10 +106,14 @@ class Comparison(NamedTuple):
         return self.unfitted - self.fitted
 
     def is_nearer(self, errors: float) -> bool:
-        """Whether it is, by so many standard errors, in all or in whole samples, and not further off in the other."""
-        if self.gain < 0.0 or self.whole_gain < 0.0:  # patches may be nearer where the images are further off
-            return False
-        return self.gain > errors * self.error or self.whole_gain > errors * self.whole_error
+        """Whether it is by so many standard errors, in all or in a part, and neither in all nor as a whole further off.
+
+        Each part is looked at, since one that gains nothing adds its error to the sum. Patches may be nearer where the
+        images are further off.
+        """
+        gains = [Gain(self.gain, self.error), *(part for part in (self.whole, self.patches) if part is not None)]
+        further = self.gain < 0.0 or (self.whole is not None and self.whole.value < 0.0)
+        return not further and any(gain.value > errors * gain.error for gain in gains)
 
 
 class Target(Protocol):
@@ -191,15 +202,13 @@ class EnergyTarget:
             between = _mean_of_different(_distances(y, y))
             for points, statistics in zip((s, u), found, strict=True):
                 statistics.append(_statistic(points, y, between))
-        ours, theirs = (_Statistic(*map(_balanced, zip(*statistics, strict=True))) for statistics in found)
-        whole = [statistics[0] for statistics in found]
-        return Comparison(
-            float(ours.value),
-            float(theirs.value),
-            _error(ours, theirs),
-            float(whole[1].value - whole[0].value),
-            _error(*whole),
-        )
+        ours, theirs = (_mean_of(_balanced, statistics) for statistics in found)
+        gains: list[Gain | None] = [None, None]
+        if len(found[0]) > 1:
+            whole = (statistics[0] for statistics in found)
+            patches = (_mean_of(lambda parts: torch.stack(list(parts[1:])).mean(0), statistics) for statistics in found)
+            gains = [_gain(*whole), _gain(*patches)]
+        return Comparison(float(ours.value), float(theirs.value), _gain(ours, theirs).error, *gains)
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,7 +330,11 @@ def _statistic(s: Tensor, y: Tensor, between: Tensor) -> _Statistic:
     return _Statistic(2.0 * across.mean() - _mean_of_different(within) - between, own, 2.0 * across.mean(0))
 
 
-def _error(a: _Statistic, b: _Statistic) -> float:
-    """Standard error of the difference."""
-    differences = (a.of_samples - b.of_samples, a.of_references - b.of_references)
-    return math.sqrt(sum(float(d.var()) / len(d) for d in differences))
+def _mean_of(mean: Callable[[Sequence[Tensor]], Tensor], statistics: Sequence[_Statistic]) -> _Statistic:
+    return _Statistic(*map(mean, zip(*statistics, strict=True)))
+
+
+def _gain(fitted: _Statistic, unfitted: _Statistic) -> Gain:
+    differences = (fitted.of_samples - unfitted.of_samples, fitted.of_references - unfitted.of_references)
+    error = math.sqrt(sum(float(d.var()) / len(d) for d in differences))
+    return Gain(float(unfitted.value - fitted.value), error)

@@ -42,8 +42,9 @@ class SchedulerFit:
             beat it beyond the noise.
         report: Plain numbers and words: which sampler was fitted to what, and on noise and images that the fit has not
             seen its distance (``fitted``), that of the unfitted sampler (``unfitted``), their difference (``gain``) and
-            its standard error (``gain_error``); the images that the network was called for (``network_evaluations``)
-            and the time.
+            its standard error (``gain_error``), and those of whole images and of patches where both count
+            (``gain_of_whole_images``, ``gain_of_patches``); the images that the network was called for
+            (``network_evaluations``) and the time.
     """
 
     scheduler: SDEScheduler
@@ -322,6 +323,11 @@ def _report(
         "unfitted": fit.unfitted,
         "gain": fit.unfitted - fit.fitted,
         "gain_error": fit.error,
+        **{
+            f"gain_of_{name}": list(gain)
+            for name, gain in (("whole_images", fit.whole), ("patches", fit.patches))
+            if gain is not None
+        },
         "chosen_step": fit.chosen_step,
         "steps": options.steps,
         "batch_size": options.batch_size,
@@ -336,4 +342,6 @@ def _report(
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " +- ".join(map(_shown, value))
     return f"{value:.5g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
