@@ -236,6 +236,7 @@ def measure(
 def table(results: dict[str, Any]) -> str:
     """Markdown."""
     lines = ["# Fitted samplers", "", "Written by benchmarks/fitted.py: FD / recall, with the spread of FD.", ""]
+    lines += [*verdict(results), ""]
     for name, entry in results.items():
         columns = sorted(entry["calls"], key=int)
         labels = list(dict.fromkeys(label for c in columns for label in entry["calls"][c]))
@@ -265,6 +266,43 @@ def table(results: dict[str, Any]) -> str:
         ]
         lines += ["", "Cost of a fit, in network evaluations of one image: " + "; ".join(cost) + ".", ""]
     return "\n".join(lines)
+
+
+def spread(rows: dict[str, Any]) -> float:
+    """The standard deviation of FD, pooled over the samplers within a factor of 2 of the best unfitted one."""
+    best = min(_mean(row["fd"]) for label, row in rows.items() if is_unfitted(label, row))
+    near = [row["fd"] for row in rows.values() if len(row["fd"]) > 1 and _mean(row["fd"]) < 2.0 * best]
+    return math.sqrt(_mean([float(torch.tensor(fd).var()) for fd in near])) if near else math.inf
+
+
+def is_unfitted(label: str, row: dict[str, Any]) -> bool:
+    """Whether a row is a sampler that knows nothing of the network, ours or diffusers', on the network itself."""
+    return bool(row["fd"]) and (bool(row.get("peer")) or label.endswith(", unfitted"))
+
+
+def verdict(results: dict[str, Any]) -> list[str]:
+    """In how many cells the better fit is ahead of every unfitted sampler, and each fit of its own start."""
+    cells = [rows for entry in results.values() for rows in entry["calls"].values()]
+    lines = []
+    for title, fits in (("The best fit", list(KINDS)), *((f"The fit of the {kind}", [kind]) for kind in KINDS)):
+        ahead = behind = total = 0
+        for rows in cells:
+            found = [_mean(rows[f"{kind}, fitted"]["fd"]) for kind in fits if f"{kind}, fitted" in rows]
+            against = [
+                _mean(row["fd"])
+                for label, row in rows.items()
+                if is_unfitted(label, row) and (len(fits) > 1 or label == f"{fits[0]}, unfitted")
+            ]
+            if not found:
+                continue
+            total += 1
+            ahead += min(found) < min(against)
+            behind += min(found) > min(against) + spread(rows)
+        of = "every unfitted sampler" if len(fits) > 1 else "its start"
+        lines.append(
+            f"- {title} is ahead of {of} in {ahead} of {total} cells, behind by more than the spread in {behind}."
+        )
+    return lines
 
 
 def _mean(values: list[float]) -> float:
