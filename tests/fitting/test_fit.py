@@ -349,3 +349,24 @@ def test_a_sampler_without_finite_samples_is_refused():
     target = PairedTarget(dict.fromkeys(SETS, normal(8)), dict.fromkeys(SETS, normal(8)))
     with pytest.raises(ValueError, match="not finite"):
         fit_parameters(3, lambda p, b, g: b.noise * math.nan, target, FitOptions(steps=1, batch_size=4, held_out=4))
+
+
+def test_steps_that_are_too_long_are_shortened():
+    """A narrow valley: with the first rate no look at the choice is better than the start, without going back."""
+
+    class Valley:
+        name = "energy"
+
+        def batch(self, part, size, generator):
+            return Batch(torch.zeros(size, 1), torch.zeros(size, 1))
+
+        def loss(self, samples, batch):
+            return (samples - 0.01).square().mean()
+
+        def compare(self, fitted, unfitted, batch):
+            return Comparison(float(self.loss(fitted, batch)), float(self.loss(unfitted, batch)), 1e-9)
+
+    options = FitOptions(steps=40, batch_size=2, held_out=4, learning_rate=0.2)
+    found = fit_parameters(1, lambda p, batch, g: batch.noise + p.float(), Valley(), options)
+    assert found.is_fitted and found.chosen_step > 10
+    assert float(found.parameters) == pytest.approx(0.01, abs=0.005)

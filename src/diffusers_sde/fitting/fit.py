@@ -1,9 +1,10 @@
 """The fit of a plan's parameters: Adam on gradients through the sampler, or on estimates of them without any.
 
 Three sets of noise and references are kept apart. The first is fitted to. On the second the averaged parameters are
-looked at now and then, and the best are chosen. On the third these are compared with the unfitted sampler, once, from
-the same noise. If they are not nearer by more than ``SIGNIFICANT`` standard errors, in all, as whole images or in
-patches, or if whole images are further off, the unfitted sampler is the result.
+looked at now and then, and the best are chosen; where they are no better, the fit goes back to the best so far with
+shorter steps. On the third these are compared with the unfitted sampler, once, from the same noise. If they are not
+nearer by more than ``SIGNIFICANT`` standard errors, in all, as whole images or in patches, or if whole images are
+further off, the unfitted sampler is the result.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ SIGNIFICANT = 2.0
 AVERAGED_PART = 0.1  # of the steps, over which parameters are averaged at the end
 LARGEST_DECAY = 0.999
 LARGEST_GRADIENT = 1.0
+BACK_OFF = 0.3  # times the learning rate, where a look at the choice found nothing better
 
 Simulator = Callable[[Tensor, Batch, torch.Generator], Tensor]
 """(parameters, batch, generator of the noise on the way) -> samples, shape (B, ...)."""
@@ -130,7 +132,7 @@ def fit_parameters(
     optimizer = torch.optim.Adam([parameters], options.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     decay = min(1.0 - 1.0 / max(AVERAGED_PART * options.steps, 1.0), LARGEST_DECAY)
-    average = torch.zeros_like(parameters.detach())
+    average, averaged = torch.zeros_like(parameters.detach()), 0
 
     def distance(batch: Batch, purpose: tuple[int, ...], candidate: Tensor) -> float:
         with torch.no_grad():
@@ -157,12 +159,19 @@ def fit_parameters(
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            average = torch.lerp(parameters, average, decay)
+            average, averaged = torch.lerp(parameters, average, decay), averaged + 1
         if step % every == 0 or step == options.steps:
-            corrected = average / (1.0 - decay**step)
+            corrected = average / (1.0 - decay**averaged)
             found = judged(corrected)
             if found < best_loss:
                 best, best_loss, chosen = corrected.clone(), found, step
+            else:  # the steps are too long: back to the best, with shorter ones
+                with torch.no_grad():
+                    parameters.copy_(best)
+                average, averaged = torch.zeros_like(best), 0
+                optimizer.state.clear()
+                for group in optimizer.param_groups:
+                    group["lr"] *= BACK_OFF
         if progress is not None:
             progress(step, value)
     with torch.no_grad():
