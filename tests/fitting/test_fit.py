@@ -352,21 +352,22 @@ def test_a_sampler_without_finite_samples_is_refused():
 
 
 def test_steps_that_are_too_long_are_shortened():
-    """A narrow valley: with the first rate no look at the choice is better than the start, without going back."""
+    """Where the fit pulls far beyond what is better by other noise, short steps from the best so far find that."""
 
-    class Valley:
+    class FarOff:
         name = "energy"
 
         def batch(self, part, size, generator):
-            return Batch(torch.zeros(size, 1), torch.zeros(size, 1))
+            best = 1.0 if part == "fit" else 0.02
+            return Batch(torch.zeros(size, 1), torch.full((size, 1), best))
 
         def loss(self, samples, batch):
-            return (samples - 0.01).square().mean()
+            return (samples - batch.reference).square().mean()
 
         def compare(self, fitted, unfitted, batch):
             return Comparison(float(self.loss(fitted, batch)), float(self.loss(unfitted, batch)), 1e-9)
 
-    options = FitOptions(steps=40, batch_size=2, held_out=4, learning_rate=0.2)
-    found = fit_parameters(1, lambda p, batch, g: batch.noise + p.float(), Valley(), options)
+    options = FitOptions(steps=80, checks=8, batch_size=2, held_out=4, learning_rate=0.5)
+    found = fit_parameters(1, lambda p, batch, g: batch.noise + p.float(), FarOff(), options)
     assert found.is_fitted and found.chosen_step > 10
-    assert float(found.parameters) == pytest.approx(0.01, abs=0.005)
+    assert 0.0 < float(found.parameters) < 0.04
