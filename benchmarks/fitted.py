@@ -33,7 +33,7 @@ from diffusers import DiffusionPipeline
 from mixtures import Mixture, MixtureJudge, fitted
 from samplers import PEERS, SCHEDULERS, Problem
 from torch import Tensor, nn
-from trained import BOUND, TrainedNetwork, load_judge, peers
+from trained import BOUND, TrainedNetwork, load_judge, mean, peers, pooled_spread
 from zoo import RECIPES, TRANSFER, Folders, add_folders, all_of
 
 from diffusers_sde import SDEPipeline, VPSDEScheduler, fit_scheduler
@@ -243,19 +243,19 @@ def table(results: dict[str, Any]) -> str:
         labels.sort(key=lambda label: bool(entry["calls"][columns[0]].get(label, {}).get("peer")))
         lines += [f"## {name}", "", f"Exact samples, or real images: FD {entry['floor']:.3f}.", ""]
         lines += ["| sampler | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-        best = {c: min((_mean(row["fd"]) for row in entry["calls"][c].values()), default=math.inf) for c in columns}
+        best = {c: min((mean(row["fd"]) for row in entry["calls"][c].values()), default=math.inf) for c in columns}
         for label in labels:
             cells = []
             for c in columns:
                 row = entry["calls"][c].get(label, {"fd": [], "recall": []})
-                value = _mean(row["fd"])
+                value = mean(row["fd"])
                 if not math.isfinite(value):
                     cells.append("-")
                     continue
                 mark = "**" if value == best[c] else ""
                 spread = float(torch.tensor(row["fd"]).std())
                 unchanged = " (unfitted)" if row.get("is_fitted") is False else ""
-                cells.append(f"{mark}{value:.3f}{mark} +- {spread:.3f} / {_mean(row['recall']):.2f}{unchanged}")
+                cells.append(f"{mark}{value:.3f}{mark} +- {spread:.3f} / {mean(row['recall']):.2f}{unchanged}")
             own = not any(entry["calls"][c].get(label, {}).get("peer") for c in columns)
             lines.append(f"| {'ours, ' if own else ''}{label} | " + " | ".join(cells) + " |")
         cost = [
@@ -266,13 +266,6 @@ def table(results: dict[str, Any]) -> str:
         ]
         lines += ["", "Cost of a fit, in network evaluations of one image: " + "; ".join(cost) + ".", ""]
     return "\n".join(lines)
-
-
-def spread(rows: dict[str, Any]) -> float:
-    """The standard deviation of FD, pooled over the samplers within a factor of 2 of the best unfitted one."""
-    best = min(_mean(row["fd"]) for label, row in rows.items() if is_unfitted(label, row))
-    near = [row["fd"] for row in rows.values() if len(row["fd"]) > 1 and _mean(row["fd"]) < 2.0 * best]
-    return math.sqrt(_mean([float(torch.tensor(fd).var()) for fd in near])) if near else math.inf
 
 
 def is_unfitted(label: str, row: dict[str, Any]) -> bool:
@@ -287,9 +280,9 @@ def verdict(results: dict[str, Any]) -> list[str]:
     for title, fits in (("The best fit", list(KINDS)), *((f"The fit of the {kind}", [kind]) for kind in KINDS)):
         ahead = behind = total = 0
         for rows in cells:
-            found = [_mean(rows[f"{kind}, fitted"]["fd"]) for kind in fits if f"{kind}, fitted" in rows]
+            found = [mean(rows[f"{kind}, fitted"]["fd"]) for kind in fits if f"{kind}, fitted" in rows]
             against = [
-                _mean(row["fd"])
+                mean(row["fd"])
                 for label, row in rows.items()
                 if is_unfitted(label, row) and (len(fits) > 1 or label == f"{fits[0]}, unfitted")
             ]
@@ -297,16 +290,13 @@ def verdict(results: dict[str, Any]) -> list[str]:
                 continue
             total += 1
             ahead += min(found) < min(against)
-            behind += min(found) > min(against) + spread(rows)
+            best = min(mean(row["fd"]) for label, row in rows.items() if is_unfitted(label, row))
+            behind += min(found) > min(against) + pooled_spread([row["fd"] for row in rows.values()], best)
         of = "every unfitted sampler" if len(fits) > 1 else "its start"
         lines.append(
             f"- {title} is ahead of {of} in {ahead} of {total} cells, behind by more than the spread in {behind}."
         )
     return lines
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.inf
 
 
 def main() -> None:

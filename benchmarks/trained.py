@@ -215,16 +215,15 @@ def fd(entry: dict[str, Any], label: str, calls: int) -> float:
 
 
 def spread(entry: dict[str, Any], calls: int) -> float:
-    """The standard deviation of FD between draws, pooled over the samplers within a factor of 2 of the best."""
+    """The pooled spread of a cell around its best sampler."""
     cells = [row["cells"].get(str(calls), {}).get("fd", []) for row in entry["rows"].values()]
-    cells = [values for values in cells if len(values) > 1 and math.isfinite(mean(values))]
-    best = min((mean(values) for values in cells), default=math.inf)
-    variances = [
-        sum((v - mean(values)) ** 2 for v in values) / (len(values) - 1)
-        for values in cells
-        if mean(values) < 2.0 * best
-    ]
-    return math.sqrt(mean(variances)) if variances else math.inf
+    return pooled_spread(cells, min((mean(values) for values in cells if len(values) > 1), default=math.inf))
+
+
+def pooled_spread(cells: list[list[float]], best: float) -> float:
+    """The standard deviation of FD between draws, pooled over the samplers within a factor of 2 of the best."""
+    near = [values for values in cells if len(values) > 1 and mean(values) < 2.0 * best]
+    return math.sqrt(mean([float(torch.tensor(values).double().var()) for values in near])) if near else math.inf
 
 
 def best_peer(entry: dict[str, Any], calls: int) -> tuple[float, str]:

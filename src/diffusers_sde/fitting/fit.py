@@ -81,8 +81,8 @@ class Fit(NamedTuple):
         fitted: Distance of the chosen parameters on the report's set.
         unfitted: Distance of the unfitted sampler there.
         error: Standard error of the difference.
-        whole: What whole images gain, and patches, where the distance has these parts.
-        patches: As ``whole``.
+        whole: What whole images gain; None where the distance has no parts.
+        patches: What patches gain, likewise.
         chosen_step: The step whose averaged parameters were chosen; 0 is the unfitted sampler.
         samples: Samples that were drawn, all together.
         seconds: What it took.

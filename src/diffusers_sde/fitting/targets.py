@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, one_hot
 
 REFERENCES_PER_SAMPLE = 4  # they cost no call of the network
+REFERENCES_OF_UNITS = 4096  # in random order, at most: more would tell no more of variances
 PATCH_SIDES = (3, 5)
 PATCHES_ASIDE = 4  # along each axis, where the image is wide enough
 # What is whitened gets this part of its mean variance added in every direction; where images hardly differ, as in a
@@ -154,12 +155,12 @@ class EnergyTarget:
     @cached_property
     def units(self) -> list[Units]:
         """Of each view, from the references of ``fit``; those of another set would look white to themselves."""
-        references = self._cut(self.references["fit"].float())
+        references = self._cut(self.references["fit"][:REFERENCES_OF_UNITS].float())
         usual = float(references.flatten(1).var(0).mean())
-        whole, *patches = _views(references)
-        return [_of_spread(whole), *(_white(patch, usual) for patch in patches)]
+        return [_white(view, usual) if i else _of_spread(view) for i, view in enumerate(_views(references))]
 
     def _cut(self, images: Tensor) -> Tensor:
+        """Images as they are saved, within the bounds."""
         return images if self.bounds is None else images.clamp(*self.bounds)
 
     def _viewed(self, samples: Tensor, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
@@ -255,13 +256,16 @@ def _precise(x: Tensor) -> Tensor:
 
 def _of_spread(view: Tensor) -> Units:
     """Points whose distances are in units of their spread."""
-    spread = _precise(view).var(0).sum().sqrt()
+    spread = view.var(0).sum().sqrt()
     scale = torch.where(spread > 0.0, spread, torch.ones_like(spread))  # for references that are all equal
     return Units(torch.zeros_like(view[0]), 1.0 / scale)
 
 
 def _white(view: Tensor, usual: float) -> Units:
-    """Points of unit covariance, or of less in directions in which they hardly differ, by the root of their number."""
+    """Whitened points, shape (B, n): (y - m) (C + e)^(-1/2) / sqrt(n) up to a rotation, with the covariance C of view.
+
+    Directions in which the points hardly differ, by less than e, stay short.
+    """
     view, dimensions = _precise(view), view.shape[1]
     mean = view.mean(0)
     deviations = view - mean
