@@ -57,7 +57,7 @@ def test_the_law_of_gaussian_data(sde, eta):
 def test_rejection_leaves_no_bias():
     """A judge that dislikes large values of the path rejects every other step; the end is N(0, 1) all the same."""
     n, generator = 40_000, torch.Generator().manual_seed(3)
-    path = _BrownianPath((n, 1), torch.float64, torch.device("cpu"))
+    path = _BrownianPath(torch.zeros(n, 1).double(), torch.device("cpu"))
     now, total, length = torch.zeros(n).double(), torch.zeros(n, 1).double(), torch.full((n,), 0.3).double()
     active, rejections = torch.ones(n, dtype=torch.bool), 0
     draw = lambda wanted: torch.randn(n, 1, dtype=torch.float64, generator=generator)  # noqa: E731

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..basics.checks import check_integer, check_number, check_tensor
+from ..basics.precision import finest
 from ..networks.denoisers import Denoiser
 from ..sampling.exponential import Exponential
 from ..sampling.loop import sample
@@ -91,12 +92,12 @@ def profile_grid(
         recent.insert(0, estimate)
         if len(recent) > order:
             difference = sum(((-1) ** k * math.comb(order, k) * e for k, e in enumerate(recent)), torch.zeros_like(x))
-            slopes.append(float(difference.double().square().mean().sqrt()))
+            slopes.append(float(finest(difference).square().mean().sqrt()))
             recent.pop()
         return estimate
 
     start = noise * float(sde.sigma(times[0]))
-    data = sample(make_plan(sde, times, Exponential(2), stochasticity=0.0), recorded, start).double()
+    data = finest(sample(make_plan(sde, times, Exponential(2), stochasticity=0.0), recorded, start))
     variance = float((data - data.mean(0)).square().mean())
     # A difference over several levels belongs to the middle between the first and the last of them.
     middle = 0.5 * (lam[order:] + lam[: levels - order])

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..basics.noise import Generators, standard_normal_like
+from ..basics.precision import finest_dtype
 from ..networks.denoisers import Denoiser
 from ..sampling.rows import Plan, advance, row_of
 
@@ -41,15 +42,17 @@ def simulate(
         batch_norms: As in ``advance``.
         conditioning: Further arguments of the denoiser.
     """
-    precise = torch.float32 if x.device.type == "mps" else torch.float64
+    precise = finest_dtype(x.device)
     differentiable = plan.table.requires_grad and torch.is_grad_enabled()
+    # In two steps, and of all rows at once, so that gradients turn to float64 on the host: not every device can.
+    table = plan.table.to(precise).to(x.device) if differentiable else plan.table
     draws = [row.draws_noise for row in plan.rows]
     call = partial(denoiser, **(conditioning or {}))
     stored: list[Tensor] = []
     for i, kind in enumerate(plan.kinds):
         if differentiable:
-            row = row_of(plan.table[i], kind, plan.memory, draws[i])
-            t = row.t.to(x.device, precise)
+            row = row_of(table[i], kind, plan.memory, draws[i])
+            t = row.t
         else:
             row = plan.rows[i]
             t = torch.tensor(row.t, dtype=precise, device=x.device)

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, one_hot
 
+from ..basics.precision import finest
+
 REFERENCES_PER_SAMPLE = 4  # they cost no call of the network
 REFERENCES_OF_UNITS = 4096  # in random order, at most: more would tell no more of variances
 PATCH_SIDES = (3, 5)
@@ -198,7 +200,7 @@ class EnergyTarget:
     def compare(self, fitted: Tensor, unfitted: Tensor, batch: Batch) -> Comparison:
         """See ``Target``; the error is that of the projections of the U-statistics (Hoeffding 1948)."""
         found: tuple[list[_Statistic], list[_Statistic]] = ([], [])
-        both = (self._viewed(_precise(samples), batch) for samples in (fitted, unfitted))
+        both = (self._viewed(finest(samples), batch) for samples in (fitted, unfitted))
         for (s, y), (u, _) in zip(*both, strict=True):
             between = _mean_of_different(_distances(y, y))
             for points, statistics in zip((s, u), found, strict=True):
@@ -240,7 +242,7 @@ class PairedTarget:
 
     def compare(self, fitted: Tensor, unfitted: Tensor, batch: Batch) -> Comparison:
         """See ``Target``."""
-        ours, theirs = (_rms(_precise(samples), _precise(batch.reference)) for samples in (fitted, unfitted))
+        ours, theirs = (_rms(finest(samples), finest(batch.reference)) for samples in (fitted, unfitted))
         return Comparison(float(ours.mean()), float(theirs.mean()), float((ours - theirs).std()) / math.sqrt(len(ours)))
 
 
@@ -248,10 +250,6 @@ def _rms(samples: Tensor, ends: Tensor) -> Tensor:
     """Root mean square of the difference of each sample, shape (B,)."""
     square = (samples - ends).flatten(1).square().mean(1)
     return torch.sqrt(square + torch.finfo(square.dtype).tiny)  # whose derivative at 0 is finite
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 def _of_spread(view: Tensor) -> Units:
@@ -266,7 +264,7 @@ def _white(view: Tensor, usual: float) -> Units:
 
     Directions in which the points hardly differ, by less than e, stay short.
     """
-    view, dimensions = _precise(view), view.shape[1]
+    view, dimensions = finest(view), view.shape[1]
     mean = view.mean(0)
     deviations = view - mean
     covariance = (deviations.T @ deviations / max(len(view) - 1, 1)).cpu().double()

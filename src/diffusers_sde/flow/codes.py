@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..basics.checks import check_integer, check_number, check_state
+from ..basics.precision import finest, finest_dtype
 from ..networks.denoisers import Denoiser
 from ..sampling.solution import Solution
 from ..sdes import SDE
@@ -205,10 +206,10 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor | Sequence[float]) -> Tensor:
     """
     if a.shape != b.shape:
         raise ValueError(f"a and b must have the same shape, got {tuple(a.shape)} and {tuple(b.shape)}.")
-    flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
+    flat_a, flat_b = (finest(codes.flatten(1)) for codes in (a, b))
     cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))
     theta = torch.acos(cosine.clamp(-1.0, 1.0))[:, None]
-    w = torch.as_tensor(weights, dtype=torch.float64, device=a.device)[None, :]
+    w = torch.as_tensor(weights).to(finest_dtype(a.device)).to(a.device)[None, :]
     # Codes that are nearly parallel have no arc. The straight line, its limit, is taken for them.
     arc = theta.sin().abs() > 1e-6
     safe = torch.where(arc, theta.sin(), torch.ones_like(theta))

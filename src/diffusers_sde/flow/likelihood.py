@@ -108,7 +108,7 @@ def log_prob(
     coordinates = FlowCoordinates(sde, t_min, sde.t_max, options.data_mean, options.data_std)
     end = result.solution.sample
     scales = x[0].numel() * (coordinates.log_scale(sde.t_max) - coordinates.log_scale(t_min))
-    value = sde.prior_log_prob(end).to("cpu", torch.float64) + scales + result.log_density_change.mean(1)
+    value = sde.prior_log_prob(end).cpu().double() + scales + result.log_density_change.mean(1)
     if trace.method == "exact":
         error = torch.zeros_like(value)
     elif trace.method == "resampled":

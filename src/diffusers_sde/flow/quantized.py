@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..basics.checks import check_choice, check_integer, check_ordered, check_pair, check_tensor
 from ..basics.noise import Generators, sample_generators
+from ..basics.precision import finest, finest_dtype
 from ..networks.denoisers import Denoiser
 from ..sdes import SDE
 from .likelihood import log_prob
@@ -63,7 +64,7 @@ class Quantization:
     def centers(self, levels: Tensor) -> Tensor:
         """The middle of the bins of integer ``levels``, float32."""
         first = self.low + (0.5 * self.width if self.grid == "bins" else 0.0)
-        return (first + levels.to(torch.float64 if levels.device.type != "mps" else torch.float32) * self.width).float()
+        return (first + finest(levels) * self.width).float()
 
     def levels_of(self, images: Tensor, value_range: tuple[float, float]) -> Tensor:
         """Integer levels of images, int64.
@@ -82,7 +83,7 @@ class Quantization:
             black, white = check_pair("value_range", value_range)
             if not bool(torch.isfinite(images).all()):
                 raise ValueError("images must be finite.")
-            exact = (images.double() - black) * ((self.levels - 1) / (white - black))
+            exact = (finest(images) - black) * ((self.levels - 1) / (white - black))
             levels = exact.round().long()
             slack = 1e-3 * (self.levels - 1)
             if not bool(((exact >= -slack) & (exact <= self.levels - 1 + slack)).all()):
@@ -103,17 +104,22 @@ class Quantization:
         return levels
 
 
+def _uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    device = generator.device
+    return torch.rand(tuple(shape), generator=generator, dtype=finest_dtype(device), device=device)
+
+
 def truncated_normal(
     shape: Sequence[int], std: float, half_width: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Normal noise cut off at +-half_width, float64, by inversion of its distribution function.
+    """Normal noise cut off at +-half_width, by inversion of its distribution function, float64 (float32 on mps).
 
     Returns:
         The noise u, shape ``shape``, and log q(u) in nats per entry.
     """
     edge = half_width / std
     mass = math.erf(edge / math.sqrt(2.0))
-    uniform = torch.rand(tuple(shape), generator=generator, dtype=torch.float64, device=generator.device)
+    uniform = _uniform(shape, generator)
     unit = (math.sqrt(2.0) * torch.erfinv((2.0 * uniform - 1.0) * mass)).clamp(-edge, edge)
     return std * unit, -0.5 * unit.square() - math.log(std * math.sqrt(2.0 * math.pi) * mass)
 
@@ -212,7 +218,7 @@ def bits_per_dim(
     else:
         levels = quantization.levels_of(images, value_range)
         centers = quantization.centers(levels).to(images.device)
-        generators = sample_generators(levels.double(), generator, "dequantisation")
+        generators = sample_generators(levels.cpu().double(), generator, "dequantisation")
         std = None if dequantization == "uniform" else sigma / alpha
         noise, log_q = _noise_in_bins(centers, importance_samples, width, std, generators)
         x = (centers[:, None] + noise).flatten(0, 1)
@@ -273,13 +279,13 @@ def _noise_in_bins(
     for row, source in zip(centers, generators, strict=True):
         shape = (draws, *row.shape)
         if std is None:
-            u = (torch.rand(shape, generator=source, dtype=torch.float64, device=source.device) - 0.5) * width
+            u = (_uniform(shape, source) - 0.5) * width
             log_density = torch.full_like(u, -math.log(width))
         else:
             u, log_density = truncated_normal(shape, std, 0.5 * width, source)
         noise.append(u.float())
         densities.append(log_density.flatten(1).sum(1))
-    return torch.stack(noise).to(centers.device), torch.stack(densities).cpu()
+    return torch.stack(noise).to(centers.device), torch.stack(densities).cpu().double()
 
 
 def _child(generator: torch.Generator) -> torch.Generator:
@@ -304,7 +310,7 @@ def _already_continuous(images: Tensor, quantization: Quantization, importance_s
         )
     grids = [(quantization.levels - 1, 0.0), (quantization.levels, 0.0), (quantization.levels, 0.5)]
     for count, phase in grids:
-        position = (images.double() - quantization.low) * (count / (quantization.high - quantization.low)) - phase
+        position = (finest(images) - quantization.low) * (count / (quantization.high - quantization.low)) - phase
         if bool(((position - position.round()).abs() < 1e-3).all()):
             raise ValueError(
                 "images lie on the grid of quantised data, where a density is unbounded: they were not dequantised. "

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..basics.checks import check_conditioning, check_integer, check_number, check_state, check_tolerances
+from ..basics.precision import finest_dtype
 from ..networks.denoisers import Denoiser
 from ..sampling.solution import Solution, SolverError
 from ..sdes import SDE, expand_like
@@ -129,7 +130,7 @@ class FlowField:
         t, alpha, scale = self.coordinates.at(tau)
         shift, width, pull = (expand_like(_moved_to(z, v), z) for v in (alpha * mean, scale, np.tanh(tau)))
         x = torch.addcmul(shift, width, z)
-        time = t.to(dtype=torch.float32 if z.device.type == "mps" else torch.float64).to(z.device)
+        time = t.to(finest_dtype(z.device)).to(z.device)
         rows = torch.from_numpy(samples).to(z.device)
         conditioning = {name: value[rows.to(value.device)] for name, value in self.conditioning.items()}
 
@@ -197,7 +198,7 @@ class FlowBatch:
         steepness = value.slope.flatten(1).square().mean(1).sqrt()
         # This is the one transfer from the device to the host in a step.
         columns = [norms, steepness[:, None], value.estimate_is_finite[:, None].to(norms)]
-        on_host = torch.cat(columns, 1).to("cpu", torch.float64).numpy()
+        on_host = torch.cat(columns, 1).cpu().double().numpy()
 
         verdict = self.control.judge(trial, on_host[:, :-2], on_host[:, -2])
         finite = (on_host[:, -1] == 1.0) & np.isfinite(value.rate).all(1)

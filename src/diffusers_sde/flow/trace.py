@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..basics.checks import check_choice, check_integer
+from ..basics.precision import finest, finest_dtype
 
 TRACES = ("resampled", "hutchinson", "exact")
 PROBES = ("rademacher", "gaussian")
@@ -68,7 +69,7 @@ def jacobian_products(
         ValueError: The denoiser cannot be differentiated.
     """
     products: list[Tensor] = []
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    wide = finest_dtype(x.device)
     if differentiation == "forward":
         # The fused attention kernels have no forward derivative, but the plain one has.
         kernels = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
@@ -138,12 +139,12 @@ class TraceEstimator:
         if options.method == "exact":
             # All probes together, one per dimension, would need d copies of x at once. They are made on demand instead.
             x0, products = jacobian_products(denoise, x, _unit_vectors(x), options.differentiation)
-            return x0, torch.stack(products).sum(0).to("cpu", torch.float64)[:, None]
+            return x0, torch.stack(products).sum(0).cpu().double()[:, None]
         drawn = torch.stack([self._draw(sample, x) for sample in samples], 1).to(device=x.device, dtype=x.dtype)
         x0, products = jacobian_products(denoise, x, drawn, options.differentiation)
         estimates = torch.stack([product.cpu().double() for product in products], 1)
         if options.probe == "gaussian":
-            excess = drawn.flatten(2).double().square().sum(2).T.cpu() - x[0].numel()
+            excess = finest(drawn.flatten(2)).square().sum(2).T.cpu().double() - x[0].numel()
             estimates = estimates - gain[:, None] * excess
         return x0, estimates
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..basics.checks import check_integer, check_number
 from ..basics.noise import Generators, standard_normal_like
+from ..basics.precision import finest, finest_dtype
 from ..networks.denoisers import Denoiser
 from ..sampling.rows import Plan, mean
 from ..sdes import SDE, expand_like
@@ -137,22 +138,22 @@ class SMC(PosteriorMethod):
         index = torch.arange(problems, device=y.device).repeat_interleave(k)
         each, targets = operator.select(index), y[index]
         x = standard_normal_like(targets.new_zeros(problems * k, *operator.data_shape), generator).to(y) * sde.prior_std
-        log_weights = torch.zeros(problems, k, dtype=torch.float64, device=y.device)
-        log_evidence = torch.zeros(problems, dtype=torch.float64, device=y.device)
+        log_weights = torch.zeros(problems, k, dtype=finest_dtype(y.device), device=y.device)
+        log_evidence = torch.zeros(problems, dtype=finest_dtype(y.device), device=y.device)
         effective = torch.full_like(log_evidence, float(k))
         previous = torch.zeros_like(log_weights)
         for row in plan.rows:
-            t, alpha, sigma = bounded_path(sde, torch.tensor(row.t, dtype=torch.float64, device=x.device), x)
+            t, alpha, sigma = bounded_path(sde, torch.tensor(row.t, dtype=finest_dtype(x.device), device=x.device), x)
             x0_hat, vjp = denoise_with_vjp(denoiser, x, t, self.chunk_size)
             v = isotropic_variance(alpha, sigma, self.data_std)
             around = each.at(x0_hat)
             r = around.residual(targets, x0_hat)
             u = around.solve_gram(r, noise_std**2 / v) / v
-            log_twist = (-0.5 * (r * u).flatten(1).sum(1).double()).reshape(problems, k)
+            log_twist = (-0.5 * finest((r * u).flatten(1).sum(1))).reshape(problems, k)
             log_weights = log_weights + log_twist - previous
             if row is last:
-                m = each.measurements(targets).double()
-                square = r.double().flatten(1).square().sum(1)
+                m = finest(each.measurements(targets))
+                square = finest(r).flatten(1).square().sum(1)
                 likelihood = -0.5 * square / noise_std**2 - 0.5 * m * math.log(2.0 * math.pi * noise_std**2)
                 log_weights = log_weights + likelihood.reshape(problems, k) - log_twist
                 x = x0_hat * last.model
@@ -173,7 +174,7 @@ class SMC(PosteriorMethod):
             z = standard_normal_like(x, generator).to(x)
             # p / q for x_s = mean_p + model shift + noise z: mean_q is mean_p + model shift.
             offset = (row.model / row.noise) * shift
-            ratio = -0.5 * ((z + offset).square() - z.square()).double().flatten(1).sum(1)
+            ratio = -0.5 * finest((z + offset).square() - z.square()).flatten(1).sum(1)
             log_weights = log_weights + ratio.reshape(problems, k)
             x = mean(row, x, x0_hat + shift, ()) + row.noise * z
             previous = log_twist
@@ -187,9 +188,10 @@ class SMC(PosteriorMethod):
 def _systematic(log_weights: Tensor, n: int, generator: Generators) -> Tensor:
     """Draw n indices by each row's weights from one uniform number (systematic resampling), int64 (B, n)."""
     u = [
-        torch.rand(1, generator=g, dtype=torch.float64, device="cpu" if g is None else g.device)
+        torch.rand(1, generator=g, dtype=finest_dtype(place), device=place)
         for g in (generator if isinstance(generator, Sequence) else [generator] * len(log_weights))
+        for place in ("cpu" if g is None else g.device,)
     ]
-    points = (torch.cat(u).to(log_weights.device)[:, None] + torch.arange(n, device=log_weights.device)) / n
-    edges = torch.softmax(log_weights.double(), 1).cumsum(1)
+    points = (torch.cat(u).to(log_weights)[:, None] + torch.arange(n, device=log_weights.device)) / n
+    edges = torch.softmax(finest(log_weights), 1).cumsum(1)
     return torch.searchsorted(edges / edges[:, -1:], points).clamp(max=log_weights.shape[1] - 1)

@@ -265,7 +265,7 @@ class GaussianPosterior(GuidingMethod):
             )
         a = operator.matrix()
         d = a.shape[1]
-        c = torch.as_tensor(self.covariance).detach().to("cpu", torch.float64)
+        c = torch.as_tensor(self.covariance).detach().cpu().double()
         c = c * torch.eye(d, dtype=torch.float64) if c.ndim == 0 else c
         if c.shape != (d, d):
             raise ValueError(f"covariance must have shape {(d, d)}, got {tuple(c.shape)}.")
@@ -275,7 +275,7 @@ class GaussianPosterior(GuidingMethod):
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             t, _, _ = bounded_path(sde, t, x)
             x0_hat = denoiser(x, t)
-            variance = values / (1.0 + torch.exp(sde.log_snr(t).double().cpu()).unsqueeze(-1) * values)
+            variance = values / (1.0 + torch.exp(sde.log_snr(t).cpu().double()).unsqueeze(-1) * values)
             gram = (along * variance.unsqueeze(-2)) @ along.T + noise_std**2 * torch.eye(len(a), dtype=torch.float64)
             r = operator.residual(y, x0_hat).flatten(1)
             # Masks make rows of A zero, and the residual is zero there too. The pseudo-inverse leaves these rows out.

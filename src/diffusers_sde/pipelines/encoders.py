@@ -152,9 +152,9 @@ class LatentPreview:
         rows = x.float().permute(0, 2, 3, 1).flatten(0, 2)
         targets = colours.permute(0, 2, 3, 1).flatten(0, 2)
         # A little ridge, for channels that do not vary. The factorisation is on the host, which every device allows.
-        rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1).double().cpu()
+        rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1).cpu().double()
         gram = rows.T @ rows + 1e-6 * len(rows) * torch.eye(rows.shape[1], dtype=rows.dtype)
-        solution = torch.linalg.solve(gram, rows.T @ targets.double().cpu()).to(torch.float32).to(x.device)
+        solution = torch.linalg.solve(gram, rows.T @ targets.cpu().double()).to(torch.float32).to(x.device)
         return cls(solution[:-1].T, solution[-1])
 
     def __call__(self, x: Tensor) -> Tensor:

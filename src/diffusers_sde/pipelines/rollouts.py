@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..basics.checks import check_choice
 from ..basics.noise import Generators
+from ..basics.precision import finest_dtype
 from ..networks.denoisers import Denoiser, with_timestep
 from ..sampling.rows import Row
 from ..sampling.transitions import REDUCTIONS, Transition
@@ -350,8 +351,8 @@ def _looks_back(row: Row) -> bool:
 
 def _times(scheduler: SDEScheduler, steps: RolloutSteps) -> Tensor:
     """The SDE times of steps, shape (n,)."""
-    precise = torch.float32 if steps.x_t.device.type == "mps" else torch.float64
-    return torch.tensor([scheduler.rows[i].t for i in steps.index], dtype=precise, device=steps.x_t.device)
+    device = steps.x_t.device
+    return torch.tensor([scheduler.rows[i].t for i in steps.index], dtype=finest_dtype(device), device=device)
 
 
 def _within(numbers: Tensor, count: int) -> bool:

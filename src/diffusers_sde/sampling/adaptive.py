@@ -16,7 +16,7 @@ the shorter step draws B between the two known values (a Brownian bridge).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,7 @@ from ..basics.checks import (
     check_tolerances,
 )
 from ..basics.noise import Generators, standard_normal_like
+from ..basics.precision import finest_dtype
 from ..networks.denoisers import Denoiser
 from ..sdes import SDE, expand_like
 from .exponential import kernel_moment
@@ -45,26 +46,26 @@ class _BrownianPath:
 
     Known points form a stack, with the nearest on top. A step may end on the top. If it ends before the top, a point of
     the bridge to the top is drawn and pushed; if there is no known point, a fresh increment is drawn and pushed.
-    Accepting a step moves the current point.
+    Accepting a step moves the current point. Clock times live on the device ``numbers_on``, points on that of ``y``.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        self.depth = torch.zeros(shape[0], dtype=torch.int64, device=device)
+    def __init__(self, y: Tensor, numbers_on: torch.device) -> None:
+        self.depth = torch.zeros(len(y), dtype=torch.int64, device=numbers_on)
         self.clock: list[Tensor] = []  # of each place in the stack: clock time, shape (B,)
         self.value: list[Tensor] = []  # B there minus B at the current point, shape (B, ...)
-        self.shape, self.dtype, self.device = shape, dtype, device
+        self.origin = torch.zeros_like(y)
 
     def top(self) -> Tensor:
         """Clock time of the nearest known point, infinite where there is none, shape (B,)."""
-        result = torch.full((self.shape[0],), math.inf, dtype=torch.float64, device=self.device)
+        result = torch.full(self.depth.shape, math.inf, dtype=torch.float64, device=self.depth.device)
         for k, clock in enumerate(self.clock):
             result = torch.where(self.depth == k + 1, clock, result)
         return result
 
     def _top_value(self) -> Tensor:
-        result = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        result = self.origin
         for k, value in enumerate(self.value):
-            result = torch.where(expand_like(self.depth == k + 1, result), value, result)
+            result = torch.where(_mask_of(self.depth == k + 1, result), value, result)
         return result
 
     def increment(self, now: Tensor, end: Tensor, active: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
@@ -75,8 +76,8 @@ class _BrownianPath:
         share = torch.where(fresh, torch.zeros_like(end), (end - now) / (top - now).clamp(min=1e-300))
         std = torch.where(fresh, end - now, (1.0 - share) * (end - now)).clamp(min=0.0).sqrt()
         z = draw(active & ~known)
-        new = expand_like(share.to(value.dtype), value) * value + expand_like(std.to(value.dtype), value) * z
-        new = torch.where(expand_like(known, value), value, new)
+        new = expand_like(share.to(value), value) * value + expand_like(std.to(value), value) * z
+        new = torch.where(_mask_of(known, value), value, new)
         push = active & ~known
         if bool(push.any()) and int(self.depth[push].max()) == len(self.clock):
             self.clock.append(torch.zeros_like(end))
@@ -84,15 +85,20 @@ class _BrownianPath:
         for k in range(len(self.clock)):
             here = push & (self.depth == k)
             self.clock[k] = torch.where(here, end, self.clock[k])
-            self.value[k] = torch.where(expand_like(here, value), new, self.value[k])
+            self.value[k] = torch.where(_mask_of(here, value), new, self.value[k])
         self.depth = self.depth + push.long()
         return new
 
     def accept(self, accepted: Tensor, increment: Tensor) -> None:
         """Move to the nearest known point."""
         self.depth = self.depth - accepted.long()
-        shift = torch.where(expand_like(accepted, increment), increment, torch.zeros_like(increment))
+        shift = torch.where(_mask_of(accepted, increment), increment, self.origin)
         self.value = [value - shift for value in self.value]
+
+
+def _mask_of(samples: Tensor, x: Tensor) -> Tensor:
+    """What is true of samples, broadcastable against ``x`` and where it is."""
+    return expand_like(samples.to(x.device), x)
 
 
 @dataclass(frozen=True)
@@ -176,14 +182,18 @@ def sample_adaptive(
     x = check_state(x)
     check_generators(generator, len(x))
     conditioning = check_conditioning(conditioning, len(x))
-    eta2, q, batch, device = stochasticity**2, 1.0 + stochasticity**2, len(x), x.device
+    eta2, q, batch = stochasticity**2, 1.0 + stochasticity**2, len(x)
+    # What is one number for each sample, such as its place on the path, is float64, and lives where that exists.
+    numbers_on = x.device if finest_dtype(x.device) == torch.float64 else torch.device("cpu")
     start_lam = 0.5 * max(float(sde.log_snr(sde.t_max)), MIN_LOG_SNR)
     end_lam = 0.5 * float(sde.log_snr(t_min))
 
     def evaluate(y: Tensor, lam: Tensor, active: Tensor, before: Tensor | None) -> Tensor:
         t = sde.time_of(2.0 * lam[active]).clamp(max=sde.t_max)
-        rows = {name: value[active] for name, value in conditioning.items()}
-        state = y[active] * expand_like(sde.alpha(t), y[active]).to(y)
+        rows = {name: value[active.to(value.device)] for name, value in conditioning.items()}
+        here = active.to(y.device)
+        state = y[here] * expand_like(sde.alpha(t), y[here]).to(y)
+        t = t.to(finest_dtype(y.device)).to(y.device)
         estimate = denoiser(state, t, **rows)
         if estimate.shape != state.shape:
             raise ValueError(
@@ -194,7 +204,7 @@ def sample_adaptive(
             where = float(t[int(finite.to(torch.int64).argmin())])
             raise SolverError(f"the denoiser is not finite at t = {where:g}, in {int((~finite).sum())} samples.")
         result = torch.zeros_like(y) if before is None else before.clone()
-        result[active] = estimate.to(y)
+        result[here] = estimate.to(y)
         return result
 
     def draw(wanted: Tensor) -> Tensor:
@@ -203,15 +213,16 @@ def sample_adaptive(
             chosen: Generators = generator
             if generator is not None and not isinstance(generator, torch.Generator):
                 chosen = [g for g, w in zip(generator, wanted.tolist(), strict=True) if w]
-            z[wanted] = standard_normal_like(y[wanted], chosen).to(y)
+            here = wanted.to(y.device)
+            z[here] = standard_normal_like(y[here], chosen).to(y)
         return z
 
-    lam = torch.full((batch,), start_lam, dtype=torch.float64, device=device)
+    lam = torch.full((batch,), start_lam, dtype=torch.float64, device=numbers_on)
     # x/alpha at the start; where alpha(t_max) = 0 the state is noise, at sigma/alpha = 1000 as at t_max.
     first = float(sde.log_snr(sde.t_max))
     y = x / float(sde.alpha(sde.t_max)) if first >= MIN_LOG_SNR else x * (math.exp(-start_lam) / sde.prior_std)
-    path = _BrownianPath(y.shape, y.dtype, device)
-    active = torch.ones(batch, dtype=torch.bool, device=device)
+    path = _BrownianPath(y, numbers_on)
+    active = torch.ones(batch, dtype=torch.bool, device=numbers_on)
     estimate = evaluate(y, lam, active, None)
     previous, back = estimate, torch.full_like(lam, math.inf)  # the estimate before, and its distance in lambda
     step = torch.full_like(lam, 0.1)
@@ -240,14 +251,14 @@ def sample_adaptive(
         new = evaluate(predicted, target, active, estimate)
         corrected = base + ahead * (new - estimate)
         tolerance = atol + rtol * torch.maximum(estimate.abs(), new.abs())
-        error = ((corrected - predicted) / tolerance).flatten(1).square().mean(1).sqrt().to(torch.float64)
+        error = ((corrected - predicted) / tolerance).flatten(1).square().mean(1).sqrt().to(numbers_on).double()
         calls += active.cpu()
         fine = active & (error <= 1.0)
         rejected += (active & ~fine).cpu()
 
         if eta2 > 0:
             path.accept(fine, noise / expand_like(torch.exp(-q * target), y).to(y))
-        chosen = expand_like(fine, y)
+        chosen = _mask_of(fine, y)
         done = fine & (target >= end_lam * (1 - 1e-12) if end_lam > 0 else target >= end_lam)
         y = torch.where(chosen, corrected, y)
         previous, estimate = torch.where(chosen, estimate, previous), torch.where(chosen, new, estimate)

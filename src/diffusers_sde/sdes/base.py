@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..basics.checks import check_ordered
+from ..basics.precision import finest
 
 
 def as_time(t: Tensor | float | Sequence[float]) -> Tensor:
@@ -36,7 +37,7 @@ def as_time(t: Tensor | float | Sequence[float]) -> Tensor:
         return t
     if t.is_floating_point():
         return t.to(torch.float32)
-    return t.to(torch.float32 if t.device.type == "mps" else torch.float64)
+    return finest(t)
 
 
 def expand_like(value: Tensor, x: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ class SDE(ABC):
     def prior_log_prob(self, x: Tensor) -> Tensor:
         """Log-density of the prior in nats, summed over all axes but the first; shape (B,)."""
         d = x[0].numel()
-        x = x.to(torch.float64) if x.device.type != "mps" else x
+        x = finest(x)
         square = x.reshape(x.shape[0], -1).square().sum(1)
         return -0.5 * square / self.prior_std**2 - 0.5 * d * math.log(2.0 * math.pi * self.prior_std**2)
 
