@@ -5,6 +5,7 @@
 
 import math
 
+import diffusers
 import pytest
 import torch
 from pretend_device import DEVICE, pretended_device, register
@@ -264,6 +265,12 @@ def test_losses(pretended, sde):
         return denoising_loss(sde, parametrization, lambda x, t: 0.5 * x, x0, t, eps)
 
     agrees(pretended, run, 0.5 * normal(4, 3), normal(4, 3, seed=1), atol=1e-2)
+
+    def with_times_of_the_host(x0, eps):
+        t = sample_times(sde, len(x0), torch.Generator().manual_seed(0))
+        return denoising_loss(sde, parametrization, lambda x, t: 0.5 * x, x0, t, eps)
+
+    agrees(pretended, with_times_of_the_host, 0.5 * normal(4, 3), normal(4, 3, seed=1), atol=1e-2)
     assert sample_times(sde, 4, device=pretended).dtype == torch.float32
 
 
@@ -297,6 +304,30 @@ def test_pipelines(pretended):
     images = pipe(batch_size=2, generator=generators(2), **call).images
     here = unconditional()(batch_size=2, generator=generators(2), **call).images
     assert images.shape == here.shape and abs(images - here).max() < 1e-3
+
+
+def test_a_stock_pipeline(pretended):
+    def swapped():
+        pipe = diffusers.DDPMPipeline(tiny_unet(), diffusers.DDPMScheduler())
+        pipe.scheduler = VPSDEScheduler.from_config(pipe.scheduler.config)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    call = {"batch_size": 2, "num_inference_steps": 4, "output_type": "np"}
+    images = swapped().to(pretended)(generator=torch.Generator().manual_seed(0), **call).images
+    here = swapped()(generator=torch.Generator().manual_seed(0), **call).images
+    assert abs(images - here).max() < 1e-3
+
+
+def test_transitions_of_several_rows(pretended):
+    scheduler = VPSDEScheduler(policy="exact")
+    scheduler.set_timesteps(4)
+
+    def run(x):
+        law = scheduler.transition(0.5 * x, 0, x, index=[1, 2, 1])
+        return law.mean, law.std
+
+    agrees(pretended, run, normal(3, 1, 4, 4))
 
 
 def test_pipelines_with_classes(pretended):

@@ -53,8 +53,8 @@ class FitOptions:
         ValueError: A value out of range.
     """
 
-    steps: int = 40
-    batch_size: int = 512
+    steps: int = 160
+    batch_size: int = 128
     learning_rate: float = 0.03
     held_out: int = 2048
     checks: int = 4

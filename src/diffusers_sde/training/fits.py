@@ -70,10 +70,10 @@ class FitConfig(CheckedOptions):
         1.0, "Classifier-free guidance of models that are told classes or captions.", least=0.0
     )
     steps: int | None = option(
-        None, "Steps of the optimiser. Default: 40, 80 for 'paired', 60 without gradients.", least=1
+        None, "Steps of the optimiser. Default: 160, 80 for 'paired', 60 without gradients.", least=1
     )
     batch_size: int | None = option(
-        None, "Images of a step. Default: 512, 256 for 'paired', 32 without gradients.", least=2
+        None, "Images of a step. Default: 128, 256 for 'paired', 32 without gradients.", least=2
     )
     learning_rate: float | None = option(
         None, "Learning rate of Adam. Default: 0.03, or 0.02 without gradients.", above=0.0
