@@ -1,10 +1,14 @@
 """The fit of a plan's parameters: Adam on gradients through the sampler, or on estimates of them without any.
 
 Three sets of noise and references are kept apart. The first is fitted to. On the second the averaged parameters are
-looked at now and then, and the best are chosen; where they are no better, the fit goes back to the best so far with
-shorter steps. On the third these are compared with the unfitted sampler, once, from the same noise. If they are not
-nearer by more than ``SIGNIFICANT`` standard errors, in all, as whole images or in patches, or if whole images are
-further off, the unfitted sampler is the result.
+looked at now and then, and the best are chosen; where more than half of the gain is lost again, the fit goes back to
+the best so far with shorter steps. On the third these are compared with the unfitted sampler, once, from the same
+noise. If they are not nearer by more than ``SIGNIFICANT`` standard errors, in all, as whole images or in patches, or if
+whole images are further off beyond the noise, the unfitted sampler is the result.
+
+Many short steps of small batches find more, and more surely, than few long ones of large batches that cost the same. A
+step of Adam is as long in a direction in which the gradient is nothing but noise as in any other, and many of them
+average out.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ SIGNIFICANT = 2.0
 AVERAGED_PART = 0.1  # of the steps, over which parameters are averaged at the end
 LARGEST_DECAY = 0.999
 LARGEST_GRADIENT = 1.0
-BACK_OFF = 0.3  # times the learning rate, where a look at the choice found nothing better
+BACK_OFF = 0.3  # times the learning rate, where a look at the choice found that the steps were too long
+KEPT_PART = 0.5  # of the gain so far: where less of it is left, and not for the noise of a look, they were
 
 Simulator = Callable[[Tensor, Batch, torch.Generator], Tensor]
 """(parameters, batch, generator of the noise on the way) -> samples, shape (B, ...)."""
@@ -55,7 +60,7 @@ class FitOptions:
 
     steps: int = 160
     batch_size: int = 128
-    learning_rate: float = 0.03
+    learning_rate: float = 0.01
     held_out: int = 2048
     checks: int = 4
     gradients: bool = True
@@ -140,7 +145,8 @@ def fit_parameters(
 
     judged = partial(distance, held["choice"], (1, 1))
 
-    best, best_loss, chosen = average.clone(), judged(average), 0
+    best, unfitted_loss, chosen = average.clone(), judged(average), 0
+    best_loss = unfitted_loss
     if not math.isfinite(best_loss):
         raise ValueError("the sampler gives samples that are not finite: there is nothing to fit.")
     every = max(1, options.steps // options.checks)
@@ -165,7 +171,8 @@ def fit_parameters(
             found = judged(corrected)
             if found < best_loss:
                 best, best_loss, chosen = corrected.clone(), found, step
-            else:  # the steps are too long: back to the best, with shorter ones
+            elif not unfitted_loss - found > KEPT_PART * (unfitted_loss - best_loss):
+                # The steps are too long: back to the best, with shorter ones.
                 with torch.no_grad():
                     parameters.copy_(best)
                 average, averaged = torch.zeros_like(best), 0
