@@ -8,8 +8,10 @@ import math
 import diffusers
 import pytest
 import torch
+from hub_models import tiny_pipeline
 from pretend_device import DEVICE, pretended_device, register
 from tiny_networks import tiny_unet
+from tiny_parts import HAS_TRANSFORMERS
 
 from diffusers_sde import (
     ClassConditionalSDEPipeline,
@@ -335,6 +337,26 @@ def test_pipelines_with_classes(pretended):
     pipe = ClassConditionalSDEPipeline(unet, VPSDEScheduler(prediction_type="v_prediction"), null_class=3)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(pretended)(class_labels=[0, 1], guidance_scale=2.0, num_inference_steps=3, generator=generators(2))
+
+
+@pytest.mark.skipif(not HAS_TRANSFORMERS, reason="captions need transformers")
+def test_pipelines_with_captions(pretended):
+    pipe = tiny_pipeline("text")
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 3, "output_type": "np", "guidance_scale": 2.0}
+    here = pipe(["a cab", "a lead"], generator=generators(2), **call).images
+    images = pipe.to(pretended)(["a cab", "a lead"], generator=generators(2), **call).images
+    assert abs(images - here).max() < 1e-3
+
+
+def test_pipelines_on_latents(pretended):
+    vqvae = diffusers.VQModel(block_out_channels=(4,), norm_num_groups=2, num_vq_embeddings=4, latent_channels=1)
+    pipe = SDEPipeline(tiny_unet(), VPSDEScheduler(prediction_type="v_prediction"), vae=vqvae.eval())
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 3, "output_type": "np", "batch_size": 2}
+    here = pipe(generator=generators(2), **call).images
+    images = pipe.to(pretended)(generator=generators(2), **call).images
+    assert abs(images - here).max() < 1e-3
 
 
 @pytest.mark.parametrize("posterior", ["mmps", "pigdm", "dps", "replacement", "smc"])
