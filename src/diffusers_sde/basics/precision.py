@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,3 +18,22 @@ def finest_dtype(device: torch.device | str) -> torch.dtype:
 def finest(x: Tensor) -> Tensor:
     """The same numbers in the finest floating point of the device that they are on."""
     return x.to(finest_dtype(x.device))
+
+
+def on_device(numbers: Tensor | float | Sequence[float], device: torch.device | str) -> Tensor:
+    """Numbers of the host on a device, in its finest floating point.
+
+    The type changes before the place, and in the backward pass after it: a device without float64 does not copy to it.
+    """
+    return torch.as_tensor(numbers, dtype=finest_dtype(device)).to(device)
+
+
+def uniform(
+    shape: int | Sequence[int],
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Uniform numbers in [0, 1), in the finest floating point of the device, by default the generator's or the CPU."""
+    if device is None:
+        device = "cpu" if generator is None else generator.device
+    return torch.rand(shape, generator=generator, dtype=finest_dtype(device), device=device)

@@ -32,7 +32,7 @@ AVERAGED_PART = 0.1  # of the steps, over which parameters are averaged at the e
 LARGEST_DECAY = 0.999
 LARGEST_GRADIENT = 1.0
 BACK_OFF = 0.3  # times the learning rate, where a look at the choice found that the steps were too long
-KEPT_PART = 0.5  # of the gain so far: where less of it is left, and not for the noise of a look, they were
+KEPT_PART = 0.5  # of the gain so far; where less of it is left, that is not the noise of a look
 
 Simulator = Callable[[Tensor, Batch, torch.Generator], Tensor]
 """(parameters, batch, generator of the noise on the way) -> samples, shape (B, ...)."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..basics.noise import Generators, standard_normal_like
-from ..basics.precision import finest_dtype
+from ..basics.precision import on_device
 from ..networks.denoisers import Denoiser
 from ..sampling.rows import Plan, advance, row_of
 
@@ -42,10 +42,8 @@ def simulate(
         batch_norms: As in ``advance``.
         conditioning: Further arguments of the denoiser.
     """
-    precise = finest_dtype(x.device)
     differentiable = plan.table.requires_grad and torch.is_grad_enabled()
-    # In two steps, and of all rows at once, so that gradients turn to float64 on the host: not every device can.
-    table = plan.table.to(precise).to(x.device) if differentiable else plan.table
+    table = on_device(plan.table, x.device) if differentiable else plan.table
     draws = [row.draws_noise for row in plan.rows]
     call = partial(denoiser, **(conditioning or {}))
     stored: list[Tensor] = []
@@ -55,7 +53,7 @@ def simulate(
             t = row.t
         else:
             row = plan.rows[i]
-            t = torch.tensor(row.t, dtype=precise, device=x.device)
+            t = on_device(row.t, x.device)
         if differentiable and checkpointing:
             output = checkpoint(call, x, t, use_reentrant=False)
         else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..basics.checks import check_integer, check_number, check_state
-from ..basics.precision import finest, finest_dtype
+from ..basics.precision import finest, on_device
 from ..networks.denoisers import Denoiser
 from ..sampling.solution import Solution
 from ..sdes import SDE
@@ -209,7 +209,7 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor | Sequence[float]) -> Tensor:
     flat_a, flat_b = (finest(codes.flatten(1)) for codes in (a, b))
     cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))
     theta = torch.acos(cosine.clamp(-1.0, 1.0))[:, None]
-    w = torch.as_tensor(weights).to(finest_dtype(a.device)).to(a.device)[None, :]
+    w = on_device(weights, a.device)[None, :]
     # Codes that are nearly parallel have no arc. The straight line, its limit, is taken for them.
     arc = theta.sin().abs() > 1e-6
     safe = torch.where(arc, theta.sin(), torch.ones_like(theta))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..basics.checks import check_conditioning, check_integer, check_number, check_state, check_tolerances
-from ..basics.precision import finest_dtype
+from ..basics.precision import on_device
 from ..networks.denoisers import Denoiser
 from ..sampling.solution import Solution, SolverError
 from ..sdes import SDE, expand_like
@@ -130,7 +130,7 @@ class FlowField:
         t, alpha, scale = self.coordinates.at(tau)
         shift, width, pull = (expand_like(_moved_to(z, v), z) for v in (alpha * mean, scale, np.tanh(tau)))
         x = torch.addcmul(shift, width, z)
-        time = t.to(finest_dtype(z.device)).to(z.device)
+        time = on_device(t, z.device)
         rows = torch.from_numpy(samples).to(z.device)
         conditioning = {name: value[rows.to(value.device)] for name, value in self.conditioning.items()}
 

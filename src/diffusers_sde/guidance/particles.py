@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..basics.checks import check_integer, check_number
 from ..basics.noise import Generators, standard_normal_like
-from ..basics.precision import finest, finest_dtype
+from ..basics.precision import finest, finest_dtype, on_device, uniform
 from ..networks.denoisers import Denoiser
 from ..sampling.rows import Plan, mean
 from ..sdes import SDE, expand_like
@@ -143,7 +143,7 @@ class SMC(PosteriorMethod):
         effective = torch.full_like(log_evidence, float(k))
         previous = torch.zeros_like(log_weights)
         for row in plan.rows:
-            t, alpha, sigma = bounded_path(sde, torch.tensor(row.t, dtype=finest_dtype(x.device), device=x.device), x)
+            t, alpha, sigma = bounded_path(sde, on_device(row.t, x.device), x)
             x0_hat, vjp = denoise_with_vjp(denoiser, x, t, self.chunk_size)
             v = isotropic_variance(alpha, sigma, self.data_std)
             around = each.at(x0_hat)
@@ -187,11 +187,7 @@ class SMC(PosteriorMethod):
 
 def _systematic(log_weights: Tensor, n: int, generator: Generators) -> Tensor:
     """Draw n indices by each row's weights from one uniform number (systematic resampling), int64 (B, n)."""
-    u = [
-        torch.rand(1, generator=g, dtype=finest_dtype(place), device=place)
-        for g in (generator if isinstance(generator, Sequence) else [generator] * len(log_weights))
-        for place in ("cpu" if g is None else g.device,)
-    ]
+    u = [uniform(1, g) for g in (generator if isinstance(generator, Sequence) else [generator] * len(log_weights))]
     points = (torch.cat(u).to(log_weights)[:, None] + torch.arange(n, device=log_weights.device)) / n
     edges = torch.softmax(finest(log_weights), 1).cumsum(1)
     return torch.searchsorted(edges / edges[:, -1:], points).clamp(max=log_weights.shape[1] - 1)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..basics.checks import check_choice
 from ..basics.noise import Generators
-from ..basics.precision import finest_dtype
+from ..basics.precision import on_device
 from ..networks.denoisers import Denoiser, with_timestep
 from ..sampling.rows import Row
 from ..sampling.transitions import REDUCTIONS, Transition
@@ -351,8 +351,7 @@ def _looks_back(row: Row) -> bool:
 
 def _times(scheduler: SDEScheduler, steps: RolloutSteps) -> Tensor:
     """The SDE times of steps, shape (n,)."""
-    device = steps.x_t.device
-    return torch.tensor([scheduler.rows[i].t for i in steps.index], dtype=finest_dtype(device), device=device)
+    return on_device([scheduler.rows[i].t for i in steps.index], steps.x_t.device)
 
 
 def _within(numbers: Tensor, count: int) -> bool:

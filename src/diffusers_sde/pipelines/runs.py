@@ -22,7 +22,7 @@ from torch import Tensor
 from ..basics.checks import check_choice, check_generators, check_integer, check_tensor
 from ..basics.networks import traits_of
 from ..basics.noise import Generators
-from ..basics.precision import finest_dtype
+from ..basics.precision import on_device
 from ..guidance.posteriors import POSTERIOR_METHODS
 from ..guidance.replacement import REPLACEMENT_METHODS, Replacement, resampled
 from ..images.arrays import as_batch, from_network, in_network_range
@@ -342,7 +342,7 @@ def guided_output(scheduler: SDEScheduler, denoiser: Denoiser) -> Model:
     """Return a function that gives the network output for which x0_hat is what the denoiser returns."""
 
     def model(x: Tensor, index: int, timestep: Tensor) -> Tensor:
-        t = torch.tensor(scheduler.rows[index].t, dtype=finest_dtype(x.device), device=x.device)
+        t = on_device(scheduler.rows[index].t, x.device)
         x0_hat = denoiser(x, t)
         return scheduler.parametrization.from_x0(x0_hat, x, scheduler.sde.alpha(t), scheduler.sde.sigma(t))
 

@@ -31,7 +31,7 @@ from ..basics.checks import (
     check_tolerances,
 )
 from ..basics.noise import Generators, standard_normal_like
-from ..basics.precision import finest_dtype
+from ..basics.precision import finest_dtype, on_device
 from ..networks.denoisers import Denoiser
 from ..sdes import SDE, expand_like
 from .exponential import kernel_moment
@@ -193,7 +193,7 @@ def sample_adaptive(
         rows = {name: value[active.to(value.device)] for name, value in conditioning.items()}
         here = active.to(y.device)
         state = y[here] * expand_like(sde.alpha(t), y[here]).to(y)
-        t = t.to(finest_dtype(y.device)).to(y.device)
+        t = on_device(t, y.device)
         estimate = denoiser(state, t, **rows)
         if estimate.shape != state.shape:
             raise ValueError(

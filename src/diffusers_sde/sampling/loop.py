@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..basics.checks import check_generators, check_tensor
 from ..basics.noise import Generators, standard_normal_like
-from ..basics.precision import finest_dtype
+from ..basics.precision import on_device
 from ..networks.denoisers import Denoiser
 from .rows import Plan, advance, estimate_of
 
@@ -49,7 +49,7 @@ def sample(
     check_generators(generator, len(x))
     stored: list[Tensor] = []
     for k, row in enumerate(plan.rows if visits is None else [plan.rows[i] for i in visits]):
-        output = denoiser(x, torch.tensor(row.t, dtype=finest_dtype(x.device), device=x.device))
+        output = denoiser(x, on_device(row.t, x.device))
         if output.shape != x.shape:
             raise ValueError(f"the denoiser returned shape {tuple(output.shape)} for a state of {tuple(x.shape)}.")
         draw = partial(standard_normal_like, output, generator)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..basics.checks import check_generators, check_integer, check_number, check_state
 from ..basics.noise import Generators
-from ..basics.precision import finest_dtype
+from ..basics.precision import on_device
 from ..networks.denoisers import Denoiser
 from ..sdes import SDE
 from .exponential import Exponential
@@ -68,7 +68,7 @@ def posterior_mean(denoiser: Denoiser, sde: SDE, y: Tensor, noise_std: float, t_
         ValueError: The noise is not one of the path, or ``y`` is no batch of finite numbers.
     """
     y = check_state(y, "y")
-    t = torch.tensor(time_of_noise(sde, noise_std, t_min), dtype=finest_dtype(y.device), device=y.device)
+    t = on_device(time_of_noise(sde, noise_std, t_min), y.device)
     return denoiser(y * sde.alpha(t).to(y), t)
 
 

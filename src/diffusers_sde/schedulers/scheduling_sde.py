@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..basics.checks import check_number
 from ..basics.noise import standard_normal_like
-from ..basics.precision import finest_dtype
+from ..basics.precision import on_device
 from ..guidance.temperature import Tempered
 from ..networks.conditioning import TimeConditioning
 from ..networks.parametrizations import get_parametrization
@@ -436,7 +436,7 @@ class SDEScheduler(LevelledScheduler):
             return of_row(indices[0], slice(None))
         # Every sample by the numbers of its own row, so that it does not depend on its batch mates.
         each = [of_row(i, slice(k, k + 1)) for k, i in enumerate(indices)]
-        std = torch.tensor([one.std for one in each], dtype=finest_dtype(sample.device), device=sample.device)
+        std = on_device([float(one.std) for one in each], sample.device)
         return Transition(torch.cat([one.mean for one in each]), std)
 
     def _rows_of(self, timestep: float | Tensor, index: int | Sequence[int] | Tensor | None, samples: int) -> list[int]:
