@@ -28,7 +28,7 @@ def on_device(numbers: Tensor | float | Sequence[float], device: torch.device | 
     return torch.as_tensor(numbers, dtype=finest_dtype(device)).to(device)
 
 
-def uniform(
+def uniform_numbers(
     shape: int | Sequence[int],
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,

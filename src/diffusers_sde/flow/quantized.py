@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..basics.checks import check_choice, check_integer, check_ordered, check_pair, check_tensor
 from ..basics.noise import Generators, sample_generators
-from ..basics.precision import finest, uniform
+from ..basics.precision import finest, uniform_numbers
 from ..networks.denoisers import Denoiser
 from ..sdes import SDE
 from .likelihood import log_prob
@@ -114,7 +114,7 @@ def truncated_normal(
     """
     edge = half_width / std
     mass = math.erf(edge / math.sqrt(2.0))
-    drawn = uniform(tuple(shape), generator)
+    drawn = uniform_numbers(tuple(shape), generator)
     unit = (math.sqrt(2.0) * torch.erfinv((2.0 * drawn - 1.0) * mass)).clamp(-edge, edge)
     return std * unit, -0.5 * unit.square() - math.log(std * math.sqrt(2.0 * math.pi) * mass)
 
@@ -274,7 +274,7 @@ def _noise_in_bins(
     for row, source in zip(centers, generators, strict=True):
         shape = (draws, *row.shape)
         if std is None:
-            u = (uniform(shape, source) - 0.5) * width
+            u = (uniform_numbers(shape, source) - 0.5) * width
             log_density = torch.full_like(u, -math.log(width))
         else:
             u, log_density = truncated_normal(shape, std, 0.5 * width, source)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..basics.checks import check_integer, check_number
 from ..basics.noise import Generators, standard_normal_like
-from ..basics.precision import finest, finest_dtype, on_device, uniform
+from ..basics.precision import finest, finest_dtype, on_device, uniform_numbers
 from ..networks.denoisers import Denoiser
 from ..sampling.rows import Plan, mean
 from ..sdes import SDE, expand_like
@@ -187,7 +187,10 @@ class SMC(PosteriorMethod):
 
 def _systematic(log_weights: Tensor, n: int, generator: Generators) -> Tensor:
     """Draw n indices by each row's weights from one uniform number (systematic resampling), int64 (B, n)."""
-    u = [uniform(1, g) for g in (generator if isinstance(generator, Sequence) else [generator] * len(log_weights))]
+    u = [
+        uniform_numbers(1, g)
+        for g in (generator if isinstance(generator, Sequence) else [generator] * len(log_weights))
+    ]
     points = (torch.cat(u).to(log_weights)[:, None] + torch.arange(n, device=log_weights.device)) / n
     edges = torch.softmax(finest(log_weights), 1).cumsum(1)
     return torch.searchsorted(edges / edges[:, -1:], points).clamp(max=log_weights.shape[1] - 1)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..basics.precision import uniform
+from ..basics.precision import uniform_numbers
 from ..sdes import SDE, expand_like
 from .parametrizations import Parametrization
 
@@ -39,7 +39,7 @@ def sample_times(
         discrete_steps: None for times uniform in [t_min, t_max]; N for the N times t_max (1..N)/N of a DDPM table, or
             the N geometric scales of SMLD for a VE path.
     """
-    return times_from_uniform(sde, uniform(n, generator, device), discrete_steps)
+    return times_from_uniform(sde, uniform_numbers(n, generator, device), discrete_steps)
 
 
 def times_from_uniform(
