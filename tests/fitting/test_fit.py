@@ -11,13 +11,15 @@ from diffusers_sde import VPSDEScheduler
 from diffusers_sde.fitting import EnergyTarget, FitOptions, PairedTarget, PlanFamily, fit_parameters, simulate
 from diffusers_sde.fitting.targets import (
     ADDED_VARIANCE,
+    FEATURES,
     PATCH_SIDES,
+    PATCHES,
     PATCHES_ASIDE,
     SETS,
+    WHOLE,
     Batch,
     Comparison,
     Gain,
-    _views,
     stream,
 )
 
@@ -93,8 +95,17 @@ def test_patches_see_noise_better_than_whole_images():
     ],
 )
 def test_a_fit_is_nearer_in_all_or_in_a_part_and_not_further_as_a_whole(gain, whole, patches, nearer):
-    parts = (None if value is None else Gain(value, 0.1) for value in (whole, patches))
-    assert Comparison(1.0 - gain, 1.0, 0.1, *parts).is_nearer(2.0) is nearer
+    found = ((name, value) for name, value in ((WHOLE, whole), (PATCHES, patches)) if value is not None)
+    parts = {name: Gain(value, 0.1) for name, value in found}
+    assert Comparison(1.0 - gain, 1.0, 0.1, parts).is_nearer(2.0) is nearer
+
+
+@pytest.mark.parametrize("features, nearer", [(0.3, True), (-0.09, True), (-0.11, False)])
+def test_a_fit_must_not_be_further_off_by_features(features, nearer):
+    parts = {WHOLE: Gain(0.1, 0.1), PATCHES: Gain(0.3, 0.1), FEATURES: Gain(features, 0.1)}
+    assert Comparison(0.9, 1.0, 0.1, parts).is_nearer(2.0) is nearer
+    alone = Comparison(0.9, 1.0, 0.1, {WHOLE: Gain(0.1, 0.1), FEATURES: Gain(features, 0.1)})
+    assert alone.is_nearer(2.0) is (features == 0.3)
 
 
 def test_patches_alone_do_not_make_a_fit():
@@ -114,7 +125,7 @@ def test_patches_alone_do_not_make_a_fit():
             return (samples - batch.noise - 1.0).square().mean()
 
         def compare(self, fitted, unfitted, batch):
-            return Comparison(float(self.loss(fitted, batch)), 1.0, 1e-3, Gain(self.whole_gain, 1e-3))
+            return Comparison(float(self.loss(fitted, batch)), 1.0, 1e-3, {WHOLE: Gain(self.whole_gain, 1e-3)})
 
     def simulator(parameters, batch, generator):
         return batch.noise + parameters.float()
@@ -133,17 +144,51 @@ def test_half_of_the_distance_is_that_of_whole_images():
     found, whole = compared(samples, exchanged, references)
     assert found.gain > 3.0 * found.error
     assert found.gain > 0.5 * whole.gain > 0.0
-    assert found.whole.value == pytest.approx(whole.gain, rel=1e-6)
-    assert found.whole.error == pytest.approx(whole.error, rel=1e-6) and whole.whole is None
-    assert found.gain == pytest.approx(0.5 * (found.whole.value + found.patches.value))
+    assert found.parts[WHOLE] == pytest.approx((whole.gain, whole.error), rel=1e-6) and not whole.parts
+    assert found.gain == pytest.approx(0.5 * (found.parts[WHOLE].value + found.parts[PATCHES].value))
+
+
+def test_features_see_what_pixels_do_not():
+    """Two signs of which one follows from two others: a law that pairs of pixels do not tell from independent ones."""
+
+    def signs(n, seed, dependent):
+        x = torch.randn(n, 1, 2, 2, generator=torch.Generator().manual_seed(seed)).sign()
+        if dependent:
+            x[:, :, 1, 1] = x[:, :, 0, 0] * x[:, :, 0, 1] * x[:, :, 1, 0]
+        return x + 0.01 * torch.randn(n, 1, 2, 2, generator=torch.Generator().manual_seed(seed + 1))
+
+    references, right, wrong = signs(1000, 1, True), signs(500, 3, True), signs(500, 5, False)
+    products = lambda x: x.flatten(1).prod(1, keepdim=True)  # noqa: E731
+    batch, target = Batch(right, references), EnergyTarget({"fit": references}, features=products)
+    blind = EnergyTarget({"fit": references}).compare(right, wrong, batch)
+    found = target.compare(right, wrong, batch)
+    assert set(found.parts) == {WHOLE, FEATURES}
+    assert found.parts[WHOLE].value == pytest.approx(blind.gain)
+    assert found.gain == pytest.approx(0.5 * (found.parts[WHOLE].value + found.parts[FEATURES].value))
+    assert found.gain > 5.0 * found.error
+    assert found.parts[FEATURES].value > 20.0 * found.parts[WHOLE].value > 0.0
+    assert float(target.loss(right, batch)) < float(target.loss(wrong, batch))
+
+
+def test_features_have_gradients_and_count_as_the_other_parts():
+    references, samples = random_walks(400, seed=1), random_walks(100, seed=2).requires_grad_(True)
+    batch = Batch(samples, references)
+    target = EnergyTarget({"fit": references}, features=lambda x: x.flatten(1).square())
+    whole_and_patches, loss = EnergyTarget({"fit": references}).loss(samples, batch), target.loss(samples, batch)
+    s, y = (dict(target._points(x, None))[FEATURES] for x in (samples, references[:100]))
+    across, within = (torch.sqrt(torch.cdist(s, other) + 1e-4) for other in (y, s))
+    expected = 2.0 * across.mean() - (within.sum() - within.trace()) / (100 * 99)
+    assert loss.item() == pytest.approx((2.0 * whole_and_patches + expected).item() / 3.0, rel=1e-5)
+    loss.backward()
+    assert float(samples.grad.abs().max()) > 0.0
 
 
 def test_patches_are_white_in_the_units_of_what_is_fitted_to():
     """Covariance 1/n in all directions that vary by more than what is added; other images do not change the units."""
     references = random_walks(4000, seed=1, noise=0.3)
     target = EnergyTarget({"fit": references, "report": 3.0 * references[:30]})
-    views = list(_views(references.double()))
-    for units, view in list(zip(target.units, views, strict=True))[1:]:
+    views = list(target._views(references.double()))
+    for units, (_, view) in list(zip(target.units, views, strict=True))[1:]:
         n = view.shape[1]
         found = n * torch.cov(units.of(view).T)
         variances, axes = torch.linalg.eigh(torch.cov(view.T))
@@ -151,8 +196,8 @@ def test_patches_are_white_in_the_units_of_what_is_fitted_to():
         assert torch.allclose(torch.linalg.eigvalsh(found), torch.linalg.eigvalsh(expected), atol=1e-5)
         assert float(found.trace()) > 0.6 * n
     batch = target.batch("report", 30, stream(0))
-    whole, *patches = target._viewed(batch.reference, batch)
-    assert float(whole[0].var(0).sum()) == pytest.approx(9.0, rel=0.5)
+    (_, whole), *patches = target._points(batch.reference, None)
+    assert float(whole.var(0).sum()) == pytest.approx(9.0, rel=0.5)
     assert min(float(y.var(0).sum()) for _, y in patches) > 2.0
 
 
@@ -172,7 +217,8 @@ def test_white_patches_see_what_hardly_varies():
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 28, 28), (1, 16, 9), (4, 5, 5), (2, 3, 3), (1, 2, 2)])
 def test_patches_come_from_all_over_the_image(shape):
     """Every pixel of the whole, and of the patches the first and the last of both axes, at all scales."""
-    views = list(_views(torch.arange(math.prod(shape)).reshape(1, *shape).float()))
+    image = torch.arange(math.prod(shape)).reshape(1, *shape).float()
+    views = [view for _, view in EnergyTarget({"fit": image})._views(image)]
     assert torch.equal(views[0][0], torch.arange(math.prod(shape)).float())
     channels, height, width = shape
     sizes = {len(view[0]) for view in views[1:]}

@@ -260,7 +260,11 @@ def test_a_pipeline_is_fitted_to_data(network):
     assert fit.report["calls"] == 3 and fit.report["target"] == "data" and "gain_error" in str(fit)
     # Two steps of 8, looks of 8 at the choice (one before, one after each step), and both samplers on 16.
     drawn = 2 * 8 + 3 * 8 + (2 if fit.report["chosen_step"] else 1) * 16
-    assert fit.report["network_evaluations"] == 3 * drawn
+    # Features: of the 36 images to fit to, of as many references as samples in steps and looks, and of both samplers
+    # and the 12 references of the report.
+    features = 36 + 2 * (2 * 8 + 3 * 8) + 2 * 16 + 12
+    assert fit.report["network_evaluations"] == 3 * drawn + features
+    assert len(fit.report["gain_of_features"]) == 2
     assert pipe.scheduler is before and network.training == trained and next(network.parameters()).requires_grad
     assert fit.report["is_fitted"] == (fit.scheduler.config.fitted_plan is not None)
     again = fit_scheduler(pipe, 3, images, **SMALL)

@@ -3,8 +3,8 @@
 Three sets of noise and references are kept apart. The first is fitted to. On the second the averaged parameters are
 looked at now and then, and the best are chosen; where more than half of the gain is lost again, the fit goes back to
 the best so far with shorter steps. On the third these are compared with the unfitted sampler, once, from the same
-noise. If they are not nearer by more than ``SIGNIFICANT`` standard errors, in all, as whole images or in patches, or if
-whole images are further off beyond the noise, the unfitted sampler is the result.
+noise. If they are not nearer by more than ``SIGNIFICANT`` standard errors, in all or in a part of the distance, or if
+whole images or their features are further off beyond the noise, the unfitted sampler is the result.
 
 Many short steps of small batches find more, and more surely, than few long ones of large batches that cost the same. A
 step of Adam is as long in a direction in which the gradient is nothing but noise as in any other, and many of them
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -58,7 +58,7 @@ class FitOptions:
         ValueError: A value out of range.
     """
 
-    steps: int = 160
+    steps: int = 120
     batch_size: int = 128
     learning_rate: float = 0.01
     held_out: int = 2048
@@ -86,8 +86,7 @@ class Fit(NamedTuple):
         fitted: Distance of the chosen parameters on the report's set.
         unfitted: Distance of the unfitted sampler there.
         error: Standard error of the difference.
-        whole: What whole images gain; None where the distance has no parts.
-        patches: What patches gain, likewise.
+        parts: What each part of the distance gains, by its name; empty where the distance has no parts.
         chosen_step: The step whose averaged parameters were chosen; 0 is the unfitted sampler.
         samples: Samples that were drawn, all together.
         seconds: What it took.
@@ -98,8 +97,7 @@ class Fit(NamedTuple):
     fitted: float
     unfitted: float
     error: float
-    whole: Gain | None
-    patches: Gain | None
+    parts: Mapping[str, Gain]
     chosen_step: int
     samples: int
     seconds: float
@@ -193,8 +191,7 @@ def fit_parameters(
         result.fitted,
         result.unfitted,
         result.error,
-        result.whole,
-        result.patches,
+        result.parts,
         chosen,
         drawn,
         time.perf_counter() - began,

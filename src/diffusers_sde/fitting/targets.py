@@ -4,18 +4,19 @@ Two objectives, each with noise and references of its own for fitting, for choos
 
 * *Energy*: 2 E|S - Y|^b - E|S - S'|^b - E|Y - Y'|^b between samples S and references Y (Szekely & Rizzo 2013), the
   unbiased U-statistic. For 0 < b < 2 it is 0 where, and only where, both have the same law; it pairs nothing, so it
-  suits any sampler. b = 1/2 here, which sees small differences better than the usual 1. It is the mean of that of whole
-  samples and of the mean of those of patches. Whole samples are in units of the references' spread. The distances of
-  whole images hardly tell a sharp one from a noisy one; those of patches do, and so does the eye, if the patches are
-  whitened: in images, nearly all variance is that of slow changes of brightness, beside which edges and noise would not
-  count. Patches alone, on the other hand, do not see what an image shows.
+  suits any sampler. b = 1/2 here, which sees small differences better than the usual 1. It is the mean of three: that
+  of whole samples, the mean of those of patches, and that of features. Whole samples are in units of the
+  references' spread. The distances of whole images hardly tell a sharp one from a noisy one; those of patches do, and
+  so does the eye, if the patches are whitened: in images, nearly all variance is that of slow changes of brightness,
+  beside which edges and noise would not count. What an image shows is seen by neither as well as by features, which the
+  network itself has learnt (features.py). They are whitened too.
 * *Paired*: E|S - T| where S and T start from the same noise, and T is a fine solution of the same flow.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -37,6 +38,7 @@ PATCHES_ASIDE = 4  # along each axis, where the image is wide enough
 ADDED_VARIANCE = 0.05
 LEAST_VARIANCE = 0.01
 SHORTEST = 1e-4  # is added to distances, whose roots have finite derivatives then
+WHOLE, PATCHES, FEATURES = "whole_images", "patches", "features"  # parts of a distance, which count alike
 SETS = ("fit", "choice", "report")  # disjoint: what a set has seen judges no other
 
 
@@ -93,15 +95,13 @@ class Comparison(NamedTuple):
         fitted: Distance of the fitted one.
         unfitted: Distance of the unfitted one.
         error: Standard error of their difference.
-        whole: What whole samples gain, where the distance has parts.
-        patches: What patches gain.
+        parts: What each part of the distance gains, by its name; empty where the distance has no parts.
     """
 
     fitted: float
     unfitted: float
     error: float
-    whole: Gain | None = None
-    patches: Gain | None = None
+    parts: Mapping[str, Gain] = {}
 
     @property
     def gain(self) -> float:
@@ -109,14 +109,15 @@ class Comparison(NamedTuple):
         return self.unfitted - self.fitted
 
     def is_nearer(self, errors: float) -> bool:
-        """Whether it is by so many standard errors, in all or in a part, and whole samples are not further off.
+        """Whether it is by so many standard errors, in all or in a part, and neither images nor features are further.
 
-        Each part is looked at, since one that gains nothing adds its error to the sum. Patches may be nearer where the
-        images are further off; by more than one standard error they must not be, which five of six samplers pass that
-        change nothing about whole images.
+        Each part is looked at, since one that gains nothing adds its error to the sum. Patches may be nearer where what
+        the images show is further off; by more than one standard error neither whole images nor features must be, which
+        five of six samplers pass that change nothing about one of them.
         """
-        gains = [Gain(self.gain, self.error), *(part for part in (self.whole, self.patches) if part is not None)]
-        further = self.gain < 0.0 or (self.whole is not None and self.whole.value < -self.whole.error)
+        shown = [self.parts[name] for name in (WHOLE, FEATURES) if name in self.parts]
+        further = self.gain < 0.0 or any(part.value < -part.error for part in shown)
+        gains = [Gain(self.gain, self.error), *self.parts.values()]
         return not further and any(gain.value > errors * gain.error for gain in gains)
 
 
@@ -147,35 +148,44 @@ class EnergyTarget:
         labels: Classes to draw from, where samples have classes; None without.
         bounds: The smallest and the largest value of pixels, at which samples are cut off as images are; None for data
             that are no pixels.
+        features: Samples, shape (B, ...), -> shape (B, C), such as ``MiddleFeatures``; None without.
     """
 
     references: Mapping[str, Tensor]
     classes: Mapping[str, Tensor] | None = None
     labels: Tensor | None = None
     bounds: tuple[float, float] | None = None
+    features: Callable[[Tensor], Tensor] | None = None
     name: str = field(default="energy", init=False)
 
     @cached_property
     def units(self) -> list[Units]:
         """Of each view, from the references of ``fit``; those of another set would look white to themselves."""
-        references = self._cut(self.references["fit"][:REFERENCES_OF_UNITS].float())
-        usual = float(references.flatten(1).var(0).mean())
-        return [_white(view, usual) if i else _of_spread(view) for i, view in enumerate(_views(references))]
+        references = self.references["fit"][:REFERENCES_OF_UNITS].float()
+        usual = float(self._cut(references).flatten(1).var(0).mean())
+        return [
+            _of_spread(view) if part == WHOLE else _white(view, usual if part == PATCHES else float(view.var(0).mean()))
+            for part, view in self._views(references)
+        ]
 
     def _cut(self, images: Tensor) -> Tensor:
         """Images as they are saved, within the bounds."""
         return images if self.bounds is None else images.clamp(*self.bounds)
 
-    def _viewed(self, samples: Tensor, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
-        """Samples and references as points, of whole images and of each patch, in their units.
+    def _views(self, images: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Whole images, each patch, and features: the name of their part, and shape (B, n)."""
+        images = self._cut(images)
+        yield WHOLE, images.flatten(1)
+        for patch in _patches(images):
+            yield PATCHES, patch
+        if self.features is not None:
+            yield FEATURES, self.features(images.float()).to(images)
 
-        Their classes, if both have some, count as coordinates. Two classes lie as far apart as two references do.
-        """
-        classes = _classes_as_points(batch, samples)
-        views = zip(self.units, _views(self._cut(samples)), _views(self._cut(batch.reference.to(samples))), strict=True)
-        for units, s, y in views:
-            s, y = units.of(s), units.of(y)
-            yield (s, y) if classes is None else (torch.cat([s, classes[0]], 1), torch.cat([y, classes[1]], 1))
+    def _points(self, images: Tensor, classes: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+        """The views in their units. Classes, shape (B, K), are further coordinates of each."""
+        for units, (part, view) in zip(self.units, self._views(images), strict=True):
+            points = units.of(view)
+            yield part, points if classes is None else torch.cat([points, classes], 1)
 
     def batch(self, part: str, size: int, generator: torch.Generator) -> Batch:
         """See ``Target``."""
@@ -191,28 +201,38 @@ class EnergyTarget:
 
     def loss(self, samples: Tensor, batch: Batch) -> Tensor:
         """See ``Target``; E|Y - Y'|^b is left out, which does not depend on the samples."""
-        parts = []
-        for i, (s, y) in enumerate(self._viewed(samples.float(), batch)):
-            # A step has few samples: more references for each of its many patches would cost more than they tell.
-            y = y if i == 0 else y[: len(s)]
-            parts.append(2.0 * _distances(s, y).mean() - _mean_of_different(_distances(s, s)))
-        return _balanced(parts)
+        own, others = _classes_as_points(batch, samples.float())
+        references, few = batch.reference.to(samples.dtype).float(), len(samples)
+        found: dict[str, list[Tensor]] = {}
+        views = zip(
+            self._points(samples.float(), own),
+            self._points(references[:few], None if others is None else others[:few]),
+            strict=True,
+        )
+        for (part, s), (_, y) in views:
+            if part == WHOLE:
+                # Of the many other views, more references than samples would cost more than they tell.
+                _, y = next(self._points(references, others))
+            found.setdefault(part, []).append(2.0 * _distances(s, y).mean() - _mean_of_different(_distances(s, s)))
+        return _balanced(found)
 
     def compare(self, fitted: Tensor, unfitted: Tensor, batch: Batch) -> Comparison:
         """See ``Target``; the error is that of the projections of the U-statistics (Hoeffding 1948)."""
-        found: tuple[list[_Statistic], list[_Statistic]] = ([], [])
-        both = (self._viewed(finest(samples), batch) for samples in (fitted, unfitted))
-        for (s, y), (u, _) in zip(*both, strict=True):
+        own, others = _classes_as_points(batch, finest(fitted))
+        found: tuple[dict[str, list[_Statistic]], ...] = ({}, {})
+        views = zip(
+            self._points(finest(batch.reference), others),
+            *(self._points(finest(samples), own) for samples in (fitted, unfitted)),
+            strict=True,
+        )
+        for (part, y), *both in views:
             between = _mean_of_different(_distances(y, y))
-            for points, statistics in zip((s, u), found, strict=True):
-                statistics.append(_statistic(points, y, between))
-        ours, theirs = (_mean_of(_balanced, statistics) for statistics in found)
-        gains: list[Gain | None] = [None, None]
-        if len(found[0]) > 1:
-            whole = (statistics[0] for statistics in found)
-            patches = (_mean_of(lambda parts: torch.stack(list(parts[1:])).mean(0), statistics) for statistics in found)
-            gains = [_gain(*whole), _gain(*patches)]
-        return Comparison(float(ours.value), float(theirs.value), _gain(ours, theirs).error, *gains)
+            for (_, points), statistics in zip(both, found, strict=True):
+                statistics.setdefault(part, []).append(_statistic(points, y, between))
+        parts = [{name: _mean_of(each) for name, each in statistics.items()} for statistics in found]
+        ours, theirs = (_mean_of(list(each.values())) for each in parts)
+        gains = {name: _gain(parts[0][name], parts[1][name]) for name in parts[0]} if len(parts[0]) > 1 else {}
+        return Comparison(float(ours.value), float(theirs.value), _gain(ours, theirs).error, gains)
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,19 +295,21 @@ def _white(view: Tensor, usual: float) -> Units:
     return Units(mean, (axes / (scale * math.sqrt(dimensions))).to(mean))
 
 
-def _classes_as_points(batch: Batch, like: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Classes of the samples and of the references as coordinates, or None where one of them has none."""
+def _classes_as_points(batch: Batch, like: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Classes of the samples and of the references as coordinates, or None twice where one of them has none.
+
+    Two classes lie as far apart as two references do.
+    """
     labels, others = batch.conditioning.get("class_labels"), batch.reference_classes
     if labels is None or others is None:
-        return None
+        return None, None
     count = int(max(int(labels.max()), int(others.max()))) + 1
     first, second = (one_hot(classes, count).to(like) for classes in (labels, others))
     return first, second
 
 
-def _views(images: Tensor) -> Iterator[Tensor]:
-    """The images flattened, and patches of them, of all scales and from all over the image: each of shape (B, n)."""
-    yield images.flatten(1)
+def _patches(images: Tensor) -> Iterator[Tensor]:
+    """Patches of images, of all scales and from all over the image: each of shape (B, n)."""
     while images.ndim == 4 and min(images.shape[2:]) >= min(PATCH_SIDES):
         height, width = images.shape[2:]
         for side in PATCH_SIDES:
@@ -302,10 +324,13 @@ def _spread_out(last: int) -> list[int]:
     return [round(k * last / max(count - 1, 1)) for k in range(count)]
 
 
-def _balanced(parts: Sequence[Tensor]) -> Tensor:
-    """The mean of what belongs to whole images, the first part, and of the mean of what belongs to patches."""
-    whole, *patches = parts
-    return 0.5 * whole + 0.5 * torch.stack(patches).mean(0) if patches else whole
+def _balanced(parts: Mapping[str, Sequence[Tensor]]) -> Tensor:
+    """The mean of the parts, each of which is the mean of its views."""
+    return _stacked_mean([_stacked_mean(views) for views in parts.values()])
+
+
+def _stacked_mean(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(values)).mean(0)
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
@@ -333,8 +358,8 @@ def _statistic(s: Tensor, y: Tensor, between: Tensor) -> _Statistic:
     return _Statistic(2.0 * across.mean() - _mean_of_different(within) - between, own, 2.0 * across.mean(0))
 
 
-def _mean_of(mean: Callable[[Sequence[Tensor]], Tensor], statistics: Sequence[_Statistic]) -> _Statistic:
-    return _Statistic(*map(mean, zip(*statistics, strict=True)))
+def _mean_of(statistics: Sequence[_Statistic]) -> _Statistic:
+    return _Statistic(*map(_stacked_mean, zip(*statistics, strict=True)))
 
 
 def _gain(fitted: _Statistic, unfitted: _Statistic) -> Gain:

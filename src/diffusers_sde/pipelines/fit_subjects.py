@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..basics.checks import check_number
 from ..basics.networks import traits_of
 from ..fitting.families import PlanFamily
+from ..fitting.features import MiddleFeatures, middle_of
 from ..fitting.simulation import simulate
 from ..fitting.targets import Batch
 from ..images.arrays import as_batch, in_network_range
@@ -25,6 +27,7 @@ from .pipeline_text import TextSDEPipeline
 from .probability_flow import ProbabilityFlow
 
 FEWEST_IMAGES = 50
+FEATURE_NOISE = 0.4  # sigma/alpha that the network is told where its features are read, in units of the data's spread
 TOLD = ("prompt", "negative_prompt", "guidance_scale", "guidance_interval")  # of a text pipeline of this package
 
 
@@ -80,6 +83,10 @@ class FitSubject(ABC):
     @abstractmethod
     def _prepare(self, guidance_scale: float, class_labels: Any) -> Tensor | None:
         """Make ready to draw; return the classes to draw from."""
+
+    def features(self, images: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """What the network makes of images, (B, ...) -> (B, C), where that can be asked; ``images`` are examples."""
+        return None
 
     @abstractmethod
     def draw(self, plan: Plan, times: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -179,7 +186,7 @@ class DenoisedSubject(FitSubject):
         results = []
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
-            with torch.autocast(x.device.type, torch.bfloat16) if self.in_bf16 and whole else nullcontext():
+            with self._precision(whole):
                 samples = simulate(
                     plan,
                     self._denoiser,
@@ -192,6 +199,40 @@ class DenoisedSubject(FitSubject):
                 )
             results.append(samples)
         return torch.cat(results)
+
+    def features(self, images: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """See ``FitSubject``: those of the middle of the network, told nothing of classes or captions."""
+        middle, unconditional = middle_of(self.network), getattr(self.pipe, "unconditional", None)
+        if middle is None:
+            return None
+        try:
+            if unconditional is not None:
+                unconditional(1)
+            read = MiddleFeatures(middle, ProbabilityFlow(self.pipe).denoiser, self.scheduler.sde, self._feature_time())
+            with torch.no_grad():
+                read(images[:1])
+        except ValueError:  # a network that must be told a class, or one with another kind of middle
+            return None
+
+        def features(x: Tensor) -> Tensor:
+            self.evaluations += len(x)
+            with self._precision(torch.is_grad_enabled()):
+                parts = [x] if x.requires_grad else x.split(self.batch_size)
+                return torch.cat([read(part) for part in parts])
+
+        return features
+
+    def _precision(self, takes_gradients: bool) -> AbstractContextManager[Any]:
+        """bfloat16 in the steps of the optimiser alone, if at all."""
+        mixed = self.in_bf16 and takes_gradients
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16) if mixed else nullcontext()
+
+    def _feature_time(self) -> Tensor:
+        """The time at which features are read, one that the network knows."""
+        family = self.family
+        t = family.sde.time_of(family.times.new_tensor(-2.0 * math.log(FEATURE_NOISE * family.data_std)).reshape(1))
+        t = t.clamp(family.times.min(), family.times.max())
+        return (t if family.snap is None else family.snap(t))[0]
 
 
 class CalledSubject(FitSubject):

@@ -42,9 +42,9 @@ class SchedulerFit:
             beat it beyond the noise.
         report: Plain numbers and words: which sampler was fitted to what, and on noise and images that the fit has not
             seen its distance (``fitted``), that of the unfitted sampler (``unfitted``), their difference (``gain``) and
-            its standard error (``gain_error``), and those of whole images and of patches where both count
-            (``gain_of_whole_images``, ``gain_of_patches``); the images that the network was called for
-            (``network_evaluations``) and the time.
+            its standard error (``gain_error``), and those of each part of the distance where it has several
+            (``gain_of_whole_images``, ``gain_of_patches``, ``gain_of_features``); the images that the network was
+            called for (``network_evaluations``) and the time.
     """
 
     scheduler: SDEScheduler
@@ -65,7 +65,7 @@ class _Sizes:
     held_out: int
 
 
-_WITH_GRADIENTS = _Sizes(steps=160, batch_size=128, learning_rate=0.01, held_out=2048)
+_WITH_GRADIENTS = _Sizes(steps=120, batch_size=128, learning_rate=0.01, held_out=2048)
 _PAIRED = _Sizes(steps=80, batch_size=256, learning_rate=0.03, held_out=512)
 _WITHOUT_GRADIENTS = _Sizes(steps=60, batch_size=32, learning_rate=0.02, held_out=128)
 
@@ -117,8 +117,9 @@ def fit_scheduler(
         sampler: Arguments of the scheduler that make the sampler to start from, such as ``{"probability_flow": True}``
             or ``{"corrector": "langevin"}``; None is the pipeline's own.
         objective: ``paired`` is the distance to the end points of a fine solution of the probability flow from the same
-            noise; ``energy`` is the energy distance, of whole images and of their patches, to data or to a fine reverse
-            SDE. None is ``paired`` for the probability flow without ``data``, and ``energy`` otherwise.
+            noise; ``energy`` is the energy distance, of whole images, of their patches and of what the middle of the
+            network makes of them, to data or to a fine reverse SDE. None is ``paired`` for the probability flow without
+            ``data``, and ``energy`` otherwise.
         guidance_scale: Of a class-conditional pipeline. A fit holds for its scale.
         class_labels: Classes to draw from, numbers or names; None for all of a class-conditional pipeline.
         call: Arguments of the pipeline's own call, such as ``prompt``, and then the pipeline is run itself. A list of
@@ -126,7 +127,7 @@ def fit_scheduler(
             ``TextSDEPipeline`` takes ``prompt``, ``negative_prompt``, ``guidance_scale`` and ``guidance_interval``, and
             is not run itself.
         parts: What is fitted, names of ``fitting.PARTS``.
-        steps: Steps of the optimiser. None is 160, 80 for ``paired`` and 60 without gradients.
+        steps: Steps of the optimiser. None is 120, 80 for ``paired`` and 60 without gradients.
         batch_size: Images of a step; None is 128, 256 for ``paired`` and 32 without gradients. The energy distance of
             few images narrows the law of the samples.
         learning_rate: Of Adam; None is 0.01, 0.03 for ``paired`` and 0.02 without gradients.
@@ -227,7 +228,7 @@ def _target(
 ) -> Target:
     """The objective, for which a fine sampler draws where there are no images."""
     if references is not None:
-        return EnergyTarget(references, None, subject.labels, _bounds_of_pixels(subject, references["report"]))
+        return _energy(subject, references, None)
     counts = {
         "fit": DRAWN_PER_HELD_OUT * options.held_out,
         "choice": options.held_out // 2,
@@ -249,7 +250,12 @@ def _target(
     known = classes or None
     if objective == "paired":
         return PairedTarget(noise, ends, known)
-    return EnergyTarget(ends, known, subject.labels, _bounds_of_pixels(subject, ends["report"]))
+    return _energy(subject, ends, known)
+
+
+def _energy(subject: FitSubject, references: dict[str, Tensor], classes: dict[str, Tensor] | None) -> EnergyTarget:
+    bounds = _bounds_of_pixels(subject, references["report"])
+    return EnergyTarget(references, classes, subject.labels, bounds, subject.features(references["fit"]))
 
 
 def _bounds_of_pixels(subject: FitSubject, references: Tensor) -> tuple[float, float] | None:
@@ -307,7 +313,7 @@ def _report(
         "is_fitted": fit.is_fitted,
         "verdict": "the fitted sampler is nearer beyond the noise"
         if fit.is_fitted
-        else "the unfitted sampler came back: the fit is not nearer beyond the noise, or whole images are further off",
+        else "the unfitted sampler came back: the fit is not nearer beyond the noise, or images are further off",
         "scheduler": type(subject.scheduler).__name__,
         "sampler": ("probability flow" if is_flow else "reverse SDE")
         + (f" with {config.corrector} corrector" if config.corrector else ""),
@@ -323,11 +329,7 @@ def _report(
         "unfitted": fit.unfitted,
         "gain": fit.unfitted - fit.fitted,
         "gain_error": fit.error,
-        **{
-            f"gain_of_{name}": list(gain)
-            for name, gain in (("whole_images", fit.whole), ("patches", fit.patches))
-            if gain is not None
-        },
+        **{f"gain_of_{name}": list(gain) for name, gain in fit.parts.items()},
         "chosen_step": fit.chosen_step,
         "steps": options.steps,
         "batch_size": options.batch_size,

@@ -70,7 +70,7 @@ class FitConfig(CheckedOptions):
         1.0, "Classifier-free guidance of models that are told classes or captions.", least=0.0
     )
     steps: int | None = option(
-        None, "Steps of the optimiser. Default: 160, 80 for 'paired', 60 without gradients.", least=1
+        None, "Steps of the optimiser. Default: 120, 80 for 'paired', 60 without gradients.", least=1
     )
     batch_size: int | None = option(
         None, "Images of a step. Default: 128, 256 for 'paired', 32 without gradients.", least=2
