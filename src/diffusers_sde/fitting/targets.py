@@ -202,7 +202,7 @@ class EnergyTarget:
     def loss(self, samples: Tensor, batch: Batch) -> Tensor:
         """See ``Target``; E|Y - Y'|^b is left out, which does not depend on the samples."""
         own, others = _classes_as_points(batch, samples.float())
-        references, few = batch.reference.to(samples.dtype).float(), len(samples)
+        references, few = batch.reference.float(), len(samples)
         found: dict[str, list[Tensor]] = {}
         views = zip(
             self._points(samples.float(), own),
