@@ -260,9 +260,8 @@ def test_a_pipeline_is_fitted_to_data(network):
     assert fit.report["calls"] == 3 and fit.report["target"] == "data" and "gain_error" in str(fit)
     # Two steps of 8, looks of 8 at the choice (one before, one after each step), and both samplers on 16.
     drawn = 2 * 8 + 3 * 8 + (2 if fit.report["chosen_step"] else 1) * 16
-    # Features: of the 36 images to fit to, of as many references as samples in steps and looks, and of both samplers
-    # and the 12 references of the report.
-    features = 36 + 2 * (2 * 8 + 3 * 8) + 2 * 16 + 12
+    # Features: of all 60 images once, of the samples of steps and looks, and of both samplers of the report.
+    features = 60 + 2 * 8 + 3 * 8 + 2 * 16
     assert fit.report["network_evaluations"] == 3 * drawn + features
     assert len(fit.report["gain_of_features"]) == 2
     assert pipe.scheduler is before and network.training == trained and next(network.parameters()).requires_grad
@@ -285,7 +284,7 @@ def test_samples_are_cut_off_where_the_data_are_pixels(network):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_steps_of_a_fit_alone_are_in_mixed_precision(network, precision):
-    """What is chosen and reported are distances of the network as it is."""
+    """What is chosen and reported are distances of the network as it is, and so are all features."""
     calls = []
     network.register_forward_pre_hook(
         lambda module, given: calls.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
@@ -294,7 +293,7 @@ def test_the_steps_of_a_fit_alone_are_in_mixed_precision(network, precision):
     pipe = SDEPipeline(network, VPSDEScheduler())
     fit = fit_scheduler(pipe, 3, images, mixed_precision=precision, **SMALL)
     assert fit.report["mixed_precision"] == precision
-    assert set(calls) == {(True, precision == "bf16"), (False, False)}
+    assert set(calls) == {(True, precision == "bf16"), (True, False), (False, False)}
     same = fit_scheduler(pipe, 3, images, mixed_precision="no", **SMALL)
     assert fit.report["unfitted"] == same.report["unfitted"]
     default = fit_scheduler(pipe, 3, images, **SMALL)

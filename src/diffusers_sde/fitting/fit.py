@@ -60,7 +60,7 @@ class FitOptions:
 
     steps: int = 120
     batch_size: int = 128
-    learning_rate: float = 0.02
+    learning_rate: float = 0.03
     held_out: int = 2048
     checks: int = 4
     gradients: bool = True

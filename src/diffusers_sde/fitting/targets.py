@@ -29,7 +29,8 @@ from torch.nn.functional import avg_pool2d, one_hot
 
 from ..basics.precision import finest
 
-REFERENCES_PER_SAMPLE = 4  # they cost no call of the network
+# References cost no call of the network, but their noise moves all samples of a step alike, so it must be the smaller.
+REFERENCES_PER_SAMPLE = 4
 REFERENCES_OF_UNITS = 4096  # in random order, at most: more would tell no more of variances
 PATCH_SIDES = (3, 5)
 PATCHES_ASIDE = 4  # along each axis, where the image is wide enough
@@ -56,12 +57,14 @@ class Batch(NamedTuple):
         reference: Data, shape (N, ...), or one end point for each sample.
         conditioning: Further arguments of the denoiser, with one row for each sample.
         reference_classes: Classes of the references, shape (N,), where the samples have classes too.
+        reference_features: Features of the references, shape (N, C), if they are known already.
     """
 
     noise: Tensor
     reference: Tensor
     conditioning: Mapping[str, Tensor] = {}
     reference_classes: Tensor | None = None
+    reference_features: Tensor | None = None
 
 
 class Units(NamedTuple):
@@ -157,33 +160,46 @@ class EnergyTarget:
     bounds: tuple[float, float] | None = None
     features: Callable[[Tensor], Tensor] | None = None
     name: str = field(default="energy", init=False)
+    _known: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     @cached_property
     def units(self) -> list[Units]:
         """Of each view, from the references of ``fit``; those of another set would look white to themselves."""
         references = self.references["fit"][:REFERENCES_OF_UNITS].float()
+        known = self._features_of("fit")
         usual = float(self._cut(references).flatten(1).var(0).mean())
         return [
             _of_spread(view) if part == WHOLE else _white(view, usual if part == PATCHES else float(view.var(0).mean()))
-            for part, view in self._views(references)
+            for part, view in self._views(references, None if known is None else known[:REFERENCES_OF_UNITS])
         ]
+
+    def _features_of(self, part: str) -> Tensor | None:
+        """Features of all references of a set, shape (N, C), which are computed once; None without features."""
+        if self.features is None:
+            return None
+        if part not in self._known:
+            with torch.no_grad():
+                self._known[part] = self.features(self._cut(self.references[part].float()))
+        return self._known[part]
 
     def _cut(self, images: Tensor) -> Tensor:
         """Images as they are saved, within the bounds."""
         return images if self.bounds is None else images.clamp(*self.bounds)
 
-    def _views(self, images: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Whole images, each patch, and features: the name of their part, and shape (B, n)."""
+    def _views(self, images: Tensor, features: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Whole images, each patch, and features, if these are not known yet: the name of their part, and (B, n)."""
         images = self._cut(images)
         yield WHOLE, images.flatten(1)
         for patch in _patches(images):
             yield PATCHES, patch
         if self.features is not None:
-            yield FEATURES, self.features(images.float()).to(images)
+            yield FEATURES, (self.features(images.float()) if features is None else features).to(images)
 
-    def _points(self, images: Tensor, classes: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    def _points(
+        self, images: Tensor, classes: Tensor | None, features: Tensor | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """The views in their units. Classes, shape (B, K), are further coordinates of each."""
-        for units, (part, view) in zip(self.units, self._views(images), strict=True):
+        for units, (part, view) in zip(self.units, self._views(images, features), strict=True):
             points = units.of(view)
             yield part, points if classes is None else torch.cat([points, classes], 1)
 
@@ -193,26 +209,24 @@ class EnergyTarget:
         count = min(REFERENCES_PER_SAMPLE * size, len(references))
         rows = torch.randperm(len(references), generator=generator)[:count].to(references.device)
         noise = torch.randn(size, *references.shape[1:], generator=generator).to(references.device)
+        known = self._features_of(part)
+        features = None if known is None else known[rows]
         if self.labels is None:
-            return Batch(noise, references[rows])
+            return Batch(noise, references[rows], reference_features=features)
         drawn = self.labels[torch.randint(len(self.labels), (size,), generator=generator)].to(references.device)
         classes = None if self.classes is None else self.classes[part][rows]
-        return Batch(noise, references[rows], {"class_labels": drawn}, classes)
+        return Batch(noise, references[rows], {"class_labels": drawn}, classes, features)
 
     def loss(self, samples: Tensor, batch: Batch) -> Tensor:
         """See ``Target``; E|Y - Y'|^b is left out, which does not depend on the samples."""
         own, others = _classes_as_points(batch, samples.float())
-        references, few = batch.reference.float(), len(samples)
         found: dict[str, list[Tensor]] = {}
         views = zip(
             self._points(samples.float(), own),
-            self._points(references[:few], None if others is None else others[:few]),
+            self._points(batch.reference.float(), others, batch.reference_features),
             strict=True,
         )
         for (part, s), (_, y) in views:
-            if part == WHOLE:
-                # Of the many other views, more references than samples would cost more than they tell.
-                _, y = next(self._points(references, others))
             found.setdefault(part, []).append(2.0 * _distances(s, y).mean() - _mean_of_different(_distances(s, s)))
         return _balanced(found)
 
@@ -221,7 +235,7 @@ class EnergyTarget:
         own, others = _classes_as_points(batch, finest(fitted))
         found: tuple[dict[str, list[_Statistic]], ...] = ({}, {})
         views = zip(
-            self._points(finest(batch.reference), others),
+            self._points(finest(batch.reference), others, batch.reference_features),
             *(self._points(finest(samples), own) for samples in (fitted, unfitted)),
             strict=True,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -186,7 +186,7 @@ class DenoisedSubject(FitSubject):
         results = []
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
-            with self._precision(whole):
+            with torch.autocast(x.device.type, torch.bfloat16) if self.in_bf16 and whole else nullcontext():
                 samples = simulate(
                     plan,
                     self._denoiser,
@@ -216,16 +216,10 @@ class DenoisedSubject(FitSubject):
 
         def features(x: Tensor) -> Tensor:
             self.evaluations += len(x)
-            with self._precision(torch.is_grad_enabled()):
-                parts = [x] if x.requires_grad else x.split(self.batch_size)
-                return torch.cat([read(part) for part in parts])
+            parts = [x] if x.requires_grad else x.split(self.batch_size)
+            return torch.cat([read(part) for part in parts])
 
         return features
-
-    def _precision(self, takes_gradients: bool) -> AbstractContextManager[Any]:
-        """bfloat16 in the steps of the optimiser alone, if at all."""
-        mixed = self.in_bf16 and takes_gradients
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16) if mixed else nullcontext()
 
     def _feature_time(self) -> Tensor:
         """The time at which features are read, one that the network knows."""

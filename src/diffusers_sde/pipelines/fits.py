@@ -65,7 +65,7 @@ class _Sizes:
     held_out: int
 
 
-_WITH_GRADIENTS = _Sizes(steps=120, batch_size=128, learning_rate=0.02, held_out=2048)
+_WITH_GRADIENTS = _Sizes(steps=120, batch_size=128, learning_rate=0.03, held_out=2048)
 _PAIRED = _Sizes(steps=80, batch_size=256, learning_rate=0.03, held_out=512)
 _WITHOUT_GRADIENTS = _Sizes(steps=60, batch_size=32, learning_rate=0.02, held_out=128)
 
@@ -130,7 +130,7 @@ def fit_scheduler(
         steps: Steps of the optimiser. None is 120, 80 for ``paired`` and 60 without gradients.
         batch_size: Images of a step; None is 128, 256 for ``paired`` and 32 without gradients. The energy distance of
             few images narrows the law of the samples.
-        learning_rate: Of Adam; None is 0.02, and 0.03 for ``paired``.
+        learning_rate: Of Adam; None is 0.03, and 0.02 without gradients.
         held_out: Images of the report; None is 2048, 512 for ``paired`` and 128 without gradients.
         teacher_steps: Levels of the fine sampler, where there is one; None is 60 for ``paired``, 100 for ``energy``.
         gradients: Whether gradients pass through the network; None is True unless the pipeline is run itself.

@@ -76,7 +76,7 @@ class FitConfig(CheckedOptions):
         None, "Images of a step. Default: 128, 256 for 'paired', 32 without gradients.", least=2
     )
     learning_rate: float | None = option(
-        None, "Learning rate of Adam. Default: 0.02, and 0.03 for 'paired'.", above=0.0
+        None, "Learning rate of Adam. Default: 0.03, and 0.02 without gradients.", above=0.0
     )
     held_out: int | None = option(
         None, "Images of the report. Default: 2048, 512 for 'paired', 128 without gradients.", least=2
