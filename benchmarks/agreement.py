@@ -31,7 +31,7 @@ from diffusers_sde.pipelines.fit_subjects import DenoisedSubject
 
 CALLS = (5, 8, 20)
 CLEARLY, GOOD = 1.08, 2.0
-SEED = 101
+SEED, REFERENCES = 101, 1000
 SETTINGS: tuple[dict[str, Any], ...] = ({}, {"gaussian_std": 0.0}, {"solver_order": 2}, {"time_grid": "karras"})
 PARTS_OF_THE_DISTANCE = ("whole_images", "patches", "features", "all")
 
@@ -63,7 +63,7 @@ def judged(case: NetworkCase) -> list[dict[str, float]]:
     """FD of each sampler, and by how much it is nearer than the first one, in all and in each part."""
     subject = DenoisedSubject(case.pipe, case.pipe.scheduler, CALLS[0], 1.0, None, None, PARTS, False, 256)
     half = len(case.images) // 2
-    references = {"fit": case.images[:half], "report": case.images[half : half + 2048]}
+    references = {"fit": case.images[:half], "report": case.images[half : half + REFERENCES]}
     target = EnergyTarget(
         references, bounds=(float(case.images.min()), float(case.images.max())), features=subject.features(case.images)
     )
