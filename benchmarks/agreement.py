@@ -13,50 +13,37 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable
-from itertools import combinations
+from collections.abc import Callable, Iterator
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from fitted import KINDS, NetworkCase, sampler_of
+from fitted import KINDS, NetworkCase, peer_of, sampler_of
 from torch import Tensor
 from zoo import Folders, add_folders
 
 from diffusers_sde.fitting import EnergyTarget
 from diffusers_sde.fitting.families import PARTS
-from diffusers_sde.fitting.targets import Batch
+from diffusers_sde.fitting.targets import FEATURES, PATCHES, WHOLE
 from diffusers_sde.pipelines.fit_subjects import DenoisedSubject
 
 CALLS = (5, 8, 20)
 CLEARLY, GOOD = 1.08, 2.0
 SEED, REFERENCES = 101, 1000
 SETTINGS: tuple[dict[str, Any], ...] = ({}, {"gaussian_std": 0.0}, {"solver_order": 2}, {"time_grid": "karras"})
-PARTS_OF_THE_DISTANCE = ("whole_images", "patches", "features", "all")
+COLUMNS = (WHOLE, PATCHES, FEATURES, "all")
 
 
-def samplers(case: NetworkCase) -> dict[str, Callable[[], Tensor]]:
-    """Samplers by name, each of which draws from the same noise."""
-    found: dict[str, Callable[[], Tensor]] = {}
+def samplers(case: NetworkCase) -> Iterator[Callable[[Tensor, int], Tensor]]:
+    """(unit noise, seed) -> samples, of each sampler at each number of calls."""
     own = case.pipe.scheduler
     for calls in CALLS:
-        for label, (_, sampler) in case.peers.items():
-
-            def of_peer(run: Any = sampler, calls: int = calls) -> Tensor:
-                problem = case.problem(case.noise(SEED), SEED)
-                x: Tensor = run(problem, calls)
-                if problem.calls > calls:
-                    raise ValueError(f"needs {problem.calls} calls")
-                return x
-
-            found[f"{label}, {calls}"] = of_peer
-        for kind in ("SDE", "ODE"):
-            for setting in SETTINGS:
-                scheduler = type(own).from_config(own.config, **{**KINDS[kind], **setting})
-                run = sampler_of(case.pipe, scheduler, calls)
-                found[f"ours, {kind}, {setting}, {calls}"] = lambda run=run: run(case.noise(SEED), SEED)
-    return found
+        for _, sampler in case.peers.values():
+            yield peer_of(case, sampler, calls)
+        for kind, setting in product(("SDE", "ODE"), SETTINGS):
+            yield sampler_of(case.pipe, type(own).from_config(own.config, **{**KINDS[kind], **setting}), calls)
 
 
 def judged(case: NetworkCase) -> list[dict[str, float]]:
@@ -64,21 +51,20 @@ def judged(case: NetworkCase) -> list[dict[str, float]]:
     subject = DenoisedSubject(case.pipe, case.pipe.scheduler, CALLS[0], 1.0, None, None, PARTS, False, 256)
     half = len(case.images) // 2
     references = {"fit": case.images[:half], "report": case.images[half : half + REFERENCES]}
-    target = EnergyTarget(
-        references, bounds=(float(case.images.min()), float(case.images.max())), features=subject.features(case.images)
-    )
+    target = EnergyTarget(references, bounds=subject.data_range, features=subject.features(case.images))
+    held = target.batch("report", case.samples, torch.Generator().manual_seed(SEED))
     rows: list[dict[str, float]] = []
     first: Tensor | None = None
-    for draw in samplers(case).values():
+    for sample in samplers(case):
         try:
-            x = draw()
+            x = sample(case.noise(SEED), SEED)
         except Exception:  # a peer's limits
             continue
         if not bool(torch.isfinite(x).all()):
             continue
         first = x if first is None else first
         with torch.no_grad():
-            found = target.compare(x, first, Batch(x, references["report"]))
+            found = target.compare(x, first, held)
         gains = {name: gain.value for name, gain in found.parts.items()}
         rows.append({"fd": case.judge(x)[0], "all": found.gain, **gains})
     return rows
@@ -103,12 +89,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     diffusers.logging.set_verbosity_error()
     diffusers.logging.disable_progress_bar()
-    print("| network | samplers, good ones | " + " | ".join(PARTS_OF_THE_DISTANCE) + " |")
-    print("|---|---|" + "---|" * len(PARTS_OF_THE_DISTANCE))
+    print("| network | samplers, good ones | " + " | ".join(COLUMNS) + " |")
+    print("|---|---|" + "---|" * len(COLUMNS))
     for name in args.networks:
         rows = judged(NetworkCase(name, args.folder, Folders(args.fashion, args.cifar)))
         good = [row for row in rows if row["fd"] < GOOD * min(row["fd"] for row in rows)]
-        cells = [f"{agreement(rows, part)}, {agreement(good, part)}" for part in PARTS_OF_THE_DISTANCE]
+        cells = [f"{agreement(rows, part)}, {agreement(good, part)}" for part in COLUMNS]
         print(f"| {name} | {len(rows)}, {len(good)} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -171,6 +171,19 @@ def sampler_of(pipe: Any, scheduler: Any, levels: int, bf16: bool = False) -> Ca
     return sample
 
 
+def peer_of(case: Case, run: Any, calls: int) -> Callable[[Tensor, int], Tensor]:
+    """(unit noise, seed) -> samples by a sampler of diffusers, which must not take more calls."""
+
+    def sample(z: Tensor, seed: int) -> Tensor:
+        problem = case.problem(z, seed)
+        x: Tensor = run(problem, calls)
+        if problem.calls > calls:
+            raise ValueError(f"needs {problem.calls} calls")
+        return x
+
+    return sample
+
+
 def judged(case: Case, sample: Callable[[Tensor, int], Tensor]) -> list[tuple[float, float]]:
     """FD and recall of each draw."""
     return [case.judge(sample(case.noise(seed), seed)) for seed in DRAWS]
@@ -197,16 +210,8 @@ def measure(
         print(f"{case.name:20s}{calls:3d} {label:34s}" + " ".join(f"{fd:.3f}" for fd, _ in found), more, flush=True)
 
     for label, (_, sampler) in case.peers.items() if with_peers else ():
-
-        def of_peer(z: Tensor, seed: int, run: Any = sampler) -> Tensor:
-            problem = case.problem(z, seed)
-            x: Tensor = run(problem, calls)
-            if problem.calls > calls:
-                raise ValueError(f"needs {problem.calls} calls")
-            return x
-
         try:
-            note(label, judged(case, of_peer), peer=True)
+            note(label, judged(case, peer_of(case, sampler, calls)), peer=True)
         except Exception as error:  # a peer's limits are part of the result
             rows[label] = {"fd": [], "recall": [], "peer": True, "error": str(error)[:200]}
     for kind, config in KINDS.items():

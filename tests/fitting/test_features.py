@@ -52,10 +52,10 @@ def test_features_are_the_mean_of_the_middle_over_all_places(tokens):
 def test_a_middle_of_another_kind_is_refused():
     network = Network(both=True)
     features = MiddleFeatures(network.mid_block, network, VPSDEScheduler().sde, torch.tensor(0.2))
-    with pytest.raises(ValueError, match="no tensor"):
+    with pytest.raises(ValueError, match="middle must return"):
         features(torch.zeros(2, 1, 4, 4))
     assert not network.mid_block._forward_hooks
-    with pytest.raises(ValueError, match="no tensor"):
+    with pytest.raises(ValueError, match="middle must return"):
         MiddleFeatures(nn.Identity(), network, VPSDEScheduler().sde, torch.tensor(0.2))(torch.zeros(2, 1, 4, 4))
 
 

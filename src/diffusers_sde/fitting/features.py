@@ -67,5 +67,8 @@ class MiddleFeatures:
         finally:
             handle.remove()
         if not isinstance(activations, Tensor) or activations.ndim not in (3, 4) or len(activations) != len(images):
-            raise ValueError("the middle of the network returns no tensor of one row for each image.")
+            got = tuple(activations.shape) if isinstance(activations, Tensor) else type(activations).__name__
+            raise ValueError(
+                f"middle must return a tensor of shape (B, C, H, W) or (B, T, C) for {len(images)} images, got {got}."
+            )
         return activations.float().mean(1 if activations.ndim == 3 else (2, 3))

@@ -160,27 +160,25 @@ class EnergyTarget:
     bounds: tuple[float, float] | None = None
     features: Callable[[Tensor], Tensor] | None = None
     name: str = field(default="energy", init=False)
-    _known: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     @cached_property
     def units(self) -> list[Units]:
         """Of each view, from the references of ``fit``; those of another set would look white to themselves."""
         references = self.references["fit"][:REFERENCES_OF_UNITS].float()
-        known = self._features_of("fit")
+        known = self.reference_features.get("fit")
         usual = float(self._cut(references).flatten(1).var(0).mean())
         return [
             _of_spread(view) if part == WHOLE else _white(view, usual if part == PATCHES else float(view.var(0).mean()))
             for part, view in self._views(references, None if known is None else known[:REFERENCES_OF_UNITS])
         ]
 
-    def _features_of(self, part: str) -> Tensor | None:
-        """Features of all references of a set, shape (N, C), which are computed once; None without features."""
+    @cached_property
+    @torch.no_grad()
+    def reference_features(self) -> dict[str, Tensor]:
+        """Features of all references of each set, shape (N, C); empty without features."""
         if self.features is None:
-            return None
-        if part not in self._known:
-            with torch.no_grad():
-                self._known[part] = self.features(self._cut(self.references[part].float()))
-        return self._known[part]
+            return {}
+        return {part: self.features(self._cut(images.float())) for part, images in self.references.items()}
 
     def _cut(self, images: Tensor) -> Tensor:
         """Images as they are saved, within the bounds."""
@@ -209,7 +207,7 @@ class EnergyTarget:
         count = min(REFERENCES_PER_SAMPLE * size, len(references))
         rows = torch.randperm(len(references), generator=generator)[:count].to(references.device)
         noise = torch.randn(size, *references.shape[1:], generator=generator).to(references.device)
-        known = self._features_of(part)
+        known = self.reference_features.get(part)
         features = None if known is None else known[rows]
         if self.labels is None:
             return Batch(noise, references[rows], reference_features=features)

@@ -202,12 +202,10 @@ class DenoisedSubject(FitSubject):
 
     def features(self, images: Tensor) -> Callable[[Tensor], Tensor] | None:
         """See ``FitSubject``: those of the middle of the network, told nothing of classes or captions."""
-        middle, unconditional = middle_of(self.network), getattr(self.pipe, "unconditional", None)
+        middle = middle_of(self.network)
         if middle is None:
             return None
         try:
-            if unconditional is not None:
-                unconditional(1)
             read = MiddleFeatures(middle, ProbabilityFlow(self.pipe).denoiser, self.scheduler.sde, self._feature_time())
             with torch.no_grad():
                 read(images[:1])
