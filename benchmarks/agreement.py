@@ -66,7 +66,7 @@ def judged(case: NetworkCase) -> list[dict[str, float]]:
         with torch.no_grad():
             found = target.compare(x, first, held)
         gains = {name: gain.value for name, gain in found.parts.items()}
-        rows.append({"fd": case.judge(x)[0], "all": found.gain, **gains})
+        rows.append({"fd": case.judges[0](x)[0], "all": found.gain, **gains})
     return rows
 
 

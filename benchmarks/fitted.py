@@ -13,7 +13,8 @@ with its defaults, once for each of ``--seeds`` seeds, and measured with noise t
 
 ``cost`` is the number of network evaluations of one image and the seconds of a fit. ``+-`` is the standard deviation
 between draws of noise and, where there are several, between fits. ``--transfer`` also runs each plan on another network
-of the same data (TRANSFER of zoo.py) and in bfloat16, without fitting again.
+of the same data (TRANSFER of zoo.py) and in bfloat16, without fitting again. ``--judges`` asks further classifiers, of
+other seeds and lengths of training, whether their verdict is the same.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from diffusers import DiffusionPipeline
 from mixtures import Mixture, MixtureJudge, fitted
 from samplers import PEERS, SCHEDULERS, Problem
 from torch import Tensor, nn
-from trained import BOUND, TrainedNetwork, load_judge, mean, peers, pooled_spread
+from trained import BOUND, CLASSIFIER_STEPS, TrainedNetwork, load_judge, mean, peers, pooled_spread
 from zoo import RECIPES, TRANSFER, Folders, add_folders, all_of
 
 from diffusers_sde import SDEPipeline, VPSDEScheduler, fit_scheduler
@@ -44,6 +45,7 @@ DRAWS = (101, 102)  # seeds of the noise that judges
 SAMPLES = {"network": 1024, "mixture": 2048}
 RECALLED = 1024  # samples in a recall, at most
 FITTED_TO = 6000  # images, at most
+JUDGES = ((0, CLASSIFIER_STEPS), (1, CLASSIFIER_STEPS), (2, 4 * CLASSIFIER_STEPS))  # seed and steps of each
 KINDS: dict[str, dict[str, Any]] = {
     "SDE": {},
     "ODE": {"probability_flow": True},
@@ -72,7 +74,7 @@ class Case:
         name: Of the mixture or the network.
         pipe: Its pipeline, with the scheduler that nothing is set of.
         images: Images to fit to, in the range of the network.
-        judge: samples -> FD and recall.
+        judges: Each of them is samples -> FD and recall. The first decides.
         peers: diffusers' samplers by name.
         problem: What they are run on.
         others: Pipelines of other networks of the same data.
@@ -84,7 +86,7 @@ class Case:
     name: str
     pipe: Any
     images: Tensor
-    judge: Callable[[Tensor], tuple[float, float]]
+    judges: list[Callable[[Tensor], tuple[float, float]]]
     peers: dict[str, tuple[str, Any]]
     problem: Callable[[Tensor, int], Problem]
     others: dict[str, Any]
@@ -116,7 +118,7 @@ class MixtureCase(Case):
             rows = x.flatten(1).double()
             return exact.fd(rows), precision_recall(rows[:RECALLED], some)[1]
 
-        self.judge, self.peers = judge, PEERS[path]
+        self.judges, self.peers = [judge], PEERS[path]
         own = SCHEDULERS[path]()
 
         class Flat:
@@ -132,7 +134,7 @@ class MixtureCase(Case):
 class NetworkCase(Case):
     """A network of zoo.py."""
 
-    def __init__(self, name: str, folder: Path, folders: Folders) -> None:
+    def __init__(self, name: str, folder: Path, folders: Folders, judges: int = 1) -> None:
         network = TrainedNetwork(folder / name)
         self.name, self.shape, self.samples = name, network.shape, SAMPLES["network"]
         self.pipe = bounded_pipeline(folder / name)
@@ -140,8 +142,8 @@ class NetworkCase(Case):
         self.others = {other: bounded_pipeline(folder / other) for other in twins}
         images = all_of(folders.source(RECIPES[name], to_judge=False))[0]
         self.images = images[:FITTED_TO].float() / 127.5 - 1.0
-        self.judge = load_judge(name, folders, folder, self.samples)
-        self.floor = self.judge.floor
+        asked = [load_judge(name, folders, folder, self.samples, steps, seed) for seed, steps in JUDGES[:judges]]
+        self.judges, self.floor = [*asked], asked[0].floor
         self.peers = peers(network)
         self.problem = lambda z, seed: Problem(network.path, network.scheduler, network, z, seed)
 
@@ -184,9 +186,10 @@ def peer_of(case: Case, run: Any, calls: int) -> Callable[[Tensor, int], Tensor]
     return sample
 
 
-def judged(case: Case, sample: Callable[[Tensor, int], Tensor]) -> list[tuple[float, float]]:
-    """FD and recall of each draw."""
-    return [case.judge(sample(case.noise(seed), seed)) for seed in DRAWS]
+def judged(case: Case, sample: Callable[[Tensor, int], Tensor]) -> list[list[tuple[float, float]]]:
+    """FD and recall of each draw by each judge."""
+    draws = [sample(case.noise(seed), seed) for seed in DRAWS]
+    return [[judge(x) for x in draws] for judge in case.judges]
 
 
 def levels_of(scheduler: Any, calls: int) -> int:
@@ -197,17 +200,19 @@ def levels_of(scheduler: Any, calls: int) -> int:
 
 
 def measure(
-    case: Case, calls: int, seeds: int, options: dict[str, Any], transfer: bool, with_peers: bool
+    case: Case, calls: int, seeds: range, options: dict[str, Any], transfer: bool, with_peers: bool
 ) -> dict[str, Any]:
-    """All samplers of one case at a number of calls: label -> values."""
+    """All samplers of one case at a number of calls: label -> values, by the first judge and by the others."""
     rows: dict[str, Any] = {}
 
-    def note(label: str, found: list[tuple[float, float]], **more: Any) -> None:
-        row = rows.setdefault(label, {"fd": [], "recall": []})
-        row["fd"] += [fd for fd, _ in found]
-        row["recall"] += [recall for _, recall in found]
+    def note(label: str, found: list[list[tuple[float, float]]], **more: Any) -> None:
+        row = rows.setdefault(label, {"fd": [], "recall": [], "fd_of_others": [[] for _ in found[1:]]})
+        row["recall"] += [recall for _, recall in found[0]]
+        for values, draws in zip([row["fd"], *row["fd_of_others"]], found, strict=True):
+            values += [fd for fd, _ in draws]
         row.update(more)
-        print(f"{case.name:20s}{calls:3d} {label:34s}" + " ".join(f"{fd:.3f}" for fd, _ in found), more, flush=True)
+        shown = "; ".join(" ".join(f"{fd:.3f}" for fd, _ in draws) for draws in found)
+        print(f"{case.name:20s}{calls:3d} {label:34s}{shown}", more, flush=True)
 
     for label, (_, sampler) in case.peers.items() if with_peers else ():
         try:
@@ -221,7 +226,7 @@ def measure(
             continue
 
         note(f"{kind}, unfitted", judged(case, sampler_of(case.pipe, scheduler, levels)))
-        for seed in range(seeds):
+        for seed in seeds:
             began = time.process_time()
             fit = fit_scheduler(
                 case.pipe, levels, case.images, sampler=config, seed=seed, progress_bar=False, **options
@@ -229,7 +234,7 @@ def measure(
             cost = {"evaluations": fit.report["network_evaluations"], "seconds": time.process_time() - began}
             found = judged(case, sampler_of(case.pipe, fit.scheduler, levels))
             note(f"{kind}, fitted", found, **cost, is_fitted=fit.report["is_fitted"])
-            if transfer and seed == 0:
+            if transfer and seed == seeds[0]:
                 found = judged(case, sampler_of(case.pipe, fit.scheduler, levels, bf16=True))
                 note(f"{kind}, fitted, in bf16", found)
                 for other, pipe in case.others.items():
@@ -242,6 +247,9 @@ def table(results: dict[str, Any]) -> str:
     """Markdown."""
     lines = ["# Fitted samplers", "", "Written by benchmarks/fitted.py: FD / recall, with the spread of FD.", ""]
     lines += [*verdict(results), ""]
+    for judge in (1, 2):
+        if any(by_judge(rows, judge) for entry in results.values() for rows in entry["calls"].values()):
+            lines += [f"By the classifier of seed {judge}:", "", *verdict(results, judge), ""]
     for name, entry in results.items():
         columns = sorted(entry["calls"], key=int)
         labels = list(dict.fromkeys(label for c in columns for label in entry["calls"][c]))
@@ -278,28 +286,34 @@ def is_unfitted(label: str, row: dict[str, Any]) -> bool:
     return bool(row["fd"]) and (bool(row.get("peer")) or label.endswith(", unfitted"))
 
 
-def verdict(results: dict[str, Any]) -> list[str]:
+def by_judge(rows: dict[str, Any], judge: int) -> dict[str, Any]:
+    """The rows of one cell with the FD of that judge in the place of the first one's; without those it has not seen."""
+    if judge == 0:
+        return rows
+    seen = {label: row for label, row in rows.items() if len(row.get("fd_of_others", ())) >= judge}
+    return {label: {**row, "fd": row["fd_of_others"][judge - 1]} for label, row in seen.items()}
+
+
+def verdict(results: dict[str, Any], judge: int = 0) -> list[str]:
     """In how many cells the better fit is ahead of every unfitted sampler, and each fit of its own start."""
-    cells = [rows for entry in results.values() for rows in entry["calls"].values()]
+    cells = [by_judge(rows, judge) for entry in results.values() for rows in entry["calls"].values()]
     lines = []
-    for title, fits in (("The best fit", list(KINDS)), *((f"The fit of the {kind}", [kind]) for kind in KINDS)):
+    whose = [("The best fit", "every unfitted sampler", list(KINDS))]
+    whose += [(f"The fit of the {kind}", "its start", [kind]) for kind in KINDS]
+    for title, others, fits in whose:
         ahead = behind = total = 0
         for rows in cells:
             found = [mean(rows[f"{kind}, fitted"]["fd"]) for kind in fits if f"{kind}, fitted" in rows]
-            against = [
-                mean(row["fd"])
-                for label, row in rows.items()
-                if is_unfitted(label, row) and (len(fits) > 1 or label == f"{fits[0]}, unfitted")
-            ]
+            unfitted = {label: mean(row["fd"]) for label, row in rows.items() if is_unfitted(label, row)}
             if not found:
                 continue
+            against = [unfitted[f"{fits[0]}, unfitted"]] if others == "its start" else list(unfitted.values())
             total += 1
             ahead += min(found) < min(against)
-            best = min(mean(row["fd"]) for label, row in rows.items() if is_unfitted(label, row))
-            behind += min(found) > min(against) + pooled_spread([row["fd"] for row in rows.values()], best)
-        of = "every unfitted sampler" if len(fits) > 1 else "its start"
+            spread = pooled_spread([row["fd"] for row in rows.values()], min(unfitted.values()))
+            behind += min(found) > min(against) + spread
         lines.append(
-            f"- {title} is ahead of {of} in {ahead} of {total} cells, behind by more than the spread in {behind}."
+            f"- {title} is ahead of {others} in {ahead} of {total} cells, behind by more than the spread in {behind}."
         )
     return lines
 
@@ -315,6 +329,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/zoo"), help="where zoo.py wrote the networks")
     parser.add_argument("--calls", nargs="+", type=int, default=list(CALLS))
     parser.add_argument("--seeds", type=int, default=2, help="fits of each sampler")
+    parser.add_argument("--first_seed", type=int, default=0, help="of these fits; the noise that judges stays the same")
+    parser.add_argument("--judges", type=int, choices=(1, 2, 3), default=1, help="classifiers that judge a network")
     parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS))
     parser.add_argument("--options", default="{}", help="JSON: arguments of fit_scheduler, such as steps")
     parser.add_argument("--transfer", action="store_true", help="also run the plans on other networks and in bfloat16")
@@ -330,13 +346,14 @@ def main() -> None:
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for name in [*args.mixtures, *args.networks]:
-        case: Any = MixtureCase(name) if ":" in name else NetworkCase(name, args.folder, folders)
+        case: Any = MixtureCase(name) if ":" in name else NetworkCase(name, args.folder, folders, args.judges)
         entry = results.setdefault(name, {"floor": case.floor, "calls": {}})
         for calls in args.calls:
             if str(calls) in entry["calls"]:
                 continue
             options = json.loads(args.options)
-            entry["calls"][str(calls)] = measure(case, calls, args.seeds, options, args.transfer, args.peers)
+            seeds = range(args.first_seed, args.first_seed + args.seeds)
+            entry["calls"][str(calls)] = measure(case, calls, seeds, options, args.transfer, args.peers)
             file.write_text(json.dumps(results) + "\n")
             args.output.with_suffix(".md").write_text(table(results))
 

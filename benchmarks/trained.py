@@ -94,10 +94,20 @@ class Judge:
         labels: Their classes, shape (N,).
         file: Of the classifier, which is trained and written where there is none.
         samples: How many are judged at once.
+        steps: Of its training.
+        seed: Of its weights and of the order of the images.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, file: Path, samples: int = SAMPLES) -> None:
-        self._extractor = make_extractor("classifier", images, labels, file, steps=CLASSIFIER_STEPS)
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        file: Path,
+        samples: int = SAMPLES,
+        steps: int = CLASSIFIER_STEPS,
+        seed: int = 0,
+    ) -> None:
+        self._extractor = make_extractor("classifier", images, labels, file, steps=steps, seed=seed)
         with torch.no_grad():
             self._real = torch.cat([self._extractor(part)[0] for part in images.split(512)])
         draws = torch.randperm(len(images), generator=torch.Generator().manual_seed(3))
@@ -278,12 +288,19 @@ def table(entries: dict[str, Any], calls: tuple[int, ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def load_judge(name: str, folders: Folders, folder: Path, samples: int = SAMPLES) -> Judge:
-    """The judge of a network's data; ``samples`` are judged at once."""
+def load_judge(
+    name: str,
+    folders: Folders,
+    folder: Path,
+    samples: int = SAMPLES,
+    steps: int = CLASSIFIER_STEPS,
+    seed: int = 0,
+) -> Judge:
+    """The judge of a network's data; ``samples`` are judged at once. Judges of other seeds have files of their own."""
     recipe = RECIPES[name]
     images, labels = all_of(folders.source(recipe, to_judge=True))
-    kind = f"{recipe.data}-{recipe.resolution}-{recipe.channels}"
-    return Judge(images, labels, folder / f"judge-{kind}.safetensors", samples)
+    kind = f"{recipe.data}-{recipe.resolution}-{recipe.channels}" + (f"-{seed}" if seed else "")
+    return Judge(images, labels, folder / f"judge-{kind}.safetensors", samples, steps, seed)
 
 
 def main() -> None:
