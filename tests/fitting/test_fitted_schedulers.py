@@ -360,11 +360,15 @@ def test_any_other_pipeline_is_run_through_its_own_loop(tmp_path):
 @pytest.mark.parametrize(
     "given, name",
     [
-        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"num_inference_steps": 1}, "num_inference_steps"),
         ({"objective": "fid"}, "objective"),
         ({"objective": "paired"}, "paired"),
         ({"sampler": {"policy": "exact"}}, "policy"),
         ({"parts": ["gird"]}, "parts"),
+        ({"parts": "grid"}, "parts must be a list"),
+        ({"parts": []}, "parts must name"),
+        ({"parts": ["corrector"]}, "parts must name"),
+        ({"sampler": "probability_flow"}, "sampler must be"),
         ({"data": torch.zeros(60, 3, 8, 8)}, "data"),
         ({"data": torch.zeros(10, 1, 8, 8)}, "data"),
         ({"teacher_steps": 2}, "teacher_steps"),
@@ -377,6 +381,19 @@ def test_any_other_pipeline_is_run_through_its_own_loop(tmp_path):
 def test_other_arguments_are_refused(network, given, name):
     with pytest.raises(ValueError, match=name):
         fit_scheduler(SDEPipeline(network, VPSDEScheduler()), **{"num_inference_steps": 3, **SMALL, **given})
+
+
+@pytest.mark.parametrize("pipe", [None, "outputs/digits", VPSDEScheduler()], ids=["None", "a folder", "a scheduler"])
+def test_what_is_no_pipeline_is_refused(pipe):
+    with pytest.raises(ValueError, match="pipe must be a pipeline with a scheduler"):
+        fit_scheduler(pipe, 3)
+
+
+def test_the_teacher_is_finer_than_many_levels(network):
+    fit = fit_scheduler(
+        SDEPipeline(network, VPSDEScheduler()), 52, **{**SMALL, "steps": 1, "held_out": 4, "batch_size": 2}
+    )
+    assert fit.report["target"].endswith("at 104 levels")
 
 
 def test_a_saved_pipeline_is_fitted_from_the_command_line(network, tmp_path, capsys):

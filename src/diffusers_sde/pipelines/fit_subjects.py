@@ -24,7 +24,7 @@ from ..sampling.time_grids import whole_timesteps
 from ..schedulers import SDEScheduler
 from .pipeline_class_conditional import ClassConditionalSDEPipeline
 from .pipeline_text import TextSDEPipeline
-from .probability_flow import ProbabilityFlow
+from .probability_flow import ProbabilityFlow, network_of
 
 FEWEST_IMAGES = 50
 FEATURE_NOISE = 0.4  # sigma/alpha that the network is told where its features are read, in units of the data's spread
@@ -64,10 +64,7 @@ class FitSubject(ABC):
         self.pipe, self.scheduler, self.levels, self.call = pipe, scheduler, levels, dict(call or {})
         self.checkpointing, self.batch_size = checkpointing, batch_size
         self.evaluations = 0
-        network = getattr(pipe, "unet", None)
-        self.network: Any = getattr(pipe, "transformer", None) if network is None else network
-        if self.network is None:
-            raise ValueError(f"pipe must be a pipeline with a unet or a transformer, got {type(pipe).__name__}.")
+        self.network: Any = network_of(pipe)
         self.device = getattr(pipe, "_execution_device", getattr(pipe, "device", torch.device("cpu")))
         self.shape = self._sample_shape()
         self.is_latent = any(getattr(pipe, name, None) is not None for name in ("vae", "vqvae", "movq"))

@@ -110,7 +110,7 @@ def fit_scheduler(
 
     Args:
         pipe: The pipeline. Neither it nor its scheduler is changed.
-        num_inference_steps: Noise levels; each costs ``scheduler.order`` network calls.
+        num_inference_steps: Noise levels, at least 2; each costs ``scheduler.order`` network calls.
         data: Images to be like, for the ``energy`` objective: PIL images, integers in 0..255, or floating-point data in
             the network's range; disjoint parts are for fitting, choosing and reporting. None takes what a fine
             sampler draws from the same network.
@@ -132,7 +132,8 @@ def fit_scheduler(
             few images narrows the law of the samples.
         learning_rate: Of Adam; None is 0.03, and 0.02 without gradients.
         held_out: Images of the report; None is 2048, 512 for ``paired`` and 128 without gradients.
-        teacher_steps: Levels of the fine sampler, where there is one; None is 60 for ``paired``, 100 for ``energy``.
+        teacher_steps: Levels of the fine sampler, where there is one; None is 60 for ``paired`` and 100 for ``energy``,
+            but no fewer than twice ``num_inference_steps``.
         gradients: Whether gradients pass through the network; None is True unless the pipeline is run itself.
         checkpointing: Whether activations are computed again in the backward pass, which needs the memory of one
             network call instead of all of them.
@@ -147,11 +148,15 @@ def fit_scheduler(
     Raises:
         ValueError: Arguments out of range, or that do not fit together or this pipeline; nothing was drawn then.
     """
-    levels = check_integer("num_inference_steps", num_inference_steps, at_least=1)
+    levels = check_integer("num_inference_steps", num_inference_steps, at_least=2)
     seed = check_integer("seed", seed, at_least=0)
     check_flag("checkpointing", checkpointing)
-    own = own_or_fitting_scheduler(pipe.scheduler)
-    scheduler = type(own).from_config(own.config, **{"fitted_plan": None, **dict(sampler or {})})
+    if isinstance(parts, str):
+        raise ValueError(f"parts must be a list of names, of {', '.join(PARTS)}, got {parts!r}.")
+    if sampler is not None and not isinstance(sampler, Mapping):
+        raise ValueError(f"sampler must be None or arguments of a scheduler by their names, got {sampler!r}.")
+    own = own_or_fitting_scheduler(pipe)
+    scheduler = type(own).from_config(own.config, **{"fitted_plan": None, **(sampler or {})})
     if scheduler.config.policy is not None:
         raise ValueError(f"policy must be None for a sampler that is fitted, got {scheduler.config.policy!r}.")
     if objective is None:
@@ -176,11 +181,13 @@ def fit_scheduler(
         gradients=with_gradients,
         seed=seed,
     )
-    fine = TEACHER_STEPS[objective] if teacher_steps is None else teacher_steps
+    fine = max(TEACHER_STEPS[objective], 2 * levels) if teacher_steps is None else teacher_steps
     fine = check_integer("teacher_steps", fine, at_least=levels + 1)
     subject = (CalledSubject if is_called else DenoisedSubject)(
         pipe, scheduler, levels, guidance_scale, class_labels, call, tuple(parts), checkpointing, options.batch_size
     )
+    if not subject.family.size:
+        raise ValueError(f"parts must name something that this sampler has to be fitted, got {tuple(parts)!r}.")
     subject.in_bf16 = with_gradients and (
         computes_in_bf16(subject.device) if mixed_precision is None else mixed_precision == "bf16"
     )

@@ -78,10 +78,7 @@ class ProbabilityFlow:
         t_min: float | None = None,
         denoiser: Denoiser | None = None,
     ) -> None:
-        network = getattr(pipe, "unet", None)
-        network = getattr(pipe, "transformer", None) if network is None else network
-        if network is None:
-            raise ValueError(f"pipe must be a pipeline with a unet or a transformer, got {type(pipe).__name__}.")
+        network = network_of(pipe)
         channels = [getattr(network.config, key, None) for key in ("in_channels", "out_channels")]
         if None not in channels and channels[0] != channels[1] and not traits_of(network).returns_variance:
             raise ValueError(
@@ -89,7 +86,7 @@ class ProbabilityFlow:
                 "concatenation defines no probability flow by itself."
             )
         _check_deterministic(network)
-        self.network, self.scheduler = network, own_or_fitting_scheduler(pipe.scheduler)
+        self.network, self.scheduler = network, own_or_fitting_scheduler(pipe)
         self._guided, self._unconditional = denoiser, getattr(pipe, "unconditional", None)
         self.sde = self.scheduler.sde
         encoder = getattr(pipe, "encoder", None)
@@ -566,8 +563,28 @@ def _check_deterministic(network: Any) -> None:
             raise ValueError("the network is in training mode and has dropout or batch norm: call its eval() first.")
 
 
-def own_or_fitting_scheduler(scheduler: Any) -> SDEScheduler:
-    """Return the scheduler itself if it is ours, or our scheduler of the same path."""
+def network_of(pipe: Any) -> Any:
+    """The network of a pipeline, a unet or a transformer.
+
+    Raises:
+        ValueError: It has none.
+    """
+    network = getattr(pipe, "unet", None)
+    network = getattr(pipe, "transformer", None) if network is None else network
+    if network is None:
+        raise ValueError(f"pipe must be a pipeline with a unet or a transformer, got {type(pipe).__name__}.")
+    return network
+
+
+def own_or_fitting_scheduler(pipe: Any) -> SDEScheduler:
+    """The scheduler of a pipeline if it is ours, or our scheduler of the same path.
+
+    Raises:
+        ValueError: It has none.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None:
+        raise ValueError(f"pipe must be a pipeline with a scheduler, got {type(pipe).__name__}.")
     if isinstance(scheduler, SDEScheduler):
         return scheduler
     config = config_of(scheduler)

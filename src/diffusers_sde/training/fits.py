@@ -34,7 +34,7 @@ class FitConfig(CheckedOptions):
 
     model: str = option(MISSING, "Folder or Hub name of a pipeline.")
     output_dir: str = option("outputs/fitted", "Where the pipeline with its fitted scheduler, and fit.json, go.")
-    num_inference_steps: int = option(8, "Noise levels that the sampler is fitted for.", least=1)
+    num_inference_steps: int = option(8, "Noise levels that the sampler is fitted for.", least=2)
     sampler: str = option(
         "",
         "The sampler to start from, 'key=value, key=value' with arguments of the scheduler, such as "
@@ -82,7 +82,7 @@ class FitConfig(CheckedOptions):
         None, "Images of the report. Default: 2048, 512 for 'paired', 128 without gradients.", least=2
     )
     teacher_steps: int | None = option(
-        None, "Levels of the fine sampler. Default: 60 for 'paired', 100 for 'energy'.", least=2
+        None, "Levels of the fine sampler. Default: 60 for 'paired', 100 for 'energy', or more.", least=2
     )
     gradients: bool = option(True, "Pass gradients through the network; otherwise they are estimated without.")
     checkpointing: bool = option(False, "Compute activations again in the backward pass, which saves memory.")
