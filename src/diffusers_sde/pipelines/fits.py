@@ -26,7 +26,7 @@ from .probability_flow import own_or_fitting_scheduler
 OBJECTIVES = ("paired", "energy")
 FIT_PRECISIONS = ("no", "bf16")
 PARTS_OF_DATA = (0.6, 0.2, 0.2)  # of the images, for fit, choice and report
-TEACHER_STEPS = {"paired": 60, "energy": 100}
+TEACHER_STEPS = {"paired": 60, "energy": 50}
 DRAWN_PER_HELD_OUT = 2  # end points to fit to, for each of the report
 # Values are those of pixels if so many of them lie in the pipeline's range, or outside by so much of its length.
 MOSTLY, NEAR_THE_RANGE = 0.99, 0.1
@@ -132,7 +132,7 @@ def fit_scheduler(
             few images narrows the law of the samples.
         learning_rate: Of Adam; None is 0.03, and 0.02 without gradients.
         held_out: Images of the report; None is 2048, 512 for ``paired`` and 128 without gradients.
-        teacher_steps: Levels of the fine sampler, where there is one; None is 60 for ``paired`` and 100 for ``energy``,
+        teacher_steps: Levels of the fine sampler, where there is one; None is 60 for ``paired`` and 50 for ``energy``,
             but no fewer than twice ``num_inference_steps``.
         gradients: Whether gradients pass through the network; None is True unless the pipeline is run itself.
         checkpointing: Whether activations are computed again in the backward pass, which needs the memory of one

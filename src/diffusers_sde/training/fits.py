@@ -82,7 +82,7 @@ class FitConfig(CheckedOptions):
         None, "Images of the report. Default: 2048, 512 for 'paired', 128 without gradients.", least=2
     )
     teacher_steps: int | None = option(
-        None, "Levels of the fine sampler. Default: 60 for 'paired', 100 for 'energy', or more.", least=2
+        None, "Levels of the fine sampler. Default: 60 for 'paired', 50 for 'energy', or more.", least=2
     )
     gradients: bool = option(True, "Pass gradients through the network; otherwise they are estimated without.")
     checkpointing: bool = option(False, "Compute activations again in the backward pass, which saves memory.")
