@@ -128,7 +128,7 @@ def test_names_order_and_defaults_are_those_of_before(cls):
 def test_every_argument_is_typed_and_documented(cls):
     assert set(typing.get_type_hints(cls.__init__)) == {*SIGNATURES[cls], "return"}
     for name in SIGNATURES[cls]:
-        assert cls.__doc__.count(f"\n        {name}: ") == 1
+        assert cls.__doc__.count(f"\n    {name}: ") == 1
     assert "{common}" not in cls.__doc__ and max(map(len, cls.__doc__.splitlines())) <= 120
 
 

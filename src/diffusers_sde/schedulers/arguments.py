@@ -473,16 +473,17 @@ def _with_sampler_arguments(init: Callable[..., None], defaults: Mapping[str, An
 def document_arguments(cls: type) -> None:
     """Put the shared arguments where the docstring of a class says ``{common}``, or else behind it.
 
-    Those that the class documents itself are left out.
+    Those that the class documents itself are left out. The indentation of the source is taken away, as Python does
+    itself from 3.13 on.
     """
-    text = cls.__doc__ or ""
+    text = inspect.cleandoc(cls.__doc__ or "")
     lines = [
-        textwrap.fill(f"{a.name}: {a.documentation}", 120, initial_indent=" " * 8, subsequent_indent=" " * 12)
+        textwrap.fill(f"{a.name}: {a.documentation}", 116, initial_indent=" " * 4, subsequent_indent=" " * 8)
         for a in SAMPLER_ARGUMENTS
-        if f"\n        {a.name}: " not in text
+        if f"\n    {a.name}: " not in text
     ]
     before, placed, after = text.partition("{common}")
     if placed:
         cls.__doc__ = before + "\n".join(lines).strip() + after
     elif "__init__" in cls.__dict__:
-        cls.__doc__ = f"{text.rstrip()}\n\n    Shared by all SDE schedulers:\n" + "\n".join(lines) + "\n    "
+        cls.__doc__ = f"{text.rstrip()}\n\nShared by all SDE schedulers:\n" + "\n".join(lines) + "\n"
