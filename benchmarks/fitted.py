@@ -45,7 +45,6 @@ DRAWS = (101, 102)  # seeds of the noise that judges
 SAMPLES = {"network": 1024, "mixture": 2048}
 RECALLED = 1024  # samples in a recall, at most
 FITTED_TO = 6000  # images, at most
-JUDGES = ((0, CLASSIFIER_STEPS), (1, CLASSIFIER_STEPS), (2, 4 * CLASSIFIER_STEPS))  # seed and steps of each
 KINDS: dict[str, dict[str, Any]] = {
     "SDE": {},
     "ODE": {"probability_flow": True},
@@ -142,7 +141,7 @@ class NetworkCase(Case):
         self.others = {other: bounded_pipeline(folder / other) for other in twins}
         images = all_of(folders.source(RECIPES[name], to_judge=False))[0]
         self.images = images[:FITTED_TO].float() / 127.5 - 1.0
-        asked = [load_judge(name, folders, folder, self.samples, steps, seed) for seed, steps in JUDGES[:judges]]
+        asked = [load_judge(name, folders, folder, self.samples, seed) for seed in range(judges)]
         self.judges, self.floor = [*asked], asked[0].floor
         self.peers = peers(network)
         self.problem = lambda z, seed: Problem(network.path, network.scheduler, network, z, seed)
@@ -247,7 +246,7 @@ def table(results: dict[str, Any]) -> str:
     """Markdown."""
     lines = ["# Fitted samplers", "", "Written by benchmarks/fitted.py: FD / recall, with the spread of FD.", ""]
     lines += [*verdict(results), ""]
-    for judge in (1, 2):
+    for judge in range(1, len(CLASSIFIER_STEPS)):
         if any(by_judge(rows, judge) for entry in results.values() for rows in entry["calls"].values()):
             lines += [f"By the classifier of seed {judge}:", "", *verdict(results, judge), ""]
     for name, entry in results.items():
@@ -330,7 +329,13 @@ def main() -> None:
     parser.add_argument("--calls", nargs="+", type=int, default=list(CALLS))
     parser.add_argument("--seeds", type=int, default=2, help="fits of each sampler")
     parser.add_argument("--first_seed", type=int, default=0, help="of these fits; the noise that judges stays the same")
-    parser.add_argument("--judges", type=int, choices=(1, 2, 3), default=1, help="classifiers that judge a network")
+    parser.add_argument(
+        "--judges",
+        type=int,
+        choices=range(1, len(CLASSIFIER_STEPS) + 1),
+        default=1,
+        help="classifiers that judge a network",
+    )
     parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS))
     parser.add_argument("--options", default="{}", help="JSON: arguments of fit_scheduler, such as steps")
     parser.add_argument("--transfer", action="store_true", help="also run the plans on other networks and in bfloat16")

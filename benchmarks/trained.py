@@ -37,7 +37,7 @@ from diffusers_sde.schedulers import SDEScheduler
 
 CALLS = (5, 8, 10, 15, 20, 30, 50)
 SAMPLES, SEEDS = 256, 2
-CLASSIFIER_STEPS = 500
+CLASSIFIER_STEPS = (500, 500, 2000)  # of judges of seed 0, 1 and 2; the first decides
 PATHS = {VESDEScheduler: "ve", SubVPSDEScheduler: "sub_vp", FlowSDEScheduler: "flow"}
 SETS = {
     "chosen": "chosen on",
@@ -94,19 +94,11 @@ class Judge:
         labels: Their classes, shape (N,).
         file: Of the classifier, which is trained and written where there is none.
         samples: How many are judged at once.
-        steps: Of its training.
-        seed: Of its weights and of the order of the images.
+        seed: Of its weights and of the order of the images; ``CLASSIFIER_STEPS`` has the length of its training.
     """
 
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        file: Path,
-        samples: int = SAMPLES,
-        steps: int = CLASSIFIER_STEPS,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, file: Path, samples: int = SAMPLES, seed: int = 0) -> None:
+        steps = CLASSIFIER_STEPS[seed]
         self._extractor = make_extractor("classifier", images, labels, file, steps=steps, seed=seed)
         with torch.no_grad():
             self._real = torch.cat([self._extractor(part)[0] for part in images.split(512)])
@@ -288,19 +280,12 @@ def table(entries: dict[str, Any], calls: tuple[int, ...]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def load_judge(
-    name: str,
-    folders: Folders,
-    folder: Path,
-    samples: int = SAMPLES,
-    steps: int = CLASSIFIER_STEPS,
-    seed: int = 0,
-) -> Judge:
+def load_judge(name: str, folders: Folders, folder: Path, samples: int = SAMPLES, seed: int = 0) -> Judge:
     """The judge of a network's data; ``samples`` are judged at once. Judges of other seeds have files of their own."""
     recipe = RECIPES[name]
     images, labels = all_of(folders.source(recipe, to_judge=True))
     kind = f"{recipe.data}-{recipe.resolution}-{recipe.channels}" + (f"-{seed}" if seed else "")
-    return Judge(images, labels, folder / f"judge-{kind}.safetensors", samples, steps, seed)
+    return Judge(images, labels, folder / f"judge-{kind}.safetensors", samples, seed)
 
 
 def main() -> None:

@@ -366,7 +366,7 @@ def test_any_other_pipeline_is_run_through_its_own_loop(tmp_path):
         ({"sampler": {"policy": "exact"}}, "policy"),
         ({"parts": ["gird"]}, "parts"),
         ({"parts": "grid"}, "parts must be a list"),
-        ({"parts": []}, "parts must name"),
+        ({"parts": []}, "parts must name at least one of grid, "),
         ({"parts": ["corrector"]}, "parts must name"),
         ({"sampler": "probability_flow"}, "sampler must be"),
         ({"data": torch.zeros(60, 3, 8, 8)}, "data"),

@@ -21,6 +21,7 @@ from ..schedulers.families import config_family, family_description
 from ..schedulers.fitted_plans import is_same_network
 from ..schedulers.stock_configs import config_of
 from .plain_networks import PlainNetwork
+from .probability_flow import scheduler_of
 from .runs import FOREIGN_FIT
 
 # Pipelines that start at N(0, I) whatever the scheduler says, and never scale the network's input.
@@ -156,9 +157,7 @@ def diagnose(pipe: Any) -> Diagnosis:
     Raises:
         ValueError: ``pipe`` has no scheduler.
     """
-    scheduler = getattr(pipe, "scheduler", None)
-    if scheduler is None or not hasattr(scheduler, "config"):
-        raise ValueError(f"diagnose needs a pipeline with a scheduler, got {type(pipe).__name__}.")
+    scheduler = scheduler_of(pipe)
     network = next((m for m in (getattr(pipe, name, None) for name in _NETWORKS) if m is not None), None)
     config = config_of(scheduler)
     family = config_family(config)

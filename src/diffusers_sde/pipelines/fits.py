@@ -187,7 +187,9 @@ def fit_scheduler(
         pipe, scheduler, levels, guidance_scale, class_labels, call, tuple(parts), checkpointing, options.batch_size
     )
     if not subject.family.size:
-        raise ValueError(f"parts must name something that this sampler has to be fitted, got {tuple(parts)!r}.")
+        raise ValueError(
+            f"parts must name at least one of {', '.join(PARTS)} that this sampler has, got {tuple(parts)!r}."
+        )
     subject.in_bf16 = with_gradients and (
         computes_in_bf16(subject.device) if mixed_precision is None else mixed_precision == "bf16"
     )

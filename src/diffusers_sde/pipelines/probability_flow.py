@@ -576,15 +576,25 @@ def network_of(pipe: Any) -> Any:
     return network
 
 
+def scheduler_of(pipe: Any) -> Any:
+    """The scheduler of a pipeline, any one that has a config.
+
+    Raises:
+        ValueError: It has none.
+    """
+    scheduler = getattr(pipe, "scheduler", None)
+    if not hasattr(scheduler, "config"):
+        raise ValueError(f"pipe must be a pipeline with a scheduler, got {type(pipe).__name__}.")
+    return scheduler
+
+
 def own_or_fitting_scheduler(pipe: Any) -> SDEScheduler:
     """The scheduler of a pipeline if it is ours, or our scheduler of the same path.
 
     Raises:
         ValueError: It has none.
     """
-    scheduler = getattr(pipe, "scheduler", None)
-    if scheduler is None:
-        raise ValueError(f"pipe must be a pipeline with a scheduler, got {type(pipe).__name__}.")
+    scheduler = scheduler_of(pipe)
     if isinstance(scheduler, SDEScheduler):
         return scheduler
     config = config_of(scheduler)
